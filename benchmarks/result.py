@@ -1,0 +1,118 @@
+"""
+Versioned result files: what was measured, of which file, on which images, where, and the numbers.
+
+`accuracy` and `latency` write them, `report` reads them. The versions of the format:
+
+1: the first.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Dict, Mapping, Tuple, Union
+
+from benchmarks.coco import METRICS
+from deploy.contract import provenance
+from deploy.errors import MeasurementError
+from deploy.files import AnyPath, read_json, write_json
+
+RESULT_VERSION = 1
+STAGES = ("preprocess", "inference", "postprocess", "total")
+STATISTICS = ("median", "mean", "p90", "p99")
+
+_NUMBER = (int, float)
+_NUMBER_OR_NULL = (int, float, type(None))
+_STRING_OR_NULL = (str, type(None))
+_COMMON: Dict[str, Any] = {
+    "kind": str,
+    "role": str,
+    "model": {
+        "file": str, "sha256": str, "bytes": int, "format": str,
+        "parameters": (int, type(None)), "inputs": dict, "command": list,
+    },
+    "data": {"annotations": str, "annotations_sha256": str, "images_dir": str, "images": int, "class_names": list},
+    "environment": {"cpu": _STRING_OR_NULL, "cores": (int, type(None)), "os": _STRING_OR_NULL},
+    "command": list,
+    "versions": dict,
+    "created_utc": str,
+}  # fmt: skip
+_KINDS: Dict[str, Dict[str, Any]] = {
+    "accuracy": {
+        "numbers": {**dict.fromkeys(METRICS, _NUMBER_OR_NULL), "per_class": dict},
+        "samples": list,
+    },
+    "latency": {
+        "numbers": {
+            "summary_ms": {stage: dict.fromkeys(STATISTICS, _NUMBER) for stage in STAGES},
+            "samples_ms": dict.fromkeys(STAGES, list),
+            "stable": bool,
+            "spread": _NUMBER,
+            "threads": (int, type(None)),
+            "description": str,
+        },
+    },
+}
+
+
+def write_result(path: AnyPath, result: Mapping[str, Any], inputs: Mapping[str, AnyPath]) -> None:
+    """
+    Writes a result file atomically, with its version and provenance. What `read_result` would refuse is refused here.
+
+    Args:
+        inputs: name -> file that was measured or measured with; recorded with its hash.
+    """
+    document = {"result_version": RESULT_VERSION, **provenance(inputs), **result}
+    check_result(document, path)
+    write_json(path, document)
+
+
+def read_result(path: AnyPath) -> Dict[str, Any]:
+    """
+    The checked content of a result file.
+
+    Raises:
+        MeasurementError: it is missing, truncated, of another version or kind, or lacks a key.
+    """
+    document = read_json(
+        path, MeasurementError, "a result file of benchmarks.accuracy or benchmarks.latency; measure again"
+    )
+    check_result(document, path)
+    return document
+
+
+def check_result(document: Any, path: AnyPath) -> None:
+    """Raises MeasurementError, with the file and the key, if `document` is not a result of a known version and kind."""
+    if not isinstance(document, dict) or "result_version" not in document:
+        raise MeasurementError(
+            f"{path} is not a result file: it has no result_version. Give files that benchmarks wrote."
+        )
+    if document["result_version"] != RESULT_VERSION:
+        raise MeasurementError(
+            f"{path}: result_version is {document['result_version']!r}; expected {RESULT_VERSION}. Measure again."
+        )
+    if document.get("kind") not in _KINDS:
+        raise MeasurementError(f"{path}: kind is {document.get('kind')!r}; expected one of {sorted(_KINDS)}")
+    _check_keys(document, {**_COMMON, **_KINDS[document["kind"]]}, str(path), "")
+
+
+def _check_keys(found: Any, expected: Mapping[str, Any], path: str, prefix: str) -> None:
+    for key, kind in expected.items():
+        name = prefix + key
+        if key not in found:
+            raise MeasurementError(f"{path}: the key {name} is missing; the file was changed or cut. Measure again.")
+        value = found[key]
+        if isinstance(kind, dict):
+            _check_keys(value if isinstance(value, dict) else {}, kind, path, f"{name}.")
+        elif not _is_a(value, kind):
+            raise MeasurementError(f"{path}: {name} is {value!r:.80}; expected {_words(kind)}. Measure again.")
+
+
+def _is_a(value: Any, kind: Union[type, Tuple[type, ...]]) -> bool:
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, kind) and (not isinstance(value, float) or math.isfinite(value))
+
+
+def _words(kind: Union[type, Tuple[type, ...]]) -> str:
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    return " or ".join("null" if one is type(None) else one.__name__ for one in kinds)

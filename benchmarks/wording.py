@@ -1,0 +1,56 @@
+"""Numbers as the report and its verdict word them; a dash stands for what was not measured."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+UNKNOWN = "\N{EN DASH}"
+MINUS = "\N{MINUS SIGN}"
+
+
+def points(fraction: Optional[float]) -> str:
+    """A fraction in points, hundredths, with one decimal."""
+    return UNKNOWN if fraction is None else f"{100 * fraction:.1f}"
+
+
+def signed_points(fraction: Optional[float]) -> str:
+    """A difference in points with its sign; 0.0 has none."""
+    if fraction is None:
+        return UNKNOWN
+    tenths = round(1000 * fraction)
+    return "0.0" if tenths == 0 else f"{'+' if tenths > 0 else MINUS}{abs(tenths) / 10:.1f}"
+
+
+def ms(value: Optional[float]) -> str:
+    """Milliseconds, finer below ten."""
+    return UNKNOWN if value is None else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def mib(size_bytes: Optional[int]) -> str:
+    """Bytes in MiB."""
+    return UNKNOWN if size_bytes is None else f"{size_bytes / 2**20:.2f}"
+
+
+def millions(count: Optional[int]) -> str:
+    """A count in millions."""
+    return UNKNOWN if count is None else f"{count / 1e6:.2f}"
+
+
+def times(factor: Optional[float]) -> str:
+    """A speed-up."""
+    return UNKNOWN if factor is None else f"{factor:.2f}\N{MULTIPLICATION SIGN}"
+
+
+def percent(part: float, whole: float) -> str:
+    """`part` of `whole`, as CSS wants it but for the sign."""
+    return f"{100 * part / whole:.2f}"
+
+
+def amount(value: float, unit: str) -> str:
+    """A number of a limit: finer than the table's, so that a near miss shows as one."""
+    return times(value) if unit == "times" else f"{value:.2f} {unit}"
+
+
+def cell(text: str) -> str:
+    """`text` within a Markdown table."""
+    return text.replace("|", "\\|").replace("\n", " ")

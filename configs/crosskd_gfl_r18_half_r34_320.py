@@ -1,0 +1,10 @@
+# The small student under the small teacher. Without distillation it is gfl_r18_half_320.py, with the same seed and schedule.
+_base_ = "./gfl_r18_half_320.py"
+
+model = dict(
+    _delete_=True,
+    type="CrossKDDetector",
+    student={{_base_.model}},
+    teacher=dict(config="gfl_r34_320.py", checkpoint=None),
+    distill=dict(method="crosskd", split=1),
+)

@@ -1,0 +1,1 @@
+"""CrossKD training of compact detectors; torch and mmdet live here."""

@@ -1,0 +1,46 @@
+"""
+Makes a run directory of a detector that was trained elsewhere: `python -m crosskd.adopt CONFIG --checkpoint X --data DIR -o RUN_DIR`.
+
+For a teacher from mmdet's model zoo, or one that you have: nothing is trained, and every later stage takes it like a run of ours.
+Needs the training packages (torch, mmdet).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from crosskd.config import add_data_arguments, add_override_argument, data_from_arguments, load_config, overrides_from_arguments, set_classes
+from crosskd.training import save_run
+from deploy.errors import command
+from deploy.files import check_writable
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m crosskd.adopt", description="Take in a detector that was trained elsewhere.")
+    parser.add_argument("config", metavar="CONFIG", help="its mmdet config: a file, or mmdet::FAMILY/NAME.py")
+    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="its weights: a file or an address")
+    parser.add_argument("-o", "--output", required=True, metavar="RUN_DIR")
+    add_data_arguments(parser)
+    add_override_argument(parser)
+    arguments = parser.parse_args(argv)
+    run_dir = Path(arguments.output)
+    check_writable(run_dir / "detector.pth")
+    data = data_from_arguments(arguments)
+    config = load_config(arguments.config, overrides_from_arguments(arguments))
+    set_classes(config, data.class_names)
+
+    from crosskd.checkpoint import load_detector_weights
+    from crosskd.detector import detector_from_config
+
+    detector = detector_from_config(config, load_weights=False)
+    load_detector_weights(detector, arguments.checkpoint)
+    inputs = {"checkpoint": arguments.checkpoint} if Path(arguments.checkpoint).is_file() else {}
+    save_run(config, detector, data, run_dir / "detector.pth", inputs, {"checkpoint": arguments.checkpoint})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

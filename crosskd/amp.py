@@ -1,0 +1,46 @@
+"""bf16 training on any device: mmengine's own AMP wrapper refuses to work on a CPU."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from mmengine.device import get_device
+from mmengine.optim import OptimWrapper
+from mmengine.registry import OPTIM_WRAPPERS
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+
+@OPTIM_WRAPPERS.register_module()
+class Bf16OptimWrapper(OptimWrapper):
+    """Forward passes under bf16 autocast. bf16 has float32's exponent, so no loss scaling is needed."""
+
+    @contextlib.contextmanager
+    def optim_context(self, model: nn.Module) -> Iterator[None]:
+        with super().optim_context(model), torch.autocast(get_device(), dtype=torch.bfloat16):
+            yield
+
+
+def _float32(values: Any) -> Any:
+    return tree_map(lambda v: v.float() if isinstance(v, Tensor) and v.dtype == torch.bfloat16 else v, values)
+
+
+def keep_losses_in_float32(head: nn.Module) -> None:
+    """
+    Makes `head.loss_by_feat` run in float32 on float32 inputs, also inside autocast.
+
+    Autocast would run the integral over GFL's distance bins, a matrix product, in bf16: with 8 bits of mantissa the boxes that
+    the loss compares are off by whole pixels.
+    """
+    original = head.loss_by_feat
+
+    @functools.wraps(original)
+    def loss_by_feat(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(get_device(), enabled=False):
+            return original(*_float32(args), **_float32(kwargs))
+
+    head.loss_by_feat = loss_by_feat

@@ -1,0 +1,215 @@
+"""Configs: read, point to data, and take class names and counts from its annotations."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import dataclasses
+import io
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deploy.dataset import CocoSet, load_coco, split_paths
+from deploy.errors import ConfigError, DataError
+from deploy.files import write_json
+
+if TYPE_CHECKING:
+    from mmengine.config import Config
+
+
+def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Config:
+    """
+    The config at `path`, ready to build: mmdet is registered, a teacher's own config is read into `model.teacher.model`.
+
+    Args:
+        path: a file, or `mmdet::gfl/gfl_r50_fpn_1x_coco.py` for one that comes with mmdet.
+        overrides: dotted key -> value, such as {"model.distill.split": 2}; they win over the file.
+
+    Raises:
+        ConfigError: no such file, or it is not a config, or it has no model.
+    """
+    from crosskd.ops import register_mmcv_ops
+
+    register_mmcv_ops()
+    warnings.filterwarnings("ignore", module=r"mm(det|cv|engine)|torch\.jit")  # about their own code: nothing a user can mend
+    with contextlib.redirect_stdout(io.StringIO()):  # mmdet tells of an optional data service each time
+        from mmdet.utils import register_all_modules
+        from mmengine.config import Config
+        from mmengine.hub import get_config
+
+        register_all_modules(init_default_scope=True)
+        from crosskd import amp, detector, transforms  # noqa: F401  registers them
+
+    name = str(path)
+    if not name.startswith("mmdet::") and not Path(name).is_file():
+        raise ConfigError(f"no such config: {name}; expected a Python file, or mmdet::FAMILY/NAME.py for one of mmdet's own")
+    try:
+        config = get_config(name) if name.startswith("mmdet::") else Config.fromfile(name)
+        config.merge_from_dict(overrides or {})
+    except Exception as error:  # a config is Python: anything can come out of it
+        raise ConfigError(f"{name} is not a config that mmengine can read: {type(error).__name__}: {error}") from error
+    if "model" not in config:
+        raise ConfigError(f"{name} has no `model`; expected a config of an mmdet detector or of a CrossKDDetector")
+    teacher = config.model.get("teacher")
+    if teacher is not None and "model" not in teacher:
+        if "config" not in teacher:
+            raise ConfigError(f"{name}: model.teacher has neither `config` nor `model`; expected the teacher's config file")
+        teacher.model = load_config(path_beside(teacher.config, name)).model
+    return config
+
+
+def path_beside(path: str, config_path: str | Path) -> str:
+    """A config's path as it stands, if it is one of mmdet's or absolute; else relative to the folder of `config_path`."""
+    return path if path.startswith("mmdet::") or Path(path).is_absolute() else str(Path(config_path).parent / path)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingData:
+    """The two checked sets of a training."""
+
+    train: CocoSet
+    val: CocoSet
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.train.class_names
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("data", "either --data, or the four explicit paths")
+    group.add_argument("--data", metavar="DIR", help="annotations/instances_{train,val}.json and images/")
+    for split in ("train", "val"):
+        group.add_argument(f"--{split}-annotations", metavar="FILE", help=f"COCO JSON of the {split} split")
+        group.add_argument(f"--{split}-images-dir", metavar="DIR", help=f"folder of the {split} split's images")
+
+
+def data_from_arguments(arguments: argparse.Namespace) -> TrainingData:
+    """
+    The sets that the arguments of `add_data_arguments` name, read and checked; clipped boxes are counted on stdout.
+
+    Raises:
+        ConfigError: paths are missing or given twice.
+        DataError: annotations or images will not do, or the two sets have different classes.
+    """
+    sets = {}
+    for split in ("train", "val"):
+        annotations, images_dir = (getattr(arguments, f"{split}_{what}") for what in ("annotations", "images_dir"))
+        if arguments.data is not None and (annotations or images_dir):
+            raise ConfigError(f"--data and --{split}-annotations / --{split}-images-dir were both given; give one or the other")
+        if arguments.data is not None:
+            annotations, images_dir = split_paths(arguments.data, split)
+        elif not (annotations and images_dir):
+            raise ConfigError(f"no {split} data; give --data DIR, or --{split}-annotations FILE and --{split}-images-dir DIR")
+        sets[split] = load_coco(annotations, images_dir)
+        if sets[split].clipped:
+            print(f"{annotations}: {sets[split].clipped} boxes stick out of their image and were clipped")
+    train, val = sets["train"], sets["val"]
+    if train.class_names != val.class_names:
+        raise DataError(
+            f"{train.annotations_path} has the classes {list(train.class_names)}, {val.annotations_path} has {list(val.class_names)}; "
+            "expected the same categories in the same order"
+        )
+    return TrainingData(train, val)
+
+
+def add_override_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="KEY=VALUE", dest="overrides", help="change config values, such as train_cfg.max_epochs=3"
+    )
+
+
+def overrides_from_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
+    """
+    Dotted key -> value of `--set`; a value that is no Python literal is a string.
+
+    Raises:
+        ConfigError: a word without '='.
+    """
+    overrides = {}
+    for word in arguments.overrides:
+        key, equals, text = word.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {word}: expected KEY=VALUE")
+        try:
+            overrides[key] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            overrides[key] = text
+    return overrides
+
+
+def set_classes(config: Config, class_names: tuple[str, ...]) -> None:
+    """Puts the number of classes into every head of the config's model, student and teacher."""
+
+    def visit(node: Any) -> None:
+        if isinstance(node, dict):
+            if "num_classes" in node:
+                node["num_classes"] = len(class_names)
+            for value in node.values():
+                visit(value)
+        elif isinstance(node, (list, tuple)):
+            for value in node:
+                visit(value)
+
+    visit(config.model)
+
+
+def set_data(config: Config, data: TrainingData, folder: Path) -> None:
+    """
+    Points the config's loaders and evaluators at `data`, with its class names and counts.
+
+    mmdet reads annotation files of its own: those that this writes to `folder` hold the clipped boxes, and the keys (`area`,
+    `iscrowd`) that mmdet demands and many sets leave out.
+    """
+    set_classes(config, data.class_names)
+    files = {split: folder / f"annotations_{split}.json" for split in ("train", "val")}
+    for split, path in files.items():
+        write_json(path, coco_document_from_set(getattr(data, split)))
+    for split, loader in (("train", config.train_dataloader), ("val", config.val_dataloader), ("val", config.test_dataloader)):
+        dataset = loader.dataset
+        while "dataset" in dataset:  # RepeatDataset, ClassBalancedDataset, ... wrap the real one
+            dataset = dataset.dataset
+        dataset.update(
+            type="CocoDataset",
+            data_root="",
+            ann_file=str(files[split].resolve()),
+            data_prefix=dict(img=f"{getattr(data, split).images_dir.resolve()}/"),
+            metainfo=dict(classes=data.class_names),
+        )
+        if split == "train":
+            dataset["filter_cfg"] = dict(filter_empty_gt=False, min_size=0)  # images without boxes are data too
+    for evaluator in (config.val_evaluator, config.test_evaluator):
+        evaluator.ann_file = str(files["val"].resolve())
+
+
+def coco_document_from_set(coco: CocoSet) -> dict[str, Any]:
+    """A COCO detection document of a checked set; `area` is that of the box."""
+    annotations: list[dict[str, Any]] = []
+    for image in coco.images:
+        for (x1, y1, x2, y2), label, crowd in zip(image.boxes_xyxy.tolist(), image.labels.tolist(), image.crowd.tolist(), strict=True):
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": image.image_id,
+                    "category_id": coco.category_ids[label],
+                    "bbox": [x1, y1, x2 - x1, y2 - y1],
+                    "area": (x2 - x1) * (y2 - y1),
+                    "iscrowd": int(crowd),
+                }
+            )
+    return {
+        "images": [
+            {
+                "id": image.image_id,
+                "file_name": image.path.relative_to(coco.images_dir).as_posix(),
+                "width": image.width_px,
+                "height": image.height_px,
+            }
+            for image in coco.images
+        ],
+        "annotations": annotations,
+        "categories": [
+            {"id": category_id, "name": name} for category_id, name in zip(coco.category_ids, coco.class_names, strict=True)
+        ],
+    }

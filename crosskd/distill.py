@@ -1,0 +1,46 @@
+"""
+Trains a student under a teacher with CrossKD: `python -m crosskd.distill CONFIG --data DIR --teacher-checkpoint X -o RUN_DIR`.
+
+Writes `RUN_DIR/student.pth`, plain mmdet weights of the student alone. Needs the training packages (torch, mmdet).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from crosskd.config import data_from_arguments, load_config, overrides_from_arguments, set_data
+from crosskd.training import add_training_arguments, run_dir_of, run_training, seed_everything
+from deploy.errors import ConfigError, command
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m crosskd.distill", description="Distil a student under a teacher.")
+    add_training_arguments(parser)
+    parser.add_argument(
+        "--teacher-checkpoint", metavar="FILE", help="the teacher's weights (default: model.teacher.checkpoint of the config)"
+    )
+    arguments = parser.parse_args(argv)
+    run_dir = run_dir_of(arguments)
+    data = data_from_arguments(arguments)
+    config = load_config(arguments.config, overrides_from_arguments(arguments))
+    if config.model.type != "CrossKDDetector":
+        raise ConfigError(f"{arguments.config}: model.type is {config.model.type}; expected CrossKDDetector. Train others with crosskd.train.")
+    if arguments.teacher_checkpoint:
+        config.model.teacher.checkpoint = arguments.teacher_checkpoint
+    set_data(config, data, run_dir)
+
+    from crosskd.detector import detector_from_config
+
+    seed_everything(arguments.seed)
+    detector = detector_from_config(config)
+    teacher = config.model.teacher.checkpoint
+    inputs = {"teacher_checkpoint": teacher} if Path(teacher).is_file() else {}
+    run_training(config, detector, data, run_dir, arguments, "student.pth", inputs)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

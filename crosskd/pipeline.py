@@ -1,0 +1,165 @@
+"""
+Runs the whole job: `python -m crosskd.pipeline CONFIG --data DIR -o DIR`, from images to a verdict.
+
+Prints each stage's command and runs it as a process of its own. A stage whose command, inputs and artefact are those that its
+sidecar records is skipped, so the same line goes on after an interruption. Needs the training and the edge packages.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from crosskd.config import load_config, path_beside
+from deploy.contract import read_sidecar
+from deploy.dataset import SPLITS, load_coco, split_paths
+from deploy.errors import ConfigError, PipelineError, command
+from deploy.files import check_writable, read_json, sha256_of
+
+TARGETS = ("onnxruntime", "tensorrt")
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One command of the pipeline and the file that it leaves."""
+
+    name: str
+    words: list[str]
+    """The module and its arguments, without `python -m`."""
+    artefact: Path
+
+    @property
+    def command(self) -> list[str]:
+        return ["python", "-m", *self.words]
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m crosskd.pipeline", description="Train, distil, export, quantise, measure, report.")
+    parser.add_argument("config", metavar="CONFIG", help="a config whose model is a CrossKDDetector")
+    parser.add_argument("--data", required=True, metavar="DIR", help="annotations/instances_{train,val,test}.json and images/")
+    parser.add_argument("-o", "--output", required=True, metavar="DIR", help="folder for everything that is made")
+    parser.add_argument("--teacher-checkpoint", metavar="FILE", help="weights of a teacher that is already trained")
+    parser.add_argument("--target", choices=TARGETS, default="onnxruntime", help="what the model shall run on (default: onnxruntime)")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args(argv)
+    check_writable(Path(arguments.output) / "report.html")
+    for split in SPLITS:
+        load_coco(*split_paths(arguments.data, split))
+    stages = planned_stages(arguments, load_config(arguments.config))
+    status = run_stages(stages)
+    print(f"report: {Path(arguments.output) / 'report.html'}")
+    return status
+
+
+def planned_stages(arguments: argparse.Namespace, config: Any) -> list[Stage]:
+    """
+    The stages in order.
+
+    Raises:
+        ConfigError: the config is no distillation.
+    """
+    if config.model.type != "CrossKDDetector":
+        raise ConfigError(f"{arguments.config}: model.type is {config.model.type}; expected CrossKDDetector")
+    out, data, seed = Path(arguments.output), arguments.data, str(arguments.seed)
+    teacher, baseline, student = out / "teacher", out / "baseline", out / "student"
+    stages = [teacher_stage(arguments, config, teacher)]
+
+    def add(name: str, artefact: Path, *words: str | Path) -> Path:
+        stages.append(Stage(name, [str(word) for word in words], artefact))
+        return artefact
+
+    training = ("--data", data, "--seed", seed)
+    add("baseline", baseline / "detector.pth", "crosskd.train", arguments.config, *training, "-o", baseline)
+    add(
+        "student", student / "student.pth", "crosskd.distill", arguments.config, *training,
+        "--teacher-checkpoint", stages[0].artefact, "-o", student,
+    )  # fmt: skip
+    onnx = add("export", out / "student.onnx", "deploy.export", student, "-o", out / "student.onnx")
+    int8 = add(
+        "quantise", out / "student.int8.onnx", "calibration.quantize", onnx, "--data", data, "--target", arguments.target,
+        "-o", out / "student.int8.onnx",
+    )  # fmt: skip
+    models = {"teacher": teacher, "baseline": baseline, "student": student, "onnx-fp32": onnx, "onnx-int8": int8}
+    if arguments.target == "tensorrt":
+        for role, source, flag in (("engine-fp16", onnx, "--fp16"), ("engine-int8", int8, "--int8")):
+            models[role] = add(f"build {role}", out / f"{role}.engine", "deploy.build_trt", source, flag, "-o", out / f"{role}.engine")
+    results = []
+    for role, model in models.items():
+        for what in ("accuracy", "latency"):
+            result = out / "results" / f"{role}.{what}.result.json"
+            results.append(add(f"{what} {role}", result, f"benchmarks.{what}", model, "--data", data, "--role", role, "-o", result))
+    limits = [f"--{name.replace('_', '-')}={value}" for name, value in config.get("report_limits", {}).items()]
+    add("report", out / "report.json", "benchmarks.report", *results, *limits, "-o", out / "report.html")
+    return stages
+
+
+def teacher_stage(arguments: argparse.Namespace, config: Any, run_dir: Path) -> Stage:
+    """The stage that makes the teacher's run directory: trained, or taken in."""
+    given = config.model.teacher.get("config")
+    if given is None:
+        raise ConfigError(f"{arguments.config}: model.teacher.config is missing; expected the teacher's config file")
+    words = [path_beside(given, arguments.config), "--data", arguments.data, "-o", str(run_dir)]
+    checkpoint = arguments.teacher_checkpoint or config.model.teacher.get("checkpoint")
+    if checkpoint:
+        return Stage("teacher", ["crosskd.adopt", *words, "--checkpoint", checkpoint], run_dir / "detector.pth")
+    return Stage("teacher", ["crosskd.train", *words, "--seed", str(arguments.seed)], run_dir / "detector.pth")
+
+
+def run_stages(stages: list[Stage]) -> int:
+    """
+    Runs what is not up to date and returns the status of the last stage, the report's: 0 roll out, 1 do not.
+
+    Raises:
+        PipelineError: a stage failed. Its own message is on stderr.
+    """
+    started = time.monotonic()
+    status = 0
+    for number, stage in enumerate(stages, start=1):
+        head = f"[{number}/{len(stages)}] {stage.name}"
+        is_report = stage is stages[-1]
+        if not is_report and is_up_to_date(stage):
+            print(f"{head}: up to date, {stage.artefact}", flush=True)
+            continue
+        words = [*stage.words, "--resume"] if can_resume(stage) else stage.words
+        print(f"{head}: python -m {' '.join(words)}", flush=True)
+        began = time.monotonic()
+        status = subprocess.run([sys.executable, "-m", *words]).returncode
+        if status != 0 and not (is_report and status == 1):
+            raise PipelineError(
+                f"stage {stage.name!r} ended with status {status}; its message is above. Put that right and run the same command "
+                "again: what is finished is kept"
+            )
+        now = time.monotonic()
+        print(f"{head}: done in {now - began:.0f} s, {now - started:.0f} s in all", flush=True)
+    return status
+
+
+def can_resume(stage: Stage) -> bool:
+    """Whether an interrupted training left a checkpoint of the same command to go on from."""
+    return stage.words[0] in ("crosskd.train", "crosskd.distill") and not stage.artefact.exists() and (
+        stage.artefact.parent / "last_checkpoint"
+    ).exists()
+
+
+def is_up_to_date(stage: Stage) -> bool:
+    """Whether the artefact is there, as recorded, made by this very command from inputs that are still the same."""
+    try:
+        if stage.artefact.suffix == ".json":  # a result file is its own sidecar
+            record = read_json(stage.artefact, PipelineError, "a result file")
+        else:
+            record = read_sidecar(stage.artefact)
+        made_by = [word for word in record["command"] if word != "--resume"]
+        inputs = record["inputs"].values()
+        return made_by == stage.command and all(sha256_of(one["file"]) == one["sha256"] for one in inputs)
+    except (PipelineError, OSError, KeyError, TypeError, AttributeError):
+        return False
+
+
+if __name__ == "__main__":
+    sys.exit(main())

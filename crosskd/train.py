@@ -1,0 +1,38 @@
+"""
+Trains a plain mmdet detector, a teacher or a baseline: `python -m crosskd.train CONFIG --data DIR -o RUN_DIR`.
+
+Given the config of a distillation, it trains the student alone. Writes `RUN_DIR/detector.pth`, plain mmdet weights. Needs the
+training packages (torch, mmdet).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from crosskd.config import data_from_arguments, load_config, overrides_from_arguments, set_data
+from crosskd.training import add_training_arguments, run_dir_of, run_training, seed_everything
+from deploy.errors import command
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m crosskd.train", description="Train a teacher or a baseline.")
+    add_training_arguments(parser)
+    arguments = parser.parse_args(argv)
+    run_dir = run_dir_of(arguments)
+    data = data_from_arguments(arguments)
+    config = load_config(arguments.config, overrides_from_arguments(arguments))
+    if "student" in config.model:
+        config.model = config.model.student
+    set_data(config, data, run_dir)
+
+    from crosskd.detector import detector_from_config
+
+    seed_everything(arguments.seed)
+    run_training(config, detector_from_config(config), data, run_dir, arguments, "detector.pth", inputs={})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""From a checkpoint to a running engine. Imports neither torch nor mmdet (but for deploy/export.py)."""

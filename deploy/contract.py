@@ -1,0 +1,208 @@
+"""
+The model contract and the sidecars that carry it.
+
+Every artefact `X` has a sidecar `X.json`, written last and atomically. It says what made `X` (inputs with their hashes,
+command, package versions, time) and, for a model, how to feed it and read it: the contract. Later stages take what
+they need from there, never from a second flag.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import platform
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, Optional, Tuple
+
+from deploy.errors import ContractError
+from deploy.files import AnyPath, read_json, sha256_of, write_json
+
+SCHEMA_VERSION = 1
+PACKAGES = (
+    "crosskd", "torch", "torchvision", "mmdet", "onedl-mmdetection", "onedl-mmcv", "onedl-mmengine",
+    "numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt", "opencv-python-headless", "opencv-python",
+    "faster-coco-eval",
+)  # fmt: skip
+_STARTED = time.time()
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelContract:
+    """How to feed a detector and how to read it."""
+
+    input_name: str
+    input_shape: Tuple[int, int, int, int]
+    """(N, 3, height, width), float32."""
+    channel_order: str
+    """'rgb' or 'bgr': the order of the channels of the input, of mean, std and pad_value."""
+    mean: Tuple[float, float, float]
+    """Subtracted from the pixel, 0 to 255."""
+    std: Tuple[float, float, float]
+    """Divides after the subtraction."""
+    pad_value: Tuple[float, float, float]
+    """Pixel value, 0 to 255, right of and below the resized image; equal to `mean` it is 0 after normalisation."""
+    resize: str
+    """'keep_ratio': the largest size of the same aspect ratio that fits, at the top left. 'stretch': both sides."""
+    output_names: Tuple[str, str, str]
+    """boxes (N, K, 4) float32, x1 y1 x2 y2 in pixels of the input; scores (N, K) float32, 0 to 1; labels (N, K) integer.
+
+    Before NMS: K is the sum over the levels of the best candidates of each.
+    """
+    class_names: Tuple[str, ...]
+    category_ids: Tuple[int, ...]
+    """The COCO category id of each label."""
+    score_threshold: float
+    nms_iou_threshold: float
+    max_detections: int
+    """The most detections kept per image after NMS."""
+
+    def __post_init__(self) -> None:
+        def check(good: bool, field: str, expected: str) -> None:
+            if not good:
+                raise ContractError(f"model contract: {field} is {getattr(self, field)!r}; expected {expected}")
+
+        shape = self.input_shape
+        check(len(shape) == 4 and shape[1] == 3 and min(shape) > 0, "input_shape", "(N, 3, height, width), all positive")
+        check(self.channel_order in ("rgb", "bgr"), "channel_order", "'rgb' or 'bgr'")
+        check(self.resize in ("keep_ratio", "stretch"), "resize", "'keep_ratio' or 'stretch'")
+        for field in ("mean", "std", "pad_value"):
+            check(len(getattr(self, field)) == 3, field, "three numbers")
+        check(min(self.std) > 0, "std", "three positive numbers")
+        check(len(self.output_names) == 3, "output_names", "three names: boxes, scores, labels")
+        check(len(self.class_names) > 0, "class_names", "at least one name")
+        check(len(self.category_ids) == len(self.class_names), "category_ids", f"{len(self.class_names)} ids")
+        check(0 <= self.score_threshold < 1, "score_threshold", "0 <= threshold < 1")
+        check(0 < self.nms_iou_threshold <= 1, "nms_iou_threshold", "0 < threshold <= 1")
+        check(self.max_detections > 0, "max_detections", "a positive number")
+
+    @property
+    def input_height_px(self) -> int:
+        return self.input_shape[2]
+
+    @property
+    def input_width_px(self) -> int:
+        return self.input_shape[3]
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any], source: AnyPath) -> ModelContract:
+        """
+        The contract in a sidecar's `contract` object.
+
+        Raises:
+            ContractError: a key is missing, unknown or of a wrong value; `source` is named.
+        """
+        names = {field.name for field in dataclasses.fields(cls)}
+        if not isinstance(document, Mapping):
+            raise ContractError(f"{source}: contract is {document!r}; expected an object with {sorted(names)}")
+        wrong = sorted(names ^ set(document))
+        if wrong:
+            raise ContractError(f"{source}: contract has missing or unknown keys {wrong}; expected {sorted(names)}")
+        values: Dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in document.items()}
+        try:
+            return cls(**values)
+        except (TypeError, ContractError) as error:
+            raise ContractError(f"{source}: {error}") from error
+
+    def to_json(self) -> Dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def sidecar_path(artefact: AnyPath) -> Path:
+    """`X.json` for the artefact `X`."""
+    return Path(f"{artefact}.json")
+
+
+def package_versions() -> Dict[str, str]:
+    """The installed version of each package that can change a result, and Python's."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def provenance(inputs: Mapping[str, AnyPath], command: Optional[List[str]] = None) -> Dict[str, Any]:
+    """
+    What made a file: the part that sidecars and result files share.
+
+    Args:
+        inputs: name -> file. Each is recorded with its SHA-256.
+        command: the words of the command; by default this process's own.
+    """
+    words = command or ["python", "-m", _module_name(), *sys.argv[1:]]
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "inputs": {name: {"file": str(path), "sha256": sha256_of(path)} for name, path in inputs.items()},
+        "command": words,
+        "versions": package_versions(),
+        "created_utc": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "elapsed_s": round(time.time() - _STARTED, 3),
+    }
+
+
+def _module_name() -> str:
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return spec.name if spec else Path(sys.argv[0]).stem
+
+
+def write_sidecar(
+    artefact: AnyPath,
+    inputs: Mapping[str, AnyPath],
+    contract: Optional[ModelContract] = None,
+    details: Optional[Mapping[str, Any]] = None,
+) -> None:
+    """
+    Writes `artefact`'s sidecar; to be called when the artefact itself is in place.
+
+    Args:
+        inputs: name -> file, recorded with their hashes.
+        details: what only this kind of artefact has to say, under the key `details`.
+    """
+    document = provenance(inputs)
+    document["artefact"] = {"file": Path(artefact).name, "sha256": sha256_of(artefact), "bytes": Path(artefact).stat().st_size}
+    if contract is not None:
+        document["contract"] = contract.to_json()
+    document["details"] = dict(details or {})
+    write_json(sidecar_path(artefact), document)
+
+
+def read_sidecar(artefact: AnyPath) -> Dict[str, Any]:
+    """
+    The sidecar of `artefact`, whose hash has been compared with the file.
+
+    Raises:
+        ContractError: the artefact or its sidecar is missing, of another schema version, or the hash differs.
+    """
+    artefact, path = Path(artefact), sidecar_path(artefact)
+    if not artefact.is_file():
+        raise ContractError(f"no such file: {artefact}")
+    document = read_json(path, ContractError, f"the sidecar that was written with {artefact.name}; keep the two together")
+    if not isinstance(document, dict) or document.get("schema_version") != SCHEMA_VERSION:
+        found = document.get("schema_version") if isinstance(document, dict) else document
+        raise ContractError(f"{path}: schema_version is {found!r}; expected {SCHEMA_VERSION}. Make {artefact.name} again.")
+    entry, found = document.get("artefact"), sha256_of(artefact)
+    recorded = entry.get("sha256") if isinstance(entry, dict) else None
+    if recorded != found:
+        raise ContractError(
+            f"{artefact} is not the file that its sidecar describes: its SHA-256 is {found[:12]}..., {path.name} says "
+            f"{str(recorded)[:12]}... It was changed or truncated after it was made: make it again, or bring back the original."
+        )
+    return document
+
+
+def load_contract(artefact: AnyPath) -> ModelContract:
+    """
+    The model contract of `artefact`, read from its sidecar.
+
+    Raises:
+        ContractError: as `read_sidecar`, or the sidecar has no contract.
+    """
+    document = read_sidecar(artefact)
+    if "contract" not in document:
+        raise ContractError(f"{sidecar_path(artefact)} has no model contract; expected the sidecar of a detector")
+    return ModelContract.from_json(document["contract"], sidecar_path(artefact))

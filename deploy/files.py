@@ -1,0 +1,94 @@
+"""Files that are whole or not there: atomic writing, hashes, JSON."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, Dict, Iterator, Type, Union
+
+from deploy.errors import PipelineError
+
+AnyPath = Union[str, Path]
+
+
+@contextlib.contextmanager
+def replacing(path: AnyPath) -> Iterator[Path]:
+    """
+    Yields a temporary path beside `path`; on success it is flushed and renamed to `path`, on failure removed.
+
+    The suffix is that of `path`, since some writers choose the format by it.
+
+    Raises:
+        PipelineError: the folder cannot be made or written.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(f"{path} is a folder")
+        handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
+    except OSError as error:
+        raise PipelineError(f"cannot write {path}: {error}. Give an output path in a folder that can be written.") from error
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # mkstemp's 0600 would keep the file from everybody else
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+
+
+def check_writable(path: AnyPath) -> None:
+    """
+    Raises PipelineError if `path` cannot be written: asked before long work, so that nothing is lost after it.
+    """
+    path = Path(path)
+    existed = path.exists()
+    with contextlib.suppress(_Abandon), replacing(path):
+        raise _Abandon
+    assert path.exists() == existed
+
+
+class _Abandon(Exception):
+    pass
+
+
+def sha256_of(path: AnyPath) -> str:
+    """The SHA-256 of a file's bytes, as 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_json(path: AnyPath, document: Dict[str, Any]) -> None:
+    """Writes `document` atomically. NaN and infinity are refused: they are not JSON."""
+    text = json.dumps(document, indent=1, allow_nan=False, ensure_ascii=False)
+    with replacing(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def read_json(path: AnyPath, error_type: Type[PipelineError], what: str) -> Any:
+    """
+    The parsed content of the JSON file at `path`.
+
+    Raises:
+        error_type: the file is missing, unreadable or not JSON; `what` says what it should have been.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise error_type(f"cannot read {path} ({error.strerror}); expected {what}") from error
+    except ValueError as error:
+        raise error_type(f"{path} is not JSON ({error}); expected {what}") from error

@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import pytest
+
+from deploy.errors import ConfigError, DataError, PipelineError
+from deploy.files import check_writable, read_json, replacing, sha256_of, write_json
+
+
+def test_replacing_puts_the_whole_file_in_place(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "a.onnx"
+    with replacing(path) as temporary:
+        assert temporary.suffix == ".onnx"
+        assert temporary.parent == path.parent
+        temporary.write_bytes(b"whole")
+        assert not path.exists()
+    assert path.read_bytes() == b"whole"
+    assert os.listdir(path.parent) == ["a.onnx"]
+    plain = tmp_path / "plain"
+    plain.touch()
+    assert path.stat().st_mode == plain.stat().st_mode
+
+
+def test_replacing_leaves_the_old_file_where_writing_fails(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(UnicodeEncodeError), replacing(path) as temporary:
+        temporary.write_text("half \ud800", encoding="utf-8")
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_check_writable_changes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    check_writable(path)
+    assert os.listdir(tmp_path) == []
+    path.write_text("old")
+    check_writable(path)
+    assert path.read_text() == "old"
+
+
+@pytest.mark.parametrize("path", ["file/below/a.txt", "folder"])
+def test_a_path_that_cannot_be_written_is_refused(tmp_path: Path, path: str) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(PipelineError, match=f"cannot write .*{path}"):
+        check_writable(tmp_path / path)
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
+
+
+def test_sha256_of_reads_the_whole_file(tmp_path: Path) -> None:
+    content = os.urandom((1 << 20) + 17)
+    (tmp_path / "a").write_bytes(content)
+    assert sha256_of(tmp_path / "a") == hashlib.sha256(content).hexdigest()
+
+
+def test_json_survives_the_round_trip(tmp_path: Path) -> None:
+    document = {"größe_px": [1, 2.5, None], "nested": {"a": True}}
+    write_json(tmp_path / "a.json", document)
+    assert read_json(tmp_path / "a.json", DataError, "anything") == document
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_write_json_refuses_what_is_not_json(tmp_path: Path, value: float) -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(tmp_path / "a.json", {"value": value})
+    assert os.listdir(tmp_path) == []
+
+
+def test_read_json_raises_the_error_of_the_caller(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    with pytest.raises(ConfigError, match=r"a\.json.*No such file.*a list of teachers"):
+        read_json(path, ConfigError, "a list of teachers")
+    path.write_bytes(b"\xff\xfe{}")
+    with pytest.raises(DataError, match=r"a\.json is not JSON"):
+        read_json(path, DataError, "anything")
+    with pytest.raises(DataError, match="cannot read"):
+        read_json(tmp_path, DataError, "anything")

@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper, parser
+
+from deploy import graph
+from deploy.errors import ContractError, ExportError
+
+TEXT = """
+<ir_version: 8, opset_import: ["" : 17]>
+small (float[1, 2, 8, 8] x) => (float[1, 3, 4, 4] y)
+<float[3, 2, 1, 1] weight = {1, 2, 3, 4, 5, 6}, float[3] unused = {1, 2, 3}>
+{
+    bias = Constant <value = float[3] {0, 1, 2}> ()
+    same_weight = Identity (weight)
+    same_again = Identity (same_weight)
+    first = Conv (x, weight, bias)
+    second = Conv (x, same_again, bias)
+    dead = Relu (second)
+    sum = Add (first, second)
+    y = MaxPool <kernel_shape = [2, 2], strides = [2, 2]> (sum)
+}
+"""
+
+
+@pytest.fixture
+def model():
+    return parser.parse_model(TEXT)
+
+
+def test_saved_model_loads_as_it_was(model, tmp_path):
+    path = tmp_path / "folder" / "small.onnx"
+    graph.save_onnx(model, path)
+    assert graph.load_onnx(path) == model
+    assert [file.name for file in path.parent.iterdir()] == ["small.onnx"]
+
+
+def test_missing_file_is_named(tmp_path):
+    with pytest.raises(ContractError, match=r"no such file: .*nothing\.onnx"):
+        graph.load_onnx(tmp_path / "nothing.onnx")
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 1, 40, -1])
+def test_truncated_file_is_refused(model, tmp_path, kept_bytes):
+    path = tmp_path / "cut.onnx"
+    path.write_bytes(model.SerializeToString()[:kept_bytes])
+    with pytest.raises(ContractError, match=r"cut\.onnx.*truncated"):
+        graph.load_onnx(path)
+
+
+def test_text_is_not_onnx(tmp_path):
+    path = tmp_path / "text.onnx"
+    path.write_text("This is no model.\n" * 10)
+    with pytest.raises(ContractError, match=r"text\.onnx"):
+        graph.load_onnx(path)
+
+
+def test_missing_external_data_is_refused(model, tmp_path):
+    path = tmp_path / "small.onnx"
+    model.graph.initializer[0].CopyFrom(numpy_helper.from_array(np.ones((3, 2, 1, 1), np.float32), "weight"))
+    onnx.save(model, path, save_as_external_data=True, location="small.data", size_threshold=0)
+    graph.load_onnx(path)
+    (tmp_path / "small.data").unlink()
+    with pytest.raises(ContractError, match="external data"):
+        graph.load_onnx(path)
+
+
+def test_valid_static_graph_passes(model):
+    graph.check_graph(model)
+    graph.check_static(model)
+
+
+def test_invalid_graph_is_refused(model):
+    model.graph.node[-1].input[0] = "nowhere"
+    with pytest.raises(ExportError, match="nowhere"):
+        graph.check_graph(model)
+
+
+@pytest.mark.parametrize("value", ["input", "output"])
+def test_dynamic_shape_is_refused(model, value):
+    tensor = getattr(model.graph, value)[0]
+    tensor.type.tensor_type.shape.dim[0].dim_param = "batch"
+    with pytest.raises(ExportError, match=rf"tensor {tensor.name} has the shape \['batch', "):
+        graph.check_static(model)
+
+
+def test_control_flow_is_refused():
+    branch = helper.make_graph(
+        [helper.make_node("Identity", ["x"], ["z"])],
+        "b",
+        [],
+        [helper.make_tensor_value_info("z", TensorProto.FLOAT, [1])],
+    )
+    node = helper.make_node("If", ["condition"], ["y"], name="choice", then_branch=branch, else_branch=branch)
+    inputs = [
+        helper.make_tensor_value_info("condition", TensorProto.BOOL, [1]),
+        helper.make_tensor_value_info("x", TensorProto.FLOAT, [1]),
+    ]
+    outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1])]
+    with pytest.raises(ExportError, match=r"choice.*subgraph"):
+        graph.check_static(helper.make_model(helper.make_graph([node], "g", inputs, outputs)))
+
+
+def test_producers_and_consumers(model):
+    assert graph.producers(model)["sum"].op_type == "Add"
+    assert "x" not in graph.producers(model)
+    readers = [(node.output[0], index) for node, index in graph.consumers(model)["second"]]
+    assert readers == [("dead", 0), ("sum", 1)]
+
+
+def test_constants_resolve_identity_and_leave_the_model_alone(model):
+    before = model.SerializeToString()
+    found = graph.constants(model)
+    assert {name: found[name].name for name in ("weight", "same_weight", "same_again", "bias")} == {
+        "weight": "weight",
+        "same_weight": "weight",
+        "same_again": "weight",
+        "bias": "bias",
+    }
+    np.testing.assert_array_equal(numpy_helper.to_array(found["bias"]), np.float32([0, 1, 2]))
+    assert "first" not in found
+    assert model.SerializeToString() == before
+
+
+def test_remove_unused_keeps_what_outputs_need(model):
+    graph.remove_unused(model)
+    assert [node.output[0] for node in model.graph.node] == [
+        "bias", "same_weight", "same_again", "first", "second", "sum", "y",
+    ]  # fmt: skip
+    assert [tensor.name for tensor in model.graph.initializer] == ["weight"]
+    graph.check_graph(model)
+
+
+def test_remove_unused_is_not_misled_by_outputs_left_out():
+    """An unnamed output of a dead node is not what a node with an unnamed input asks for."""
+    nodes = [
+        helper.make_node("MaxPool", ["x"], ["", "indices"], kernel_shape=[1, 1]),
+        helper.make_node("Clip", ["x", "", "top"], ["y"]),
+    ]
+    shape = [1, 1, 2, 2]
+    model = helper.make_model(
+        helper.make_graph(
+            nodes,
+            "g",
+            [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+            [helper.make_tensor_value_info("y", TensorProto.FLOAT, shape)],
+            [numpy_helper.from_array(np.float32(1), "top")],
+        )
+    )
+    graph.remove_unused(model)
+    assert [node.op_type for node in model.graph.node] == ["Clip"]
+
+
+def test_shared_parameters_count_once(model):
+    assert graph.count_parameters(model) == 6 + 3
+
+
+def test_equal_initializers_are_stored_once_and_others_kept(model):
+    first, second = np.ones((2, 2), np.float32), np.ones((4,), np.float32)
+    names = {"a": first, "b": first.copy(), "other_shape": second, "other_type": first.astype(np.int32)}
+    model.graph.initializer.extend(numpy_helper.from_array(values, name) for name, values in names.items())
+    model.graph.node.append(helper.make_node("Custom", list(names), ["z"], domain="own"))
+    model.graph.output.append(helper.make_tensor_value_info("z", TensorProto.FLOAT, None))
+    graph.share_equal_initializers(model)
+    assert list(model.graph.node[-1].input) == ["a", "a", "other_shape", "other_type"]
+    assert [tensor.name for tensor in model.graph.initializer] == ["weight", "a", "other_shape", "other_type"]
