@@ -9,6 +9,7 @@ from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tup
 
 import cv2
 
+from benchmarks.subject import ROLES
 from deploy.dataset import read_image
 from deploy.errors import DataError
 
@@ -151,10 +152,10 @@ def gallery_from_samples(
     (pictures, names of images that could not be used): each picture once, as a JPEG data URI, with a panel per model.
 
     Args:
-        models: title -> the `samples` of its accuracy result.
+        models: role -> the `samples` of its accuracy result.
     """
     pictures, missing = [], []
-    by_name = {title: {sample["file_name"]: sample for sample in samples} for title, samples in models.items()}
+    by_name = {role: {sample["file_name"]: sample for sample in samples} for role, samples in models.items()}
     first = next(iter(models.values()), ())
     for sample in first:
         name = sample["file_name"]
@@ -164,8 +165,8 @@ def gallery_from_samples(
             continue
         panels = [{"title": "Annotated", "boxes": _drawn(sample["annotated"], class_names)}]
         panels += [
-            {"title": title, "boxes": _drawn(samples[name]["detected"], class_names)}
-            for title, samples in by_name.items()
+            {"title": ROLES.get(role, role), "boxes": _drawn(samples[name]["detected"], class_names)}
+            for role, samples in by_name.items()
             if name in samples
         ]
         pictures.append(

@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence
 
+from benchmarks.figures import COLOURS, DRAWN_SCORE, gallery_from_samples, plot_from_points
 from benchmarks.result import STAGES, read_result
 from benchmarks.subject import ROLES
 from benchmarks.verdict import LIMITS, Row, judge, latency_ms, verdict_from_limits
@@ -282,8 +283,6 @@ def report_from_results(
 
 def plot_from_report(report: Mapping[str, Any], allowed: Mapping[str, float]) -> Optional[Dict[str, Any]]:
     """Speed against AP, with the region that the limits allow."""
-    from benchmarks.figures import plot_from_points
-
     teacher = {row["role"]: row for row in report["rows"]}.get("teacher", {})  # there, if a limit compares with it
     kinds = {"teacher": "teacher", report["verdict"]["ship"]: "ship"}
     plotted = [
@@ -392,11 +391,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     allowed, (html, markdown, document) = _allowed(arguments), _output_paths(arguments)
     groups = group_results(arguments.results)
     report = report_from_results(arguments.results, groups, arguments.ship, allowed)
-    from benchmarks.figures import COLOURS, DRAWN_SCORE, gallery_from_samples
-
-    samples = {
-        ROLES.get(role, role): group["accuracy"]["samples"] for role, group in groups.items() if "accuracy" in group
-    }
+    samples = {role: group["accuracy"]["samples"] for role, group in groups.items() if "accuracy" in group}
     images_dir = arguments.images_dir or report["data"]["images_dir"]
     gallery, missing = gallery_from_samples(samples, images_dir, report["data"]["class_names"])
     if missing:

@@ -25,7 +25,7 @@ from deploy.errors import ConfigError, EngineBuildError, MissingDependencyError,
 from deploy.files import check_writable, replacing
 from deploy.golden import TOLERANCES, check_agreement
 from deploy.session import OrtSession
-from deploy.trt import PlanSession, load_cuda, load_tensorrt, logger, machine
+from deploy.trt import PlanSession, describe_machine, load_cuda, load_tensorrt, logger
 
 if TYPE_CHECKING:
     import onnx
@@ -38,7 +38,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     trt = load_tensorrt(needed_for)
     cuda = load_cuda(needed_for)
     try:
-        here = machine(trt, cuda)
+        here = describe_machine(trt, cuda)
     finally:
         cuda.close()
     check_strong_typing(trt)
@@ -129,6 +129,8 @@ def typed_model(path: Path, precision: str, data: Optional[Path]) -> Tuple[Path,
 
     Raises:
         ContractError: the file does not match its sidecar or cannot be read.
+        ExportError: the graph is not valid, or its shapes are not fixed.
+        ConfigError: `data` is given for a graph that is quantised already.
         EngineBuildError: the graph and the precision do not go together.
     """
     from deploy.graph import check_graph, check_static, load_onnx

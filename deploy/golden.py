@@ -41,8 +41,8 @@ TOLERANCES = {
 }
 """Precision -> tolerance against FP32, for "int8" against the same Q/DQ graph in FP32.
 
-About ten times what rounding did to a trained GFL-R18 on ONNX Runtime (largest of 250 candidates: FP16 box 0.0002, logit
-0.003; FP16 around Q/DQ box 0.009, logit 0.04); a GPU adds other orders of summation.
+Ten times and more of what rounding did to a trained GFL-R18 on ONNX Runtime (largest of 250 candidates: FP16 box
+0.0002, logit 0.003; FP16 around Q/DQ box 0.009, logit 0.04); a GPU adds other orders of summation.
 """
 
 

@@ -75,9 +75,8 @@ def half_from_float(model: onnx.ModelProto) -> onnx.ModelProto:
     """
     import onnx
 
-    typed = (
-        _with_half_quantisers(model) if is_quantised(model) else onnx.ModelProto.FromString(model.SerializeToString())
-    )
+    typed = onnx.ModelProto()
+    typed.CopyFrom(_with_half_quantisers(model) if is_quantised(model) else model)
     _Rewriter(typed).rewrite()
     remove_unused(typed)
     try:
@@ -108,7 +107,7 @@ def _half_nodes(graph: onnx.GraphProto) -> Set[int]:
     for index in range(len(graph.node) - 1, -1, -1):
         node = graph.node[index]
         if node.op_type in CONVOLUTIONS or leads_to_convolution.intersection(node.output):
-            leads_to_convolution.update(node.input)
+            leads_to_convolution.update(name for name in node.input if name)  # '' is an optional input left out
             if node.op_type not in FLOAT_ONLY:
                 half.add(index)
     return half
@@ -156,7 +155,7 @@ class _Rewriter:
         if found == wanted or found not in (self.float, self.half):
             return name
         if name not in self.twins:
-            if name in self.constants:
+            if name in self.constants and wanted == self.half:
                 is_scale = node.op_type in QUANTISERS and position == 1
                 self.twins[name] = self.half_constant(name, SMALLEST_HALF if is_scale else 0.0)
             else:

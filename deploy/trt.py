@@ -26,7 +26,7 @@ INSTALL_TENSORRT = (
 )
 INSTALL_CUDA = "pip install cuda-python (or pycuda)"
 SAME_MACHINE = ("tensorrt", "device", "compute_capability")
-"""What an engine is bound to, as its sidecar's `details` and `machine` name it."""
+"""What an engine is bound to, as its sidecar's `details` name it."""
 
 
 def load_tensorrt(needed_for: str) -> ModuleType:
@@ -59,7 +59,7 @@ def load_cuda(needed_for: str) -> Cuda:
     raise MissingDependencyError("cuda-python", needed_for, f"{INSTALL_CUDA}. Python says: {reason}") from reason
 
 
-def machine(trt: ModuleType, cuda: Cuda) -> Dict[str, str]:
+def describe_machine(trt: ModuleType, cuda: Cuda) -> Dict[str, str]:
     """What an engine is built by and for: keys tensorrt, device, compute_capability, cuda_runtime, cuda_driver."""
     return {"tensorrt": trt.__version__, **cuda.describe()}
 
@@ -354,7 +354,7 @@ class TrtSession(PlanSession):
         trt = load_tensorrt(f"running {Path(path).name}")
         cuda = load_cuda(f"running {Path(path).name}")
         try:
-            check_same_machine(built_on, machine(trt, cuda), path)
+            check_same_machine(built_on, describe_machine(trt, cuda), path)
         except BaseException:
             cuda.close()
             raise

@@ -128,3 +128,16 @@ def test_a_missing_zero_point_is_refused(detector_model: Build) -> None:
     del next(node for node in model.graph.node if node.op_type == "QuantizeLinear").input[2]
     with pytest.raises(EngineBuildError, match="zero point none"):
         check_symmetric_int8(model)
+
+
+def test_a_weight_that_is_also_read_in_float(detector_model: Build, detector_contract: ModelContract) -> None:
+    model = detector_model()
+    shared = next(node for node in model.graph.node if node.op_type == "Identity").output[0]
+    model.graph.node.append(onnx.helper.make_node("ReduceSum", [shared], ["sum"], name="sum", keepdims=0))
+    model.graph.output.append(onnx.helper.make_tensor_value_info("sum", FLOAT, []))
+    half = half_from_float(model)
+    total = onnxruntime.InferenceSession(half.SerializeToString()).run(
+        ["sum"], {"images": noise_input(detector_contract, 0)}
+    )[0]
+    weight = next(tensor for tensor in model.graph.initializer if tensor.name == "shared")
+    assert total == pytest.approx(onnx.numpy_helper.to_array(weight).sum(), abs=0.02)

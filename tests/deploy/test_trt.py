@@ -17,7 +17,7 @@ from deploy.contract import sidecar_path, write_sidecar
 from deploy.errors import ContractError, MissingDependencyError, PipelineError
 from deploy.golden import noise_input
 from deploy.session import OrtSession
-from deploy.trt import CudaPython, PlanSession, TrtSession, load_cuda, load_tensorrt, logger, machine
+from deploy.trt import CudaPython, PlanSession, TrtSession, describe_machine, load_cuda, load_tensorrt, logger
 
 VERSIONS = ("10.3.0", "10.13.3.9", "11.4.0.106")
 WHEELS = {
@@ -36,7 +36,9 @@ def engine_file(detector_file: File, fake_tensorrt: Callable[[str], Any]) -> Pat
     engine = source.with_suffix(".engine")
     engine.write_bytes(source.read_bytes())
     contract = OrtSession(source).contract
-    write_sidecar(engine, {"onnx": source}, contract, {"precision": "fp32", **machine(trt, load_cuda("a test"))})
+    write_sidecar(
+        engine, {"onnx": source}, contract, {"precision": "fp32", **describe_machine(trt, load_cuda("a test"))}
+    )
     return engine
 
 

@@ -1,0 +1,160 @@
+"""A tiny data set, a tiny ONNX detector that finds its boxes, and result files as the commands write them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import cv2
+import numpy as np
+import pytest
+
+from benchmarks.coco import METRICS
+from benchmarks.latency import numbers_from_samples
+from benchmarks.result import write_result
+from deploy.contract import ModelContract, write_sidecar
+
+BOXES_XYXY = [[20.0, 10.0, 80.0, 60.0], [100.0, 40.0, 180.0, 120.0]]  # pixels of the 192 x 128 images
+CLASSES = ("disc", "star")
+CATEGORY_IDS = (3, 7)
+
+
+@pytest.fixture
+def data_dir(tmp_path):
+    """Five images of noise, each annotated with both boxes, as a data folder."""
+    folder = tmp_path / "data"
+    (folder / "annotations").mkdir(parents=True)
+    (folder / "images" / "sub").mkdir(parents=True)
+    images, annotations = [], []
+    for index in range(1, 6):
+        name = f"sub/{index}.png"
+        pixels = np.random.default_rng(index).integers(0, 256, (128, 192, 3), np.uint8)
+        cv2.imwrite(str(folder / "images" / name), pixels)
+        images.append({"id": index, "file_name": name, "width": 192, "height": 128})
+        for label, (x1, y1, x2, y2) in enumerate(BOXES_XYXY):
+            box = [x1, y1, x2 - x1, y2 - y1]
+            number = len(annotations)  # from 0: the id that COCO's matching cannot tell from "not matched"
+            annotations.append({"id": number, "image_id": index, "category_id": CATEGORY_IDS[label], "bbox": box})
+    categories = [{"id": number, "name": name} for number, name in zip(CATEGORY_IDS, CLASSES, strict=True)]
+    document = {"images": images, "annotations": annotations, "categories": categories}
+    (folder / "annotations" / "instances_test.json").write_text(json.dumps(document))
+    return folder
+
+
+@pytest.fixture
+def detector(tmp_path):
+    """Makes an ONNX detector, 96 x 64 pixels, that always finds `boxes` with score 0.9, and its sidecar."""
+
+    def make(name="student.onnx", boxes=BOXES_XYXY, **contract):
+        import onnx
+        from onnx import TensorProto, helper, numpy_helper
+
+        found = np.float32(boxes).reshape(1, -1, 4) / 2  # the network sees half the size
+        count = found.shape[1]
+        constants = {
+            "weight": np.zeros((1, 3, 1, 1), np.float32),
+            "found": found,
+            "score": np.full((1, count), 0.9, np.float32),
+            "labels_": np.arange(count, dtype=np.int64)[None] % len(CLASSES),
+        }
+        nodes = [
+            helper.make_node("Conv", ["image", "weight"], ["map"]),
+            helper.make_node("ReduceMax", ["map"], ["zero"], axes=[1, 2, 3], keepdims=0),  # (1,): 0
+            helper.make_node("Add", ["found", "zero"], ["boxes"]),
+            helper.make_node("Add", ["score", "zero"], ["scores"]),
+            helper.make_node("Identity", ["labels_"], ["labels"]),
+        ]
+        graph = helper.make_graph(
+            nodes,
+            "detector",
+            [helper.make_tensor_value_info("image", TensorProto.FLOAT, (1, 3, 64, 96))],
+            [
+                helper.make_tensor_value_info("boxes", TensorProto.FLOAT, (1, count, 4)),
+                helper.make_tensor_value_info("scores", TensorProto.FLOAT, (1, count)),
+                helper.make_tensor_value_info("labels", TensorProto.INT64, (1, count)),
+            ],
+            [numpy_helper.from_array(value, key) for key, value in constants.items()],
+        )
+        path = tmp_path / name
+        onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+        values = {
+            "input_name": "image",
+            "input_shape": (1, 3, 64, 96),
+            "channel_order": "bgr",
+            "mean": (0.0, 0.0, 0.0),
+            "std": (1.0, 1.0, 1.0),
+            "pad_value": (0.0, 0.0, 0.0),
+            "resize": "keep_ratio",
+            "output_names": ("boxes", "scores", "labels"),
+            "class_names": CLASSES,
+            "category_ids": CATEGORY_IDS,
+            "score_threshold": 0.05,
+            "nms_iou_threshold": 0.6,
+            "max_detections": 100,
+        }
+        write_sidecar(path, {}, ModelContract(**{**values, **contract}))
+        return path
+
+    return make
+
+
+def sha(text):
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@pytest.fixture
+def result(tmp_path):
+    """Writes a result file: result("onnx-int8", ap=0.47) or result("onnx-int8", ms=12.0); `made_from` is a role."""
+
+    def make(role, ap=None, ms=None, made_from=None, spread=0.01, suffix="", **changes):
+        document = {
+            "role": role,
+            "model": {
+                "file": f"out/{role}.onnx",
+                "format": "onnx",
+                "sha256": sha(role),
+                "bytes": 3 << 20,
+                "parameters": 1_500_000,
+                "inputs": {"model": {"file": f"out/{made_from}", "sha256": sha(made_from)}} if made_from else {},
+                "command": ["python", "-m", "deploy.export", f"runs/{role}"],
+            },
+            "data": {
+                "annotations": "data/test.json",
+                "annotations_sha256": sha("annotations"),
+                "images_dir": str(tmp_path / "data" / "images"),
+                "images": 5,
+                "class_names": list(CLASSES),
+            },
+            "environment": {"cpu": "some processor", "cores": 2, "os": "some system", "machine": None},
+        }
+        if ap is not None:
+            document["kind"] = "accuracy"
+            document["numbers"] = {
+                **dict.fromkeys(METRICS, ap),
+                "AP_small": None,
+                "per_class": dict.fromkeys(CLASSES, ap),
+            }
+            box = {"box_xyxy": BOXES_XYXY[0], "label": 0}
+            document["samples"] = [
+                {
+                    "file_name": f"sub/{number}.png",
+                    "width_px": 192,
+                    "height_px": 128,
+                    "annotated": [box],
+                    "detected": [{**box, "score": 0.9}, {**box, "score": 0.1}],
+                }
+                for number in (1, 5)
+            ]
+        else:
+            document["kind"] = "latency"
+            times = (ms - 2.0) * (1 + spread * np.linspace(-1, 1, 101))
+            stages = {"preprocess": [1.0] * 101, "inference": times.tolist(), "postprocess": [1.0] * 101}
+            document["numbers"] = numbers_from_samples(stages, "some runtime, 2 threads", 2)
+        for key, value in changes.items():
+            part, _, name = key.partition("__")
+            document[part][name] = value
+        path = tmp_path / f"{role}{suffix}.{document['kind']}.result.json"
+        write_result(path, document, {})
+        return path
+
+    return make
