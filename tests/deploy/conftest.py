@@ -135,6 +135,28 @@ def mini_detector(quantised: Optional[type] = None) -> Any:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 
 
+def unoptimised_session(model: bytes) -> Any:
+    """ONNX Runtime on the graph as it is: see `half_from_float` on what its optimiser does to FP16 Q/DQ."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+@pytest.fixture
+def run_detector() -> Callable[..., Dict[str, np.ndarray]]:
+    """`run_detector(model, feed)` -> output name -> array, by ONNX Runtime on the graph as it is."""
+    pytest.importorskip("onnxruntime")
+
+    def run(model: Any, feed: Dict[str, np.ndarray]) -> Dict[str, np.ndarray]:
+        session = unoptimised_session(model.SerializeToString())
+        names = [output.name for output in session.get_outputs()]
+        return dict(zip(names, session.run(names, feed), strict=True))
+
+    return run
+
+
 @pytest.fixture
 def detector_model() -> Callable[..., Any]:
     """`detector_model(quantised=None | np.int8 | np.uint8)` -> onnx.ModelProto."""
@@ -305,9 +327,7 @@ def tensorrt_stand_in(version: str) -> ModuleType:
 
     class ICudaEngine:
         def __init__(self, plan: bytes) -> None:
-            import onnxruntime
-
-            self._session = onnxruntime.InferenceSession(bytes(plan), providers=["CPUExecutionProvider"])
+            self._session = unoptimised_session(bytes(plan))
             kinds = {"tensor(float)": trt.DataType.FLOAT, "tensor(int64)": trt.DataType.INT64}
             inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
             self._tensors = {io.name: (io in inputs, tuple(io.shape), kinds[io.type]) for io in [*inputs, *outputs]}
@@ -389,7 +409,7 @@ class Copy(enum.Enum):
 def cuda_python_stand_in() -> ModuleType:
     """`cuda.bindings.runtime` on host memory; `memory` has what is allocated, `full` makes the next allocation fail."""
     runtime: Any = ModuleType("cuda.bindings.runtime")
-    runtime.memory, runtime.full = {}, False
+    runtime.memory, runtime.freed, runtime.full = {}, [], False
     runtime.cudaError_t, runtime.cudaMemcpyKind, runtime.cudaStreamNonBlocking = Status, Copy, 1
 
     def allocate(size: int) -> Tuple[Any, ...]:
@@ -400,7 +420,9 @@ def cuda_python_stand_in() -> ModuleType:
         return Status.cudaSuccess, ctypes.addressof(block)
 
     def free(address: int) -> Tuple[Any, ...]:
-        del runtime.memory[address]
+        block = runtime.memory.pop(address)
+        ctypes.memset(block, 0xFF, len(block))
+        runtime.freed.append(block)  # a view into it finds not-a-numbers, not another's memory
         return (Status.cudaSuccess,)
 
     def copy(target: int, source: int, count: int, kind: Copy, stream: int) -> Tuple[Any, ...]:

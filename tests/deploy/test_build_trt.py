@@ -77,9 +77,11 @@ def test_the_parser_says_which_node(
 def test_no_engine_gives_the_reason_from_the_log(
     detector_file: File, fake_tensorrt: Install, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fake_tensorrt("11.4.0.106").test.build_error = "no tactic for Conv_3"
-    assert main([str(detector_file("mini.onnx")), "--fp16", "-o", str(tmp_path / "student.engine")]) == 2
-    assert "built no engine: no tactic for Conv_3\n" in capsys.readouterr().err
+    trt, source = fake_tensorrt("11.4.0.106"), detector_file("mini.onnx")
+    for reason in ("no tactic for Conv_3", "out of memory"):  # the second without the first
+        trt.test.build_error = reason
+        assert main([str(source), "--fp16", "-o", str(tmp_path / "student.engine")]) == 2
+        assert f"built no engine: {reason}\n" in capsys.readouterr().err
     assert left_over(tmp_path) == []
 
 
