@@ -8,3 +8,6 @@ model = dict(
     teacher=dict(config="gfl_r34_320.py", checkpoint=None),
     distill=dict(method="crosskd", split=1),
 )
+report_limits = dict(
+    max_ap_drop=5.0, min_speedup=2.0
+)  # of the model that ships, against the teacher: points of AP, times

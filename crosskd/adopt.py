@@ -11,7 +11,14 @@ import argparse
 import sys
 from pathlib import Path
 
-from crosskd.config import add_data_arguments, add_override_argument, data_from_arguments, load_config, overrides_from_arguments, set_classes
+from crosskd.config import (
+    add_data_arguments,
+    add_override_argument,
+    data_from_arguments,
+    load_config,
+    overrides_from_arguments,
+    set_classes,
+)
 from crosskd.training import save_run
 from deploy.errors import command
 from deploy.files import check_writable
@@ -19,7 +26,9 @@ from deploy.files import check_writable
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m crosskd.adopt", description="Take in a detector that was trained elsewhere.")
+    parser = argparse.ArgumentParser(
+        prog="python -m crosskd.adopt", description="Take in a detector that was trained elsewhere."
+    )
     parser.add_argument("config", metavar="CONFIG", help="its mmdet config: a file, or mmdet::FAMILY/NAME.py")
     parser.add_argument("--checkpoint", required=True, metavar="FILE", help="its weights: a file or an address")
     parser.add_argument("-o", "--output", required=True, metavar="RUN_DIR")

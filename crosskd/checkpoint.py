@@ -23,9 +23,16 @@ def _allowed_globals() -> list[Any]:
     """What mmengine's own checkpoints hold besides tensors: message buffers and numpy scalars. Nothing of it runs code."""
     from mmengine.logging.history_buffer import HistoryBuffer
 
+    def method_of_history(owner: Any, name: str) -> Any:
+        """In place of `getattr`, by which pickle writes a buffer's methods and a forger would reach anything."""
+        if owner is not HistoryBuffer or name not in ("min", "max", "mean", "current"):
+            raise pickle.UnpicklingError(f"it asks for the attribute {name} of {owner}")
+        return getattr(HistoryBuffer, name)
+
     core = np._core.multiarray  # type: ignore[attr-defined]
     dtypes = [type(np.dtype(name)) for name in ("float32", "float64", "int32", "int64", "uint32")]
-    return [core._reconstruct, core.scalar, np.ndarray, np.dtype, *dtypes, HistoryBuffer]
+    own = [core._reconstruct, core.scalar, np.ndarray, np.dtype, *dtypes, HistoryBuffer]
+    return [*own, (method_of_history, "builtins.getattr")]
 
 
 def read_checkpoint(path: AnyPath) -> dict[str, Any]:
@@ -39,7 +46,9 @@ def read_checkpoint(path: AnyPath) -> dict[str, Any]:
     try:
         with torch.serialization.safe_globals(_allowed_globals()):
             if source.startswith(("http://", "https://")):
-                checkpoint = torch.hub.load_state_dict_from_url(source, map_location="cpu", check_hash=True, weights_only=True)
+                checkpoint = torch.hub.load_state_dict_from_url(
+                    source, map_location="cpu", check_hash=True, weights_only=True
+                )
             else:
                 checkpoint = torch.load(source, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
@@ -51,7 +60,9 @@ def read_checkpoint(path: AnyPath) -> dict[str, Any]:
             f"read ({first_line}). Expected tensors only; ask its author for the state_dict."
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"cannot read the checkpoint {source}: {str(error).splitlines()[0]}. It may be truncated: copy it again.") from error
+        raise CheckpointError(
+            f"cannot read the checkpoint {source}: {str(error).splitlines()[0]}. It may be truncated: copy it again."
+        ) from error
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f"{source} holds a {type(checkpoint).__name__}; expected a dict with state_dict")
     return checkpoint
@@ -95,7 +106,11 @@ def load_detector_weights(detector: nn.Module, path: AnyPath) -> None:
     if missing or unexpected or differing:
         parts = [
             f"{len(keys)} {what} (such as {keys[0]})"
-            for keys, what in ((missing, "keys missing"), (unexpected, "unexpected keys"), (differing, "keys of another shape"))
+            for keys, what in (
+                (missing, "keys missing"),
+                (unexpected, "unexpected keys"),
+                (differing, "keys of another shape"),
+            )
             if keys
         ]
         raise CheckpointError(

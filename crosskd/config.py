@@ -33,7 +33,9 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Co
     from crosskd.ops import register_mmcv_ops
 
     register_mmcv_ops()
-    warnings.filterwarnings("ignore", module=r"mm(det|cv|engine)|torch\.jit")  # about their own code: nothing a user can mend
+    warnings.filterwarnings(
+        "ignore", module=r"mm(det|cv|engine)|torch\.jit"
+    )  # about their own code: nothing a user can mend
     with contextlib.redirect_stdout(io.StringIO()):  # mmdet tells of an optional data service each time
         from mmdet.utils import register_all_modules
         from mmengine.config import Config
@@ -44,7 +46,9 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Co
 
     name = str(path)
     if not name.startswith("mmdet::") and not Path(name).is_file():
-        raise ConfigError(f"no such config: {name}; expected a Python file, or mmdet::FAMILY/NAME.py for one of mmdet's own")
+        raise ConfigError(
+            f"no such config: {name}; expected a Python file, or mmdet::FAMILY/NAME.py for one of mmdet's own"
+        )
     try:
         config = get_config(name) if name.startswith("mmdet::") else Config.fromfile(name)
         config.merge_from_dict(overrides or {})
@@ -55,7 +59,9 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Co
     teacher = config.model.get("teacher")
     if teacher is not None and "model" not in teacher:
         if "config" not in teacher:
-            raise ConfigError(f"{name}: model.teacher has neither `config` nor `model`; expected the teacher's config file")
+            raise ConfigError(
+                f"{name}: model.teacher has neither `config` nor `model`; expected the teacher's config file"
+            )
         teacher.model = load_config(path_beside(teacher.config, name)).model
     return config
 
@@ -97,11 +103,15 @@ def data_from_arguments(arguments: argparse.Namespace) -> TrainingData:
     for split in ("train", "val"):
         annotations, images_dir = (getattr(arguments, f"{split}_{what}") for what in ("annotations", "images_dir"))
         if arguments.data is not None and (annotations or images_dir):
-            raise ConfigError(f"--data and --{split}-annotations / --{split}-images-dir were both given; give one or the other")
+            raise ConfigError(
+                f"--data and --{split}-annotations / --{split}-images-dir were both given; give one or the other"
+            )
         if arguments.data is not None:
             annotations, images_dir = split_paths(arguments.data, split)
         elif not (annotations and images_dir):
-            raise ConfigError(f"no {split} data; give --data DIR, or --{split}-annotations FILE and --{split}-images-dir DIR")
+            raise ConfigError(
+                f"no {split} data; give --data DIR, or --{split}-annotations FILE and --{split}-images-dir DIR"
+            )
         sets[split] = load_coco(annotations, images_dir)
         if sets[split].clipped:
             print(f"{annotations}: {sets[split].clipped} boxes stick out of their image and were clipped")
@@ -116,7 +126,12 @@ def data_from_arguments(arguments: argparse.Namespace) -> TrainingData:
 
 def add_override_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--set", nargs="+", default=[], metavar="KEY=VALUE", dest="overrides", help="change config values, such as train_cfg.max_epochs=3"
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="overrides",
+        help="change config values, such as train_cfg.max_epochs=3",
     )
 
 
@@ -166,7 +181,11 @@ def set_data(config: Config, data: TrainingData, folder: Path) -> None:
     files = {split: folder / f"annotations_{split}.json" for split in ("train", "val")}
     for split, path in files.items():
         write_json(path, coco_document_from_set(getattr(data, split)))
-    for split, loader in (("train", config.train_dataloader), ("val", config.val_dataloader), ("val", config.test_dataloader)):
+    for split, loader in (
+        ("train", config.train_dataloader),
+        ("val", config.val_dataloader),
+        ("val", config.test_dataloader),
+    ):
         dataset = loader.dataset
         while "dataset" in dataset:  # RepeatDataset, ClassBalancedDataset, ... wrap the real one
             dataset = dataset.dataset
@@ -187,7 +206,9 @@ def coco_document_from_set(coco: CocoSet) -> dict[str, Any]:
     """A COCO detection document of a checked set; `area` is that of the box."""
     annotations: list[dict[str, Any]] = []
     for image in coco.images:
-        for (x1, y1, x2, y2), label, crowd in zip(image.boxes_xyxy.tolist(), image.labels.tolist(), image.crowd.tolist(), strict=True):
+        for (x1, y1, x2, y2), label, crowd in zip(
+            image.boxes_xyxy.tolist(), image.labels.tolist(), image.crowd.tolist(), strict=True
+        ):
             annotations.append(
                 {
                     "id": len(annotations) + 1,
@@ -210,6 +231,7 @@ def coco_document_from_set(coco: CocoSet) -> dict[str, Any]:
         ],
         "annotations": annotations,
         "categories": [
-            {"id": category_id, "name": name} for category_id, name in zip(coco.category_ids, coco.class_names, strict=True)
+            {"id": category_id, "name": name}
+            for category_id, name in zip(coco.category_ids, coco.class_names, strict=True)
         ],
     }

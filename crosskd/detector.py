@@ -37,7 +37,9 @@ class CrossKDDetector(BaseDetector):
         ConfigError: an unknown method or key, or heads that do not fit together.
     """
 
-    def __init__(self, student: dict[str, Any], teacher: dict[str, Any], distill: dict[str, Any], **kwargs: Any) -> None:
+    def __init__(
+        self, student: dict[str, Any], teacher: dict[str, Any], distill: dict[str, Any], **kwargs: Any
+    ) -> None:
         student = ConfigDict(student)
         super().__init__(data_preprocessor=student.data_preprocessor, **kwargs)
         self.student = MODELS.build(student)  # before the teacher: the same seed gives the baseline's initial weights
@@ -152,6 +154,8 @@ def detector_from_config(config: Any, load_weights: bool = True) -> nn.Module:
     if load_weights and isinstance(detector, CrossKDDetector):
         checkpoint = config.model.teacher.get("checkpoint")
         if not checkpoint:
-            raise ConfigError("there is no teacher checkpoint; give --teacher-checkpoint, or model.teacher.checkpoint in the config")
+            raise ConfigError(
+                "there is no teacher checkpoint; give --teacher-checkpoint, or model.teacher.checkpoint in the config"
+            )
         load_detector_weights(detector.teacher, checkpoint)
     return detector

@@ -20,14 +20,18 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m crosskd.distill", description="Distil a student under a teacher.")
     add_training_arguments(parser)
     parser.add_argument(
-        "--teacher-checkpoint", metavar="FILE", help="the teacher's weights (default: model.teacher.checkpoint of the config)"
+        "--teacher-checkpoint",
+        metavar="FILE",
+        help="the teacher's weights (default: model.teacher.checkpoint of the config)",
     )
     arguments = parser.parse_args(argv)
     run_dir = run_dir_of(arguments)
     data = data_from_arguments(arguments)
     config = load_config(arguments.config, overrides_from_arguments(arguments))
     if config.model.type != "CrossKDDetector":
-        raise ConfigError(f"{arguments.config}: model.type is {config.model.type}; expected CrossKDDetector. Train others with crosskd.train.")
+        raise ConfigError(
+            f"{arguments.config}: model.type is {config.model.type}; expected CrossKDDetector. Train others with crosskd.train."
+        )
     if arguments.teacher_checkpoint:
         config.model.teacher.checkpoint = arguments.teacher_checkpoint
     set_data(config, data, run_dir)

@@ -119,7 +119,9 @@ def check_heads_match(student: nn.Module, teacher: nn.Module, split: int) -> Non
                 "student's features go through the teacher's head. Change one of the two configs."
             )
     if not 0 <= split <= student.stacked_convs:
-        raise ConfigError(f"model.distill.split is {split}; expected 0 to {student.stacked_convs}, the number of tower layers")
+        raise ConfigError(
+            f"model.distill.split is {split}; expected 0 to {student.stacked_convs}, the number of tower layers"
+        )
 
 
 def _rows(maps: Tensor, width: int) -> Tensor:

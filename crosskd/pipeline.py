@@ -19,7 +19,7 @@ from crosskd.config import load_config, path_beside
 from deploy.contract import read_sidecar
 from deploy.dataset import SPLITS, load_coco, split_paths
 from deploy.errors import ConfigError, PipelineError, command
-from deploy.files import check_writable, read_json, sha256_of
+from deploy.files import check_writable, read_json, sha256_of, write_json
 
 TARGETS = ("onnxruntime", "tensorrt")
 
@@ -34,18 +34,28 @@ class Stage:
     artefact: Path
 
     @property
+    def is_training(self) -> bool:
+        return self.words[0] in ("crosskd.train", "crosskd.distill")
+
+    @property
     def command(self) -> list[str]:
         return ["python", "-m", *self.words]
 
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m crosskd.pipeline", description="Train, distil, export, quantise, measure, report.")
+    parser = argparse.ArgumentParser(
+        prog="python -m crosskd.pipeline", description="Train, distil, export, quantise, measure, report."
+    )
     parser.add_argument("config", metavar="CONFIG", help="a config whose model is a CrossKDDetector")
-    parser.add_argument("--data", required=True, metavar="DIR", help="annotations/instances_{train,val,test}.json and images/")
+    parser.add_argument(
+        "--data", required=True, metavar="DIR", help="annotations/instances_{train,val,test}.json and images/"
+    )
     parser.add_argument("-o", "--output", required=True, metavar="DIR", help="folder for everything that is made")
     parser.add_argument("--teacher-checkpoint", metavar="FILE", help="weights of a teacher that is already trained")
-    parser.add_argument("--target", choices=TARGETS, default="onnxruntime", help="what the model shall run on (default: onnxruntime)")
+    parser.add_argument(
+        "--target", choices=TARGETS, default="onnxruntime", help="what the model shall run on (default: onnxruntime)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
     check_writable(Path(arguments.output) / "report.html")
@@ -88,12 +98,16 @@ def planned_stages(arguments: argparse.Namespace, config: Any) -> list[Stage]:
     models = {"teacher": teacher, "baseline": baseline, "student": student, "onnx-fp32": onnx, "onnx-int8": int8}
     if arguments.target == "tensorrt":
         for role, source, flag in (("engine-fp16", onnx, "--fp16"), ("engine-int8", int8, "--int8")):
-            models[role] = add(f"build {role}", out / f"{role}.engine", "deploy.build_trt", source, flag, "-o", out / f"{role}.engine")
+            models[role] = add(
+                f"build {role}", out / f"{role}.engine", "deploy.build_trt", source, flag, "-o", out / f"{role}.engine"
+            )
     results = []
     for role, model in models.items():
         for what in ("accuracy", "latency"):
             result = out / "results" / f"{role}.{what}.result.json"
-            results.append(add(f"{what} {role}", result, f"benchmarks.{what}", model, "--data", data, "--role", role, "-o", result))
+            results.append(
+                add(f"{what} {role}", result, f"benchmarks.{what}", model, "--data", data, "--role", role, "-o", result)
+            )
     limits = [f"--{name.replace('_', '-')}={value}" for name, value in config.get("report_limits", {}).items()]
     add("report", out / "report.json", "benchmarks.report", *results, *limits, "-o", out / "report.html")
     return stages
@@ -127,6 +141,7 @@ def run_stages(stages: list[Stage]) -> int:
             print(f"{head}: up to date, {stage.artefact}", flush=True)
             continue
         words = [*stage.words, "--resume"] if can_resume(stage) else stage.words
+        note_start(stage)
         print(f"{head}: python -m {' '.join(words)}", flush=True)
         began = time.monotonic()
         status = subprocess.run([sys.executable, "-m", *words]).returncode
@@ -140,11 +155,25 @@ def run_stages(stages: list[Stage]) -> int:
     return status
 
 
+def note_start(stage: Stage) -> None:
+    """Notes in the run directory of a training which command it is, for `can_resume`."""
+    if stage.is_training:
+        write_json(stage.artefact.parent / "started.json", start_of(stage))
+
+
 def can_resume(stage: Stage) -> bool:
-    """Whether an interrupted training left a checkpoint of the same command to go on from."""
-    return stage.words[0] in ("crosskd.train", "crosskd.distill") and not stage.artefact.exists() and (
-        stage.artefact.parent / "last_checkpoint"
-    ).exists()
+    """Whether an interrupted training of the very same command and files left a checkpoint to go on from."""
+    run_dir = stage.artefact.parent
+    if not stage.is_training or stage.artefact.exists() or not (run_dir / "last_checkpoint").exists():
+        return False
+    try:
+        return bool(read_json(run_dir / "started.json", PipelineError, "the start of a run") == start_of(stage))
+    except PipelineError:
+        return False
+
+
+def start_of(stage: Stage) -> dict[str, Any]:
+    return {"command": stage.command, "files": {word: sha256_of(word) for word in stage.words if Path(word).is_file()}}
 
 
 def is_up_to_date(stage: Stage) -> bool:

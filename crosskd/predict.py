@@ -21,8 +21,12 @@ from deploy.progress import progress
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m crosskd.predict", description="Detect with a trained detector, in torch.")
-    parser.add_argument("run_dir", metavar="RUN_DIR", help="folder of a finished run of crosskd.train or crosskd.distill")
+    parser = argparse.ArgumentParser(
+        prog="python -m crosskd.predict", description="Detect with a trained detector, in torch."
+    )
+    parser.add_argument(
+        "run_dir", metavar="RUN_DIR", help="folder of a finished run of crosskd.train or crosskd.distill"
+    )
     parser.add_argument("--annotations", required=True, metavar="FILE", help="COCO JSON that names the images")
     parser.add_argument("--images-dir", required=True, metavar="DIR")
     parser.add_argument("-o", "--output", required=True, metavar="FILE", help="COCO result JSON")
@@ -35,7 +39,9 @@ def main(argv: list[str] | None = None) -> int:
     config, detector, sidecar = load_run(arguments.run_dir)
     class_names = tuple(sidecar["details"]["class_names"])
     if class_names != coco.class_names:
-        raise DataError(f"{arguments.annotations} has the classes {list(coco.class_names)}, the detector knows {list(class_names)}")
+        raise DataError(
+            f"{arguments.annotations} has the classes {list(coco.class_names)}, the detector knows {list(class_names)}"
+        )
 
     results: list[dict[str, Any]] = []
     predict = predictor(config, detector)
@@ -65,7 +71,9 @@ def predictor(config: Any, detector: Any) -> Any:
     from mmdet.registry import TRANSFORMS
     from mmengine.dataset import Compose, pseudo_collate
 
-    transforms = [TRANSFORMS.build(transform) for transform in config.test_pipeline if transform["type"] != "LoadAnnotations"]
+    transforms = [
+        TRANSFORMS.build(transform) for transform in config.test_pipeline if transform["type"] != "LoadAnnotations"
+    ]
     pipeline = Compose(transforms)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     detector.to(device)

@@ -23,8 +23,12 @@ MOST_IMAGES = 16
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m crosskd.time_detector", description="Time a trained detector in torch.")
-    parser.add_argument("run_dir", metavar="RUN_DIR", help="folder of a finished run of crosskd.train or crosskd.distill")
+    parser = argparse.ArgumentParser(
+        prog="python -m crosskd.time_detector", description="Time a trained detector in torch."
+    )
+    parser.add_argument(
+        "run_dir", metavar="RUN_DIR", help="folder of a finished run of crosskd.train or crosskd.distill"
+    )
     parser.add_argument("--annotations", required=True, metavar="FILE", help="COCO JSON that names the images")
     parser.add_argument("--images-dir", required=True, metavar="DIR")
     parser.add_argument("--runs", type=int, default=200, help="timed images (default: 200)")
@@ -38,11 +42,16 @@ def main(argv: list[str] | None = None) -> int:
     coco = load_coco(arguments.annotations, arguments.images_dir, check_files=False)
     pixels = [read_image(image.path) for image in coco.images[:MOST_IMAGES]]
     config, detector, _ = load_run(arguments.run_dir)
-    write_json(arguments.output, times_of_detector(config, detector, pixels, arguments.runs, arguments.warmup, arguments.threads))
+    write_json(
+        arguments.output,
+        times_of_detector(config, detector, pixels, arguments.runs, arguments.warmup, arguments.threads),
+    )
     return 0
 
 
-def times_of_detector(config: Any, detector: Any, images: list[Any], runs: int, warmup: int, threads: int | None) -> dict[str, Any]:
+def times_of_detector(
+    config: Any, detector: Any, images: list[Any], runs: int, warmup: int, threads: int | None
+) -> dict[str, Any]:
     """
     `samples_ms` (stage -> one number per run, milliseconds) and `description` of what ran where.
 
@@ -58,7 +67,9 @@ def times_of_detector(config: Any, detector: Any, images: list[Any], runs: int, 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     detector.to(device)
     loaders = ("LoadImageFromFile", "LoadAnnotations")
-    pipeline = Compose([TRANSFORMS.build(transform) for transform in config.test_pipeline if transform["type"] not in loaders])
+    pipeline = Compose(
+        [TRANSFORMS.build(transform) for transform in config.test_pipeline if transform["type"] not in loaders]
+    )
 
     def now() -> float:
         if device.type == "cuda":
@@ -70,7 +81,15 @@ def times_of_detector(config: Any, detector: Any, images: list[Any], runs: int, 
         for run in range(warmup + runs):
             image = images[run % len(images)]
             times = [now()]
-            data = pipeline({"img": image, "img_id": run, "img_path": "", "img_shape": image.shape[:2], "ori_shape": image.shape[:2]})
+            data = pipeline(
+                {
+                    "img": image,
+                    "img_id": run,
+                    "img_path": "",
+                    "img_shape": image.shape[:2],
+                    "ori_shape": image.shape[:2],
+                }
+            )
             data = detector.data_preprocessor(pseudo_collate([data]), False)
             times.append(now())
             outputs = detector.bbox_head(detector.extract_feat(data["inputs"]))

@@ -16,14 +16,22 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG", help="a config file, or mmdet::FAMILY/NAME.py for one of mmdet's own")
-    parser.add_argument("-o", "--output", metavar="RUN_DIR", help="folder of the run (default: runs/<name of the config>)")
+    parser.add_argument(
+        "config", metavar="CONFIG", help="a config file, or mmdet::FAMILY/NAME.py for one of mmdet's own"
+    )
+    parser.add_argument(
+        "-o", "--output", metavar="RUN_DIR", help="folder of the run (default: runs/<name of the config>)"
+    )
     add_data_arguments(parser)
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in RUN_DIR")
-    parser.add_argument("--epochs", type=int, help="length of the training; the schedule is stretched to it (default: the config's)")
+    parser.add_argument(
+        "--epochs", type=int, help="length of the training; the schedule is stretched to it (default: the config's)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of initial weights and data order (default: 0)")
     parser.add_argument(
-        "--precision", choices=PRECISIONS, help="of the forward pass (default: the config's; fp16 needs a GPU, bf16 does not)"
+        "--precision",
+        choices=PRECISIONS,
+        help="of the forward pass (default: the config's; fp16 needs a GPU, bf16 does not)",
     )
     add_override_argument(parser)
 
@@ -33,7 +41,13 @@ def run_dir_of(arguments: argparse.Namespace) -> Path:
 
 
 def run_training(
-    config: Any, detector: Any, data: TrainingData, run_dir: Path, arguments: argparse.Namespace, weights_name: str, inputs: dict[str, Any]
+    config: Any,
+    detector: Any,
+    data: TrainingData,
+    run_dir: Path,
+    arguments: argparse.Namespace,
+    weights_name: str,
+    inputs: dict[str, Any],
 ) -> Path:
     """
     Trains `detector` with mmengine's runner, saves the run, and returns the path of its weights, `RUN_DIR/<weights_name>`.
@@ -144,7 +158,9 @@ def set_precision(config: Any, detector: Any, precision: str | None, has_gpu: bo
     if precision == "fp16" and not has_gpu:
         raise ConfigError("--precision fp16 needs a GPU (its loss scaling does); use bf16 on a CPU")
     if precision is not None:
-        config.optim_wrapper.type = {"fp32": "OptimWrapper", "bf16": "Bf16OptimWrapper", "fp16": "AmpOptimWrapper"}[precision]
+        config.optim_wrapper.type = {"fp32": "OptimWrapper", "bf16": "Bf16OptimWrapper", "fp16": "AmpOptimWrapper"}[
+            precision
+        ]
     if config.optim_wrapper.get("type", "OptimWrapper") != "OptimWrapper":
         keep_losses_in_float32(getattr(detector, "student", detector).bbox_head)
 
@@ -192,7 +208,9 @@ def load_run(run_dir: str | Path) -> tuple[Any, Any, dict[str, Any]]:
     sidecar = read_sidecar(weights)
     config_path = Path(run_dir) / "config.py"
     if not config_path.is_file() or sha256_of(config_path) != sidecar["inputs"]["config"]["sha256"]:
-        raise CheckpointError(f"{config_path} is missing or was changed since {weights.name} was written; bring back the original")
+        raise CheckpointError(
+            f"{config_path} is missing or was changed since {weights.name} was written; bring back the original"
+        )
     config = load_config(config_path)
     detector = detector_from_config(config, load_weights=False)
     load_detector_weights(detector, weights)

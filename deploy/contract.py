@@ -65,7 +65,9 @@ class ModelContract:
                 raise ContractError(f"model contract: {field} is {getattr(self, field)!r}; expected {expected}")
 
         shape = self.input_shape
-        check(len(shape) == 4 and shape[1] == 3 and min(shape) > 0, "input_shape", "(N, 3, height, width), all positive")
+        check(
+            len(shape) == 4 and shape[1] == 3 and min(shape) > 0, "input_shape", "(N, 3, height, width), all positive"
+        )
         check(self.channel_order in ("rgb", "bgr"), "channel_order", "'rgb' or 'bgr'")
         check(self.resize in ("keep_ratio", "stretch"), "resize", "'keep_ratio' or 'stretch'")
         for field in ("mean", "std", "pad_value"):
@@ -100,7 +102,9 @@ class ModelContract:
         wrong = sorted(names ^ set(document))
         if wrong:
             raise ContractError(f"{source}: contract has missing or unknown keys {wrong}; expected {sorted(names)}")
-        values: Dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in document.items()}
+        values: Dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in document.items()
+        }
         try:
             return cls(**values)
         except (TypeError, ContractError) as error:
@@ -164,7 +168,11 @@ def write_sidecar(
         details: what only this kind of artefact has to say, under the key `details`.
     """
     document = provenance(inputs)
-    document["artefact"] = {"file": Path(artefact).name, "sha256": sha256_of(artefact), "bytes": Path(artefact).stat().st_size}
+    document["artefact"] = {
+        "file": Path(artefact).name,
+        "sha256": sha256_of(artefact),
+        "bytes": Path(artefact).stat().st_size,
+    }
     if contract is not None:
         document["contract"] = contract.to_json()
     document["details"] = dict(details or {})
@@ -181,10 +189,14 @@ def read_sidecar(artefact: AnyPath) -> Dict[str, Any]:
     artefact, path = Path(artefact), sidecar_path(artefact)
     if not artefact.is_file():
         raise ContractError(f"no such file: {artefact}")
-    document = read_json(path, ContractError, f"the sidecar that was written with {artefact.name}; keep the two together")
+    document = read_json(
+        path, ContractError, f"the sidecar that was written with {artefact.name}; keep the two together"
+    )
     if not isinstance(document, dict) or document.get("schema_version") != SCHEMA_VERSION:
         found = document.get("schema_version") if isinstance(document, dict) else document
-        raise ContractError(f"{path}: schema_version is {found!r}; expected {SCHEMA_VERSION}. Make {artefact.name} again.")
+        raise ContractError(
+            f"{path}: schema_version is {found!r}; expected {SCHEMA_VERSION}. Make {artefact.name} again."
+        )
     entry, found = document.get("artefact"), sha256_of(artefact)
     recorded = entry.get("sha256") if isinstance(entry, dict) else None
     if recorded != found:

@@ -28,10 +28,16 @@ TOPK_LIMIT = 3840
 @command
 def main(argv: Optional[List[str]] = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m deploy.export", description="Export a trained detector to ONNX.")
-    parser.add_argument("run_dir", metavar="RUN_DIR", help="folder of a finished run: student.pth or detector.pth, config.py")
+    parser.add_argument(
+        "run_dir", metavar="RUN_DIR", help="folder of a finished run: student.pth or detector.pth, config.py"
+    )
     parser.add_argument("-o", "--output", required=True, metavar="FILE.onnx")
     parser.add_argument(
-        "--size", nargs=2, type=int, metavar=("WIDTH", "HEIGHT"), help="of the network input (default: that of the test pipeline)"
+        "--size",
+        nargs=2,
+        type=int,
+        metavar=("WIDTH", "HEIGHT"),
+        help="of the network input (default: that of the test pipeline)",
     )
     arguments = parser.parse_args(argv)
     output = Path(arguments.output)
@@ -46,8 +52,15 @@ def main(argv: Optional[List[str]] = None) -> int:
     size = tuple(arguments.size) if arguments.size else None
     contract = contract_from_config(config, details["class_names"], details["category_ids"], size)
     onnx_from_detector(detector, contract, output)
-    write_sidecar(output, {"weights": weights_of_run(arguments.run_dir)}, contract, {"opset": OPSET, "parameters": details["parameters"]})
-    print(f"wrote {output} ({output.stat().st_size / 2**20:.1f} MiB), input {contract.input_width_px} x {contract.input_height_px}")
+    write_sidecar(
+        output,
+        {"weights": weights_of_run(arguments.run_dir)},
+        contract,
+        {"opset": OPSET, "parameters": details["parameters"]},
+    )
+    print(
+        f"wrote {output} ({output.stat().st_size / 2**20:.1f} MiB), input {contract.input_width_px} x {contract.input_height_px}"
+    )
     return 0
 
 
@@ -70,14 +83,18 @@ def contract_from_config(
         raise ExportError(f"test_pipeline has {unknown}, which deployment cannot repeat; expected only {sorted(known)}")
     resize = transforms.get("FitResize") or transforms.get("Resize")
     if resize is None:
-        raise ExportError("test_pipeline has neither Resize nor FitResize; expected one, since the network input has a fixed size")
+        raise ExportError(
+            "test_pipeline has neither Resize nor FitResize; expected one, since the network input has a fixed size"
+        )
     normalise = config.model.data_preprocessor
     turned = bool(normalise.get("bgr_to_rgb") or normalise.get("rgb_to_bgr"))  # mmdet reads blue-green-red
     pad = transforms.get("FitPad") or transforms.get("Pad")
     divisor = normalise.get("pad_size_divisor", 1)
     width, height = size_px or (pad["size"] if pad else [-(-side // divisor) * divisor for side in resize["scale"]])
     if width % 32 or height % 32:
-        raise ExportError(f"the network input is {width} x {height}; expected multiples of 32. Give --size WIDTH HEIGHT")
+        raise ExportError(
+            f"the network input is {width} x {height}; expected multiples of 32. Give --size WIDTH HEIGHT"
+        )
     mean, std = normalise.mean, normalise.std
     pad_value = mean  # mmdet's preprocessor pads with 0 after normalisation
     if pad:
@@ -116,7 +133,9 @@ def onnx_from_detector(detector: Any, contract: ModelContract, path: Path) -> No
     image = torch.randn(contract.input_shape, generator=torch.Generator().manual_seed(0))
     with replacing(path) as temporary:
         with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")  # the tracer warns of each Python number, all of which are meant to be constants
+            warnings.simplefilter(
+                "ignore"
+            )  # the tracer warns of each Python number, all of which are meant to be constants
             torch.onnx.export(
                 model,
                 (image,),
@@ -251,7 +270,9 @@ def check_same_outputs(path: Path, contract: ModelContract, image: Any, expected
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     boxes, scores, _labels = session.run(list(contract.output_names), {contract.input_name: image})
     score_error = float(np.abs(np.sort(scores) - np.sort(expected[1])).max())
-    distance = np.abs(boxes[0][:, None] - expected[0][0][None, :100]).max(-1).min(0)  # each of torch's first to its nearest
+    distance = (
+        np.abs(boxes[0][:, None] - expected[0][0][None, :100]).max(-1).min(0)
+    )  # each of torch's first to its nearest
     if score_error > 1e-4 or distance.max() > 0.05:
         raise ExportError(
             f"the exported graph does not compute what the detector does: scores differ by {score_error:.2g}, boxes by "

@@ -32,7 +32,9 @@ def replacing(path: AnyPath) -> Iterator[Path]:
             raise IsADirectoryError(f"{path} is a folder")
         handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
     except OSError as error:
-        raise PipelineError(f"cannot write {path}: {error}. Give an output path in a folder that can be written.") from error
+        raise PipelineError(
+            f"cannot write {path}: {error}. Give an output path in a folder that can be written."
+        ) from error
     os.close(handle)
     temporary = Path(name)
     try:

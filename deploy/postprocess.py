@@ -35,10 +35,14 @@ def postprocess(outputs: Mapping[str, np.ndarray], contract: ModelContract, prep
     """
     boxes, scores, labels = (outputs[name][0] for name in contract.output_names)
     kept = scores > contract.score_threshold
-    boxes, scores, labels = boxes[kept].astype(np.float32), scores[kept].astype(np.float32), labels[kept].astype(np.int64)
+    boxes, scores, labels = (
+        boxes[kept].astype(np.float32),
+        scores[kept].astype(np.float32),
+        labels[kept].astype(np.int64),
+    )
     width, height = prepared.resized_wh_px
-    boxes = np.clip(boxes, 0, np.float32([width, height, width, height]))
-    boxes /= np.float32([*prepared.scale_xy, *prepared.scale_xy])
+    boxes = np.clip(boxes, 0, np.array([width, height, width, height], np.float32))
+    boxes /= np.array([*prepared.scale_xy, *prepared.scale_xy], np.float32)
     chosen = suppress(boxes, scores, labels, contract.nms_iou_threshold)[: contract.max_detections]
     return Detections(boxes[chosen], scores[chosen], labels[chosen])
 

@@ -46,9 +46,8 @@ def preprocess(image: np.ndarray, contract: ModelContract) -> Prepared:
         resized = cv2.resize(image, resized_wh, interpolation=cv2.INTER_LINEAR)
     if contract.channel_order == "rgb":
         resized = resized[..., ::-1]
-    mean, std = np.float32(contract.mean), np.float32(contract.std)
-    padding = (np.float32(contract.pad_value) - mean) / std  # (3,)
+    mean, std, pad_value = (np.array(v, np.float32) for v in (contract.mean, contract.std, contract.pad_value))
     tensor = np.empty((1, 3, to_wh[1], to_wh[0]), np.float32)
-    tensor[:] = padding[:, None, None]
+    tensor[:] = ((pad_value - mean) / std)[:, None, None]
     tensor[0, :, : resized_wh[1], : resized_wh[0]] = ((resized - mean) / std).transpose(2, 0, 1)
     return Prepared(tensor, (resized_wh[0] / width, resized_wh[1] / height), resized_wh, (width, height))

@@ -24,6 +24,11 @@ def progress(items: Iterable[T], total: int, what: str) -> Iterator[T]:
         words = f"{what}: {done}/{total}, {now - start:.0f} s, ETA {rest_s:.0f} s"
         if terminal:
             filled = 24 * done // max(1, total)
-            print(f"\r[{'#' * filled}{'.' * (24 - filled)}] {words}\x1b[K", end="\n" if done >= total else "", file=sys.stderr, flush=True)
+            print(
+                f"\r[{'#' * filled}{'.' * (24 - filled)}] {words}\x1b[K",
+                end="\n" if done >= total else "",
+                file=sys.stderr,
+                flush=True,
+            )
         else:
             print(words, file=sys.stderr, flush=True)

@@ -1,7 +1,7 @@
 """
 One interface to run a model: `infer(feed) -> outputs`, as a context manager.
 
-`OrtSession` runs ONNX files, `TrtSession` TensorRT engines; `open_session` chooses by the file's suffix.
+`OrtSession` runs ONNX files, `deploy.trt.TrtSession` TensorRT engines; `open_session` chooses by the file's suffix.
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ class OrtSession(Session):
         try:
             import onnxruntime
         except ImportError as error:
-            raise MissingDependencyError("onnxruntime", f"running {Path(path).name}", "pip install onnxruntime") from error
+            raise MissingDependencyError(
+                "onnxruntime", f"running {Path(path).name}", "pip install onnxruntime"
+            ) from error
         self.contract = load_contract(path)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors only: warnings about unused initialisers tell a user nothing
@@ -104,12 +106,7 @@ def open_session(path: AnyPath, threads: Optional[int] = None) -> Session:
     if suffix == ".onnx":
         return OrtSession(path, threads=threads)
     if suffix == ".engine":
+        from deploy.trt import TrtSession  # which itself builds on this module
+
         return TrtSession(path)
     raise ContractError(f"cannot run {path}: its suffix is {suffix!r}; expected .onnx or .engine")
-
-
-class TrtSession(Session):
-    """Written by the engine builder's author; see deploy/build_trt.py."""
-
-    def __init__(self, path: AnyPath) -> None:
-        raise NotImplementedError

@@ -3,6 +3,10 @@
 # `--data` sets the paths, the class names and their number.
 _base_ = "mmdet::gfl/gfl_r50_fpn_1x_coco.py"
 
+# A head with BatchNorm is shared by all levels, and so is its running mean: trained on the statistics of each level, run
+# on their mixture. Norms in the neck bring the levels to one scale (bccd, 6 epochs: AP 51.5 with them; 40.5 without after 25).
+model = dict(neck=dict(norm_cfg=dict(type="BN")))
+
 input_size = (320, 256)  # width, height
 pad_value = (104, 116, 124)  # blue, green, red: the mean colour, rounded
 
@@ -51,7 +55,15 @@ optim_wrapper = dict(
 )
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=50),
-    dict(type="CosineAnnealingLR", by_epoch=True, begin=0, end=max_epochs, T_max=max_epochs, eta_min=1e-5, convert_to_iter_based=True),
+    dict(
+        type="CosineAnnealingLR",
+        by_epoch=True,
+        begin=0,
+        end=max_epochs,
+        T_max=max_epochs,
+        eta_min=1e-5,
+        convert_to_iter_based=True,
+    ),
 ]
 default_hooks = dict(
     logger=dict(type="LoggerHook", interval=10),

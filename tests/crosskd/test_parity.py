@@ -46,7 +46,9 @@ def distillation_losses(entry: dict[str, Any], seeded: Any) -> tuple[torch.nn.Mo
 
 @pytest.mark.shared
 @pytest.mark.parametrize("entry", GFL_ENTRIES, ids=[f"{e['config']}-{e['salt']}" for e in GFL_ENTRIES])
-def test_losses_and_gradients_are_those_of_the_published_implementation(entry: dict[str, Any], shared_dir: Path) -> None:
+def test_losses_and_gradients_are_those_of_the_published_implementation(
+    entry: dict[str, Any], shared_dir: Path
+) -> None:
     spec = importlib.util.spec_from_file_location("seeded", shared_dir / "parity" / "seeded.py")
     seeded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(seeded)
@@ -55,7 +57,9 @@ def test_losses_and_gradients_are_those_of_the_published_implementation(entry: d
 
     assert losses.keys() == entry["losses"].keys()
     for key, expected in entry["losses"].items():
-        torch.testing.assert_close(torch.stack(losses[key]), torch.tensor(expected), rtol=1e-4, atol=1e-6, msg=lambda m, k=key: f"{k}: {m}")
+        torch.testing.assert_close(
+            torch.stack(losses[key]), torch.tensor(expected), rtol=1e-4, atol=1e-6, msg=lambda m, k=key: f"{k}: {m}"
+        )
     sum(value for values in losses.values() for value in values).backward()
     gradients = {name: p.grad for name, p in detector.student.named_parameters() if p.grad is not None}
     assert gradients.keys() == entry["gradients"].keys()
