@@ -1,4 +1,5 @@
-# The small student under the small teacher. Without distillation it is gfl_r18_half_320.py, with the same seed and schedule.
+# The small student under the small teacher. Without distillation it is gfl_r18_half_320.py, with the same seed and
+# schedule.
 _base_ = "./gfl_r18_half_320.py"
 
 model = dict(

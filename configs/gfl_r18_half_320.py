@@ -1,4 +1,5 @@
-# The small student, alone: GFL, ResNet-18 of half width, two tower layers with BatchNorm (GroupNorm cannot run in INT8).
+# The small student, alone: GFL, ResNet-18 of half width, two tower layers with BatchNorm (GroupNorm cannot run in
+# INT8).
 _base_ = "./_base_/gfl_320.py"
 
 model = dict(

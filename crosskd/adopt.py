@@ -1,8 +1,9 @@
 """
-Makes a run directory of a detector that was trained elsewhere: `python -m crosskd.adopt CONFIG --checkpoint X --data DIR -o RUN_DIR`.
+Makes a run directory of a detector that was trained elsewhere: `python -m crosskd.adopt CONFIG --checkpoint X --data
+DIR -o RUN_DIR`.
 
-For a teacher from mmdet's model zoo, or one that you have: nothing is trained, and every later stage takes it like a run of ours.
-Needs the training packages (torch, mmdet).
+For a teacher from mmdet's model zoo, or one that you have: nothing is trained, and every later stage takes it like a
+run of ours. Needs the training packages (torch, mmdet).
 """
 
 from __future__ import annotations

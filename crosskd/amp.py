@@ -33,8 +33,8 @@ def keep_losses_in_float32(head: nn.Module) -> None:
     """
     Makes `head.loss_by_feat` run in float32 on float32 inputs, also inside autocast.
 
-    Autocast would run the integral over GFL's distance bins, a matrix product, in bf16: with 8 bits of mantissa the boxes that
-    the loss compares are off by whole pixels.
+    Autocast would run the integral over GFL's distance bins, a matrix product, in bf16: with 8 bits of mantissa the
+    boxes that the loss compares are off by whole pixels.
     """
     original = head.loss_by_feat
 

@@ -20,7 +20,9 @@ os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
 
 
 def _allowed_globals() -> list[Any]:
-    """What mmengine's own checkpoints hold besides tensors: message buffers and numpy scalars. Nothing of it runs code."""
+    """
+    What mmengine's own checkpoints hold besides tensors: message buffers and numpy scalars. Nothing of it runs code.
+    """
     from mmengine.logging.history_buffer import HistoryBuffer
 
     def method_of_history(owner: Any, name: str) -> Any:
@@ -56,8 +58,8 @@ def read_checkpoint(path: AnyPath) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         first_line = str(error).split("\n")[0]
         raise CheckpointError(
-            f"{source} is not a plain checkpoint: reading it would run code or build objects that are not weights, so it was not "
-            f"read ({first_line}). Expected tensors only; ask its author for the state_dict."
+            f"{source} is not a plain checkpoint: reading it would run code or build objects that are not weights, "
+            f"so it was not read ({first_line}). Expected tensors only; ask its author for the state_dict."
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise CheckpointError(
@@ -87,8 +89,8 @@ def load_detector_weights(detector: nn.Module, path: AnyPath) -> None:
     Loads a checkpoint into a plain mmdet detector, every key of it.
 
     Raises:
-        CheckpointError: as `state_of_checkpoint`; keys are missing or unexpected, or shapes differ (another architecture, another
-            number of classes).
+        CheckpointError: as `state_of_checkpoint`; keys are missing or unexpected, or shapes differ (another
+            architecture, another number of classes).
     """
     state, own = state_of_checkpoint(path), detector.state_dict()
     head = getattr(detector, "bbox_head", None)
@@ -96,8 +98,8 @@ def load_detector_weights(detector: nn.Module, path: AnyPath) -> None:
         key = f"bbox_head.{name}.bias"
         if key in own and key in state and own[key].shape != state[key].shape:
             raise CheckpointError(
-                f"{path} was trained with {len(state[key])} classes ({key}), the data has {head.num_classes}. Give a checkpoint "
-                "that was trained on these classes."
+                f"{path} was trained with {len(state[key])} classes ({key}), the data has {head.num_classes}. Give "
+                "a checkpoint that was trained on these classes."
             )
     # `integral.project` is a constant that mmdet registers as a buffer in some versions and not in others.
     missing = sorted(key for key in own.keys() - state.keys() if not key.endswith("integral.project"))
@@ -114,7 +116,8 @@ def load_detector_weights(detector: nn.Module, path: AnyPath) -> None:
             if keys
         ]
         raise CheckpointError(
-            f"{path} is not a checkpoint of this {type(detector).__name__}: {', '.join(parts)}. Give the config that it was trained with."
+            f"{path} is not a checkpoint of this {type(detector).__name__}: {', '.join(parts)}. Give the config "
+            f"that it was trained with."
         )
     detector.load_state_dict(state, strict=False)
 

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Config:
     """
-    The config at `path`, ready to build: mmdet is registered, a teacher's own config is read into `model.teacher.model`.
+    The config at `path`, ready to build: mmdet is registered, a teacher's own config is read into
+    `model.teacher.model`.
 
     Args:
         path: a file, or `mmdet::gfl/gfl_r50_fpn_1x_coco.py` for one that comes with mmdet.
@@ -67,7 +68,9 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Co
 
 
 def path_beside(path: str, config_path: str | Path) -> str:
-    """A config's path as it stands, if it is one of mmdet's or absolute; else relative to the folder of `config_path`."""
+    """
+    A config's path as it stands, if it is one of mmdet's or absolute; else relative to the folder of `config_path`.
+    """
     return path if path.startswith("mmdet::") or Path(path).is_absolute() else str(Path(config_path).parent / path)
 
 
@@ -118,8 +121,8 @@ def data_from_arguments(arguments: argparse.Namespace) -> TrainingData:
     train, val = sets["train"], sets["val"]
     if train.class_names != val.class_names:
         raise DataError(
-            f"{train.annotations_path} has the classes {list(train.class_names)}, {val.annotations_path} has {list(val.class_names)}; "
-            "expected the same categories in the same order"
+            f"{train.annotations_path} has the classes {list(train.class_names)}, {val.annotations_path} has "
+            f"{list(val.class_names)}; expected the same categories in the same order"
         )
     return TrainingData(train, val)
 
@@ -174,8 +177,8 @@ def set_data(config: Config, data: TrainingData, folder: Path) -> None:
     """
     Points the config's loaders and evaluators at `data`, with its class names and counts.
 
-    mmdet reads annotation files of its own: those that this writes to `folder` hold the clipped boxes, and the keys (`area`,
-    `iscrowd`) that mmdet demands and many sets leave out.
+    mmdet reads annotation files of its own: those that this writes to `folder` hold the clipped boxes, and the keys
+    (`area`, `iscrowd`) that mmdet demands and many sets leave out.
     """
     set_classes(config, data.class_names)
     files = {split: folder / f"annotations_{split}.json" for split in ("train", "val")}

@@ -29,9 +29,9 @@ class CrossKDDetector(BaseDetector):
     Args:
         student: an mmdet detector's config.
         teacher: `model` is an mmdet detector's config; `config` and `checkpoint` say where it came from.
-        distill: `method` ('crosskd' or 'crosskd+pkd') and `split`, the tower layer k at which the student's features leave for
-            the teacher's head, 0 to the number of tower layers; `weight_cls`, `weight_reg` (1) and `weight_feat` (6, the
-            published one for GFL) scale the losses.
+        distill: `method` ('crosskd' or 'crosskd+pkd') and `split`, the tower layer k at which the student's features
+            leave for the teacher's head, 0 to the number of tower layers; `weight_cls`, `weight_reg` (1) and
+            `weight_feat` (6, the published one for GFL) scale the losses.
 
     Raises:
         ConfigError: an unknown method or key, or heads that do not fit together.
@@ -74,7 +74,8 @@ class CrossKDDetector(BaseDetector):
 
     def loss(self, batch_inputs: Tensor, batch_data_samples: list[Any]) -> dict[str, Any]:
         """
-        The student's own losses and `loss_cls_kd`, `loss_reg_kd` (with PKD `loss_feat_kd`): key -> list of scalars, one per level.
+        The student's own losses and `loss_cls_kd`, `loss_reg_kd` (with PKD `loss_feat_kd`): key -> list of scalars,
+        one per level.
 
         Args:
             batch_inputs: (N, 3, H, W), float32, normalised for the student.

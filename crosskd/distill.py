@@ -1,5 +1,6 @@
 """
-Trains a student under a teacher with CrossKD: `python -m crosskd.distill CONFIG --data DIR --teacher-checkpoint X -o RUN_DIR`.
+Trains a student under a teacher with CrossKD: `python -m crosskd.distill CONFIG --data DIR --teacher-checkpoint X -o
+RUN_DIR`.
 
 Writes `RUN_DIR/student.pth`, plain mmdet weights of the student alone. Needs the training packages (torch, mmdet).
 """
@@ -30,7 +31,8 @@ def main(argv: list[str] | None = None) -> int:
     config = load_config(arguments.config, overrides_from_arguments(arguments))
     if config.model.type != "CrossKDDetector":
         raise ConfigError(
-            f"{arguments.config}: model.type is {config.model.type}; expected CrossKDDetector. Train others with crosskd.train."
+            f"{arguments.config}: model.type is {config.model.type}; expected CrossKDDetector. Train others with "
+            f"crosskd.train."
         )
     if arguments.teacher_checkpoint:
         config.model.teacher.checkpoint = arguments.teacher_checkpoint

@@ -115,8 +115,8 @@ def check_heads_match(student: nn.Module, teacher: nn.Module, split: int) -> Non
     for key, value in mine.items():
         if value != theirs[key]:
             raise ConfigError(
-                f"bbox_head.{key} is {value} in the student and {theirs[key]} in the teacher; expected the same value, since the "
-                "student's features go through the teacher's head. Change one of the two configs."
+                f"bbox_head.{key} is {value} in the student and {theirs[key]} in the teacher; expected the same "
+                "value, since the student's features go through the teacher's head. Change one of the two configs."
             )
     if not 0 <= split <= student.stacked_convs:
         raise ConfigError(
@@ -125,7 +125,9 @@ def check_heads_match(student: nn.Module, teacher: nn.Module, split: int) -> Non
 
 
 def _rows(maps: Tensor, width: int) -> Tensor:
-    """(N, A * width, H, W) -> (N * H * W * A, width), float32: the order in which mmdet's heads flatten their levels."""
+    """
+    (N, A * width, H, W) -> (N * H * W * A, width), float32: the order in which mmdet's heads flatten their levels.
+    """
     return maps.permute(0, 2, 3, 1).reshape(-1, width).float()
 
 

@@ -49,8 +49,8 @@ def feature_distance(student: Tensor, teacher: Tensor) -> Tensor:
     """
     PKD: half the mean squared difference of two feature maps, each standardised per channel; a scalar.
 
-    Source: "PKD: General Distillation Framework for Object Detectors via Pearson Correlation Coefficient", arXiv 2207.02039,
-    equation 3.
+    Source: "PKD: General Distillation Framework for Object Detectors via Pearson Correlation Coefficient", arXiv
+    2207.02039, equation 3.
 
     Args:
         student: (N, C, H, W). teacher: (N, C, H, W), needs no gradient.

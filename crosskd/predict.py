@@ -1,8 +1,9 @@
 """
-mmdet's own detections of a finished run: `python -m crosskd.predict RUN_DIR --annotations FILE --images-dir DIR -o detections.json`.
+mmdet's own detections of a finished run: `python -m crosskd.predict RUN_DIR --annotations FILE --images-dir DIR -o
+detections.json`.
 
-Goes through mmdet's test pipeline and post-processing, and so is independent of everything in deploy/: the reference that
-exported models are compared with. Needs the training packages (torch, mmdet).
+Goes through mmdet's test pipeline and post-processing, and so is independent of everything in deploy/: the reference
+that exported models are compared with. Needs the training packages (torch, mmdet).
 """
 
 from __future__ import annotations

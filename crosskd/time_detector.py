@@ -1,8 +1,9 @@
 """
-Times a finished run in torch, stage by stage: `python -m crosskd.time_detector RUN_DIR --annotations FILE --images-dir DIR -o times.json`.
+Times a finished run in torch, stage by stage: `python -m crosskd.time_detector RUN_DIR --annotations FILE
+--images-dir DIR -o times.json`.
 
-The stages are those of deployment: pre-processing (mmdet's test pipeline on an image in memory), inference (backbone, neck, head),
-post-processing (decoding and NMS). Needs the training packages (torch, mmdet).
+The stages are those of deployment: pre-processing (mmdet's test pipeline on an image in memory), inference (backbone,
+neck, head), post-processing (decoding and NMS). Needs the training packages (torch, mmdet).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """
 Trains a plain mmdet detector, a teacher or a baseline: `python -m crosskd.train CONFIG --data DIR -o RUN_DIR`.
 
-Given the config of a distillation, it trains the student alone. Writes `RUN_DIR/detector.pth`, plain mmdet weights. Needs the
-training packages (torch, mmdet).
+Given the config of a distillation, it trains the student alone. Writes `RUN_DIR/detector.pth`, plain mmdet weights.
+Needs the training packages (torch, mmdet).
 """
 
 from __future__ import annotations

@@ -50,7 +50,8 @@ def run_training(
     inputs: dict[str, Any],
 ) -> Path:
     """
-    Trains `detector` with mmengine's runner, saves the run, and returns the path of its weights, `RUN_DIR/<weights_name>`.
+    Trains `detector` with mmengine's runner, saves the run, and returns the path of its weights,
+    `RUN_DIR/<weights_name>`.
 
     Args:
         config: the resolved config; its data have been set.
@@ -166,7 +167,9 @@ def set_precision(config: Any, detector: Any, precision: str | None, has_gpu: bo
 
 
 def seed_everything(seed: int) -> None:
-    """Seeds Python, numpy and torch: to be called before a detector is built, whose layers draw their first weights then."""
+    """
+    Seeds Python, numpy and torch: to be called before a detector is built, whose layers draw their first weights then.
+    """
     from mmengine.runner import set_random_seed
 
     set_random_seed(seed)
@@ -188,7 +191,8 @@ def weights_of_run(run_dir: str | Path) -> Path:
             read_sidecar(path)
             return path
     raise CheckpointError(
-        f"{run_dir} has neither student.pth nor detector.pth; expected the folder of a finished run of crosskd.distill or crosskd.train"
+        f"{run_dir} has neither student.pth nor detector.pth; expected the folder of a finished run of "
+        f"crosskd.distill or crosskd.train"
     )
 
 

@@ -15,8 +15,8 @@ class FitResize(Resize):
     """
     Resizes to the largest size of the same aspect ratio that fits into `scale`.
 
-    mmdet's own keep-ratio resize takes `scale` as (long side, short side) whichever way the image lies, so that a tall image
-    does not fit into a wide network input.
+    mmdet's own keep-ratio resize takes `scale` as (long side, short side) whichever way the image lies, so that a
+    tall image does not fit into a wide network input.
 
     Args:
         scale: (width, height) in pixels.

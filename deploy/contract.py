@@ -47,7 +47,7 @@ class ModelContract:
     resize: str
     """'keep_ratio': the largest size of the same aspect ratio that fits, at the top left. 'stretch': both sides."""
     output_names: Tuple[str, str, str]
-    """boxes (N, K, 4) float32, x1 y1 x2 y2 in pixels of the input; scores (N, K) float32, 0 to 1; labels (N, K) integer.
+    """boxes (N, K, 4) float32, x1 y1 x2 y2 in pixels of the input; scores (N, K) float32; labels (N, K) integer.
 
     Before NMS: K is the sum over the levels of the best candidates of each.
     """
@@ -202,7 +202,8 @@ def read_sidecar(artefact: AnyPath) -> Dict[str, Any]:
     if recorded != found:
         raise ContractError(
             f"{artefact} is not the file that its sidecar describes: its SHA-256 is {found[:12]}..., {path.name} says "
-            f"{str(recorded)[:12]}... It was changed or truncated after it was made: make it again, or bring back the original."
+            f"{str(recorded)[:12]}... It was changed or truncated after it was made: make it again, or bring back "
+            f"the original."
         )
     return document
 

@@ -1,8 +1,9 @@
 """
 Checkpoint -> ONNX: `python -m deploy.export RUN_DIR -o student.onnx`.
 
-One file, one static graph: points and strides are constants, boxes are decoded and the best candidates of each level chosen in the
-graph; non-maximum suppression stays outside (deploy/postprocess.py). The sidecar carries the model contract.
+One file, one static graph: points and strides are constants, boxes are decoded and the best candidates of each level
+chosen in the graph; non-maximum suppression stays outside (deploy/postprocess.py). The sidecar carries the model
+contract.
 
 Needs the training packages (torch, mmdet) and onnx; it is the one file outside crosskd/ that may import them.
 """
@@ -59,7 +60,8 @@ def main(argv: Optional[List[str]] = None) -> int:
         {"opset": OPSET, "parameters": details["parameters"]},
     )
     print(
-        f"wrote {output} ({output.stat().st_size / 2**20:.1f} MiB), input {contract.input_width_px} x {contract.input_height_px}"
+        f"wrote {output} ({output.stat().st_size / 2**20:.1f} MiB), input {contract.input_width_px} x "
+        f"{contract.input_height_px}"
     )
     return 0
 
@@ -216,7 +218,8 @@ def decode_gfl(head: Any, points: Any, stride: float, logits: Any, distances: An
     """
     Boxes (N, P, 4) and scores (N, P, classes) of one level of a GFL head.
 
-    A side's distance is the mean of its distribution over the bins 0 to reg_max, in strides (arXiv 2006.04388, equation 4).
+    A side's distance is the mean of its distribution over the bins 0 to reg_max, in strides (arXiv 2006.04388,
+    equation 4).
 
     Args:
         points: (P, 2), centres of the anchors, pixels. logits: (N, P, classes). distances: (N, P, 4 * (reg_max + 1)).

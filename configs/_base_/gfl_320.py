@@ -3,8 +3,9 @@
 # `--data` sets the paths, the class names and their number.
 _base_ = "mmdet::gfl/gfl_r50_fpn_1x_coco.py"
 
-# A head with BatchNorm is shared by all levels, and so is its running mean: trained on the statistics of each level, run
-# on their mixture. Norms in the neck bring the levels to one scale (bccd, 6 epochs: AP 51.5 with them; 40.5 without after 25).
+# A head with BatchNorm is shared by all levels, and so is its running mean: trained on the statistics of each level,
+# run on their mixture. Norms in the neck bring the levels to one scale (bccd, 6 epochs: AP 51.5 with them; 40.5 without
+# after 25).
 model = dict(neck=dict(norm_cfg=dict(type="BN")))
 
 input_size = (320, 256)  # width, height

@@ -25,9 +25,10 @@ GFL_ENTRIES = [
 
 
 def distillation_losses(entry: dict[str, Any], seeded: Any) -> tuple[torch.nn.Module, dict[str, list[Tensor]]]:
+    from mmdet.structures import DetDataSample
+
     from crosskd.config import load_config
     from crosskd.detector import detector_from_config
-    from mmdet.structures import DetDataSample
 
     overrides = {"model.distill.split": entry["split"]} if entry.get("split") is not None else None
     config = load_config(ROOT / CONFIGS[entry["config"]], overrides)
