@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Config:
     """
-    The config at `path`, ready to build: mmdet is registered, a teacher's own config is read into
-    `model.teacher.model`.
+    The config at `path`, ready to build: mmdet is registered, the schedule is stretched to the config's `max_epochs`
+    (if it has one), a teacher's own config is read into `model.teacher.model`.
 
     Args:
         path: a file, or `mmdet::gfl/gfl_r50_fpn_1x_coco.py` for one that comes with mmdet.
@@ -57,6 +57,8 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Co
         raise ConfigError(f"{name} is not a config that mmengine can read: {type(error).__name__}: {error}") from error
     if "model" not in config:
         raise ConfigError(f"{name} has no `model`; expected a config of an mmdet detector or of a CrossKDDetector")
+    if "max_epochs" in config and config.max_epochs != config.train_cfg.max_epochs:
+        set_epochs(config, config.max_epochs)
     teacher = config.model.get("teacher")
     if teacher is not None and "model" not in teacher:
         if "config" not in teacher:
@@ -65,6 +67,26 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Co
             )
         teacher.model = load_config(path_beside(teacher.config, name)).model
     return config
+
+
+def set_epochs(config: Config, epochs: int) -> None:
+    """
+    Sets the number of epochs and stretches every schedule that counts in epochs.
+
+    Raises:
+        ConfigError: fewer than one.
+    """
+    if epochs < 1:
+        raise ConfigError(f"max_epochs is {epochs}; expected at least 1")
+    factor = epochs / config.train_cfg.max_epochs
+    config.train_cfg.max_epochs = epochs
+    for scheduler in config.param_scheduler:
+        if scheduler.get("by_epoch", True):
+            for key in ("begin", "end", "T_max"):
+                if key in scheduler:
+                    scheduler[key] = round(scheduler[key] * factor)
+            if "milestones" in scheduler:
+                scheduler.milestones = [round(epoch * factor) for epoch in scheduler.milestones]
 
 
 def path_beside(path: str, config_path: str | Path) -> str:
@@ -129,12 +151,15 @@ def data_from_arguments(arguments: argparse.Namespace) -> TrainingData:
 
 def add_override_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
+        "--epochs", type=int, help="max_epochs; the schedule is stretched to it (default: the config's)"
+    )
+    parser.add_argument(
         "--set",
         nargs="+",
         default=[],
         metavar="KEY=VALUE",
         dest="overrides",
-        help="change config values, such as train_cfg.max_epochs=3",
+        help="change config values, such as model.distill.split=2",
     )
 
 

@@ -11,8 +11,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from crosskd.config import data_from_arguments, load_config, overrides_from_arguments, set_data
-from crosskd.training import add_training_arguments, run_dir_of, run_training, seed_everything
+from crosskd.config import data_from_arguments, load_config, set_data
+from crosskd.training import add_training_arguments, overrides_of, run_dir_of, run_training, seed_everything
 from deploy.errors import ConfigError, command
 
 
@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     run_dir = run_dir_of(arguments)
     data = data_from_arguments(arguments)
-    config = load_config(arguments.config, overrides_from_arguments(arguments))
+    config = load_config(arguments.config, overrides_of(arguments))
     if config.model.type != "CrossKDDetector":
         raise ConfigError(
             f"{arguments.config}: model.type is {config.model.type}; expected CrossKDDetector. Train others with "

@@ -73,7 +73,9 @@ def predictor(config: Any, detector: Any) -> Any:
     from mmengine.dataset import Compose, pseudo_collate
 
     transforms = [
-        TRANSFORMS.build(transform) for transform in config.test_pipeline if transform["type"] != "LoadAnnotations"
+        TRANSFORMS.build(transform)
+        for transform in config.test_dataloader.dataset.pipeline
+        if transform["type"] != "LoadAnnotations"
     ]
     pipeline = Compose(transforms)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

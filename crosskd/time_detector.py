@@ -69,7 +69,11 @@ def times_of_detector(
     detector.to(device)
     loaders = ("LoadImageFromFile", "LoadAnnotations")
     pipeline = Compose(
-        [TRANSFORMS.build(transform) for transform in config.test_pipeline if transform["type"] not in loaders]
+        [
+            TRANSFORMS.build(transform)
+            for transform in config.test_dataloader.dataset.pipeline
+            if transform["type"] not in loaders
+        ]
     )
 
     def now() -> float:

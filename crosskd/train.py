@@ -10,8 +10,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from crosskd.config import data_from_arguments, load_config, overrides_from_arguments, set_data
-from crosskd.training import add_training_arguments, run_dir_of, run_training, seed_everything
+from crosskd.config import data_from_arguments, load_config, set_data
+from crosskd.training import add_training_arguments, overrides_of, run_dir_of, run_training, seed_everything
 from deploy.errors import command
 
 
@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     run_dir = run_dir_of(arguments)
     data = data_from_arguments(arguments)
-    config = load_config(arguments.config, overrides_from_arguments(arguments))
+    config = load_config(arguments.config, overrides_of(arguments))
     if "student" in config.model:
         config.model = config.model.student
     set_data(config, data, run_dir)

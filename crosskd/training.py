@@ -7,7 +7,7 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-from crosskd.config import TrainingData, add_data_arguments, add_override_argument
+from crosskd.config import TrainingData, add_data_arguments, add_override_argument, overrides_from_arguments
 from deploy.contract import write_sidecar
 from deploy.errors import CheckpointError, ConfigError
 from deploy.files import check_writable, sha256_of
@@ -24,20 +24,26 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_data_arguments(parser)
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in RUN_DIR")
-    parser.add_argument(
-        "--epochs", type=int, help="length of the training; the schedule is stretched to it (default: the config's)"
-    )
     parser.add_argument("--seed", type=int, default=0, help="of initial weights and data order (default: 0)")
     parser.add_argument(
         "--precision",
         choices=PRECISIONS,
         help="of the forward pass (default: the config's; fp16 needs a GPU, bf16 does not)",
     )
+    parser.add_argument(
+        "--epochs", type=int, help="length of the training; the schedule is stretched to it (default: the config's)"
+    )
     add_override_argument(parser)
 
 
 def run_dir_of(arguments: argparse.Namespace) -> Path:
     return Path(arguments.output or f"runs/{Path(arguments.config).stem}")
+
+
+def overrides_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Dotted key -> value, for `load_config`: of --epochs and --set."""
+    epochs = {} if arguments.epochs is None else {"max_epochs": arguments.epochs}
+    return {**epochs, **overrides_from_arguments(arguments)}
 
 
 def run_training(
@@ -74,8 +80,6 @@ def run_training(
     if arguments.resume:
         config.load_from = str(latest_checkpoint(run_dir))
     config.randomness = dict(seed=arguments.seed)
-    if arguments.epochs is not None:
-        set_epochs(config, arguments.epochs)
     set_precision(config, detector, arguments.precision, torch.cuda.is_available())
 
     names = set(inspect.signature(Runner.__init__).parameters) - {"self", "model", "cfg"}
@@ -125,26 +129,6 @@ def save_run(
         },
     )
     print(f"wrote {weights} ({weights.stat().st_size / 2**20:.1f} MiB)")
-
-
-def set_epochs(config: Any, epochs: int) -> None:
-    """
-    Sets the number of epochs and stretches every schedule that counts in epochs.
-
-    Raises:
-        ConfigError: fewer than one.
-    """
-    if epochs < 1:
-        raise ConfigError(f"--epochs {epochs}: expected at least 1")
-    factor = epochs / config.train_cfg.max_epochs
-    config.train_cfg.max_epochs = epochs
-    for scheduler in config.param_scheduler:
-        if scheduler.get("by_epoch", True):
-            for key in ("begin", "end", "T_max"):
-                if key in scheduler:
-                    scheduler[key] = round(scheduler[key] * factor)
-            if "milestones" in scheduler:
-                scheduler.milestones = [round(epoch * factor) for epoch in scheduler.milestones]
 
 
 def set_precision(config: Any, detector: Any, precision: str | None, has_gpu: bool) -> None:

@@ -78,7 +78,7 @@ def contract_from_config(
     Raises:
         ExportError: the pipeline does something that deployment does not know, or the size does not fit the strides.
     """
-    transforms = {transform["type"]: transform for transform in config.test_pipeline}
+    transforms = {transform["type"]: transform for transform in config.test_dataloader.dataset.pipeline}
     known = {"LoadImageFromFile", "LoadAnnotations", "Resize", "FitResize", "Pad", "FitPad", "PackDetInputs"}
     unknown = sorted(set(transforms) - known)
     if unknown:

@@ -63,4 +63,5 @@ def suppress(boxes_xyxy: np.ndarray, scores: np.ndarray, labels: np.ndarray, iou
     moved += (labels * (moved.max() + 1.0))[:, None]
     moved[:, 2:] -= moved[:, :2]  # x y w h
     # OpenCV drops scores <= 0 here and nothing else: the contract's threshold was applied before.
-    return np.asarray(cv2.dnn.NMSBoxes(moved.tolist(), scores.tolist(), 0.0, iou_threshold), np.int64).reshape(-1)
+    kept = cv2.dnn.NMSBoxes(moved, scores, 0.0, iou_threshold)  # type: ignore  # arrays are not in OpenCV's stubs
+    return np.asarray(kept, np.int64).reshape(-1)

@@ -1,0 +1,48 @@
+# make demo: the whole job on drawn images, to a report.   make test: the tests.   Both set up .venv by themselves.
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow check bench-bccd clean
+
+help:
+	@echo "make demo        train, distil, export, quantise, measure and report on drawn images (about 7 minutes on 2 cores)"
+	@echo "make test        the tests that need minutes, not hours; no network, no GPU"
+	@echo "make test-slow   the long ones"
+	@echo "make check       formatting, lint, types, import rules"
+	@echo "make bench-bccd  the same job on real images: ../shared/data/bccd"
+
+setup: $(READY)
+
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "error: $$($(PYTHON) --version) found; Python 3.10 or newer is needed. Name one: make PYTHON=python3.11 ..." >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --no-deps --requirement requirements.lock
+	$(BIN)/pip install --quiet --no-deps --editable .
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/python -m crosskd.shapes demo/shapes --images 400 --size 192
+	@$(BIN)/python -m crosskd.pipeline configs/demo/crosskd.py --data demo/shapes -o demo/run; status=$$?; \
+		if [ $$status -le 1 ]; then echo; echo "Open demo/run/report.html in a browser."; else exit $$status; fi
+
+test: $(READY)
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m slow --timeout 5400
+
+check: $(READY)
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench-bccd: $(READY)
+	$(BIN)/python -m crosskd.pipeline configs/crosskd_gfl_r18_half_r34_320.py --data ../shared/data/bccd -o runs/bccd
+
+clean:
+	rm -rf .venv demo
