@@ -151,9 +151,6 @@ def data_from_arguments(arguments: argparse.Namespace) -> TrainingData:
 
 def add_override_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--epochs", type=int, help="max_epochs; the schedule is stretched to it (default: the config's)"
-    )
-    parser.add_argument(
         "--set",
         nargs="+",
         default=[],
