@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +48,8 @@ def read_checkpoint(path: AnyPath) -> dict[str, Any]:
     """
     source = str(path)
     try:
-        with torch.serialization.safe_globals(_allowed_globals()):
+        with torch.serialization.safe_globals(_allowed_globals()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of an unusual pickle protocol, before it refuses the file
             if source.startswith(("http://", "https://")):
                 checkpoint = torch.hub.load_state_dict_from_url(
                     source, map_location="cpu", check_hash=True, weights_only=True
@@ -56,14 +59,19 @@ def read_checkpoint(path: AnyPath) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise CheckpointError(f"no such checkpoint: {source}") from error
     except pickle.UnpicklingError as error:
-        first_line = str(error).split("\n")[0]
+        asked_for = re.search(r"GLOBAL [\w.]+|it asks for .*", str(error))  # the rest of torch's message is advice
         raise CheckpointError(
-            f"{source} is not a plain checkpoint: reading it would run code or build objects that are not weights, "
-            f"so it was not read ({first_line}). Expected tensors only; ask its author for the state_dict."
+            f"{source} is not a plain checkpoint: reading it would run code or build objects that are not weights"
+            f"{f' ({asked_for[0]})' if asked_for else ''}, so it was not read. Expected tensors only; ask its author "
+            "for the state_dict."
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except OSError as error:
+        raise CheckpointError(f"cannot read the checkpoint {source} ({error.strerror or error})") from error
+    except Exception as error:  # a damaged pickle can raise anything
+        words = (str(error).splitlines() or [""])[0]
         raise CheckpointError(
-            f"cannot read the checkpoint {source}: {str(error).splitlines()[0]}. It may be truncated: copy it again."
+            f"cannot read the checkpoint {source} ({type(error).__name__}: {words}); expected a file that torch.save "
+            "wrote. It may be truncated: copy it again."
         ) from error
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f"{source} holds a {type(checkpoint).__name__}; expected a dict with state_dict")
@@ -125,8 +133,8 @@ def load_detector_weights(detector: nn.Module, path: AnyPath) -> None:
 def save_detector_weights(detector: nn.Module, path: AnyPath, meta: dict[str, Any]) -> None:
     """Writes the detector's weights atomically, in the layout that mmdet reads: `state_dict` and `meta`."""
     state = {key: value.detach().cpu() for key, value in detector.state_dict().items()}
-    with replacing(path) as temporary:
-        torch.save({"state_dict": state, "meta": meta}, temporary)
+    with replacing(path) as temporary, temporary.open("wb") as file:  # by name, it would write the name into the file
+        torch.save({"state_dict": state, "meta": meta}, file)
 
 
 def latest_checkpoint(run_dir: AnyPath) -> Path:

@@ -55,9 +55,11 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Co
         config.merge_from_dict(overrides or {})
     except Exception as error:  # a config is Python: anything can come out of it
         raise ConfigError(f"{name} is not a config that mmengine can read: {type(error).__name__}: {error}") from error
-    if "model" not in config:
-        raise ConfigError(f"{name} has no `model`; expected a config of an mmdet detector or of a CrossKDDetector")
-    if "max_epochs" in config and config.max_epochs != config.train_cfg.max_epochs:
+    if not isinstance(config.get("model"), dict):
+        raise ConfigError(
+            f"{name} has no `model` that is a dict; expected a config of an mmdet detector or of a CrossKDDetector"
+        )
+    if "max_epochs" in config and config.max_epochs != config.get("train_cfg", {}).get("max_epochs"):
         set_epochs(config, config.max_epochs)
     teacher = config.model.get("teacher")
     if teacher is not None and "model" not in teacher:
@@ -74,10 +76,14 @@ def set_epochs(config: Config, epochs: int) -> None:
     Sets the number of epochs and stretches every schedule that counts in epochs.
 
     Raises:
-        ConfigError: fewer than one.
+        ConfigError: not a number, fewer than one, or the config does not count in epochs.
     """
-    if epochs < 1:
-        raise ConfigError(f"max_epochs is {epochs}; expected at least 1")
+    if not isinstance(epochs, int) or epochs < 1:
+        raise ConfigError(f"max_epochs is {epochs!r}; expected a number, at least 1")
+    if "max_epochs" not in config.get("train_cfg", {}):
+        raise ConfigError(
+            f"max_epochs is {epochs}, but train_cfg has no max_epochs to be set; expected a config of epochs"
+        )
     factor = epochs / config.train_cfg.max_epochs
     config.train_cfg.max_epochs = epochs
     for scheduler in config.param_scheduler:
@@ -197,12 +203,11 @@ def set_classes(config: Config, class_names: tuple[str, ...]) -> None:
 
 def set_data(config: Config, data: TrainingData, folder: Path) -> None:
     """
-    Points the config's loaders and evaluators at `data`, with its class names and counts.
+    Points the config's loaders and evaluators at `data`, with its class names.
 
     mmdet reads annotation files of its own: those that this writes to `folder` hold the clipped boxes, and the keys
     (`area`, `iscrowd`) that mmdet demands and many sets leave out.
     """
-    set_classes(config, data.class_names)
     files = {split: folder / f"annotations_{split}.json" for split in ("train", "val")}
     for split, path in files.items():
         write_json(path, coco_document_from_set(getattr(data, split)))

@@ -11,7 +11,7 @@ from crosskd.checkpoint import load_detector_weights
 from crosskd.heads import check_heads_match, family_of, recorded_assignment, recorded_features, rest_of_head
 from crosskd.losses import aligned_to_teacher, feature_distance
 from crosskd.ops import register_mmcv_ops
-from deploy.errors import ConfigError
+from deploy.errors import ConfigError, PipelineError
 
 register_mmcv_ops()  # before mmdet is imported, which asks for them then
 from mmdet.models.detectors.base import BaseDetector  # noqa: E402
@@ -44,12 +44,7 @@ class CrossKDDetector(BaseDetector):
         super().__init__(data_preprocessor=student.data_preprocessor, **kwargs)
         self.student = MODELS.build(student)  # before the teacher: the same seed gives the baseline's initial weights
         self.teacher = MODELS.build(teacher["model"])
-        known = {"method", "split", "weight_cls", "weight_reg", "weight_feat"}
-        unknown = sorted(set(distill) - known)
-        if unknown:
-            raise ConfigError(f"model.distill has unknown keys {unknown}; expected some of {sorted(known)}")
-        if distill["method"] not in METHODS:
-            raise ConfigError(f"model.distill.method is {distill['method']!r}; expected one of {METHODS}")
+        check_distill(distill)
         self.split = distill["split"]
         self.loss_weights = {
             "loss_cls_kd": distill.get("weight_cls", 1.0),
@@ -130,6 +125,21 @@ class CrossKDDetector(BaseDetector):
         return self.student.extract_feat(batch_inputs)
 
 
+def check_distill(distill: dict[str, Any]) -> None:
+    """Raises ConfigError if `model.distill` has missing, unknown or wrong entries."""
+    weights = {"weight_cls", "weight_reg", "weight_feat"}
+    unknown = sorted(set(distill) - weights - {"method", "split"})
+    if unknown or not {"method", "split"} <= set(distill):
+        raise ConfigError(
+            f"model.distill has the keys {sorted(distill)}; expected method, split and, as wanted, {sorted(weights)}"
+        )
+    if distill["method"] not in METHODS:
+        raise ConfigError(f"model.distill.method is {distill['method']!r}; expected one of {METHODS}")
+    for key in sorted(weights & set(distill)):
+        if not isinstance(distill[key], (int, float)):
+            raise ConfigError(f"model.distill.{key} is {distill[key]!r}; expected a number")
+
+
 def _drop_teacher(_module: nn.Module, state: dict[str, Tensor], prefix: str, _metadata: Any) -> None:
     for key in [key for key in state if key.startswith(f"{prefix}teacher.")]:
         del state[key]
@@ -148,10 +158,15 @@ def detector_from_config(config: Any, load_weights: bool = True) -> nn.Module:
         load_weights: load the teacher's checkpoint into a CrossKDDetector. Without it no file is read.
 
     Raises:
-        ConfigError: the heads do not fit, or there is no teacher checkpoint.
+        ConfigError: the model cannot be built, the heads do not fit, or there is no teacher checkpoint.
         CheckpointError: the teacher's checkpoint is unreadable, unsafe or of another detector.
     """
-    detector = MODELS.build(config.model)
+    try:
+        detector = MODELS.build(config.model)
+    except PipelineError:
+        raise
+    except Exception as error:  # whatever mmdet's modules raise of a wrong argument
+        raise ConfigError(f"the config's model cannot be built: {type(error).__name__}: {error}") from error
     if load_weights and isinstance(detector, CrossKDDetector):
         checkpoint = config.model.teacher.get("checkpoint")
         if not checkpoint:

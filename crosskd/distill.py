@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from crosskd.config import data_from_arguments, load_config, set_data
+from crosskd.config import data_from_arguments, load_config, set_classes
 from crosskd.training import add_training_arguments, overrides_of, run_dir_of, run_training, seed_everything
 from deploy.errors import ConfigError, command
 
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
         )
     if arguments.teacher_checkpoint:
         config.model.teacher.checkpoint = arguments.teacher_checkpoint
-    set_data(config, data, run_dir)
+    set_classes(config, data.class_names)
 
     from crosskd.detector import detector_from_config
 

@@ -118,9 +118,9 @@ def check_heads_match(student: nn.Module, teacher: nn.Module, split: int) -> Non
                 f"bbox_head.{key} is {value} in the student and {theirs[key]} in the teacher; expected the same "
                 "value, since the student's features go through the teacher's head. Change one of the two configs."
             )
-    if not 0 <= split <= student.stacked_convs:
+    if split not in range(student.stacked_convs + 1):
         raise ConfigError(
-            f"model.distill.split is {split}; expected 0 to {student.stacked_convs}, the number of tower layers"
+            f"model.distill.split is {split!r}; expected 0 to {student.stacked_convs}, the number of tower layers"
         )
 
 

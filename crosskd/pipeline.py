@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import subprocess
 import sys
 import time
@@ -33,6 +34,11 @@ class Stage:
     words: list[str]
     """The module and its arguments, without `python -m`."""
     artefact: Path
+
+    @property
+    def makes_run(self) -> bool:
+        """Whether it makes a run directory, from the config that is its first argument."""
+        return self.words[0].startswith("crosskd.")
 
     @property
     def is_training(self) -> bool:
@@ -142,7 +148,8 @@ def run_stages(stages: list[Stage]) -> int:
             print(f"{head}: up to date, {stage.artefact}", flush=True)
             continue
         words = [*stage.words, "--resume"] if can_resume(stage) else stage.words
-        note_start(stage)
+        if stage.makes_run and words == stage.words:
+            note_start(stage)
         print(f"{head}: python -m {' '.join(words)}", flush=True)
         began = time.monotonic()
         status = subprocess.run([sys.executable, "-m", *words], check=False).returncode
@@ -157,24 +164,36 @@ def run_stages(stages: list[Stage]) -> int:
 
 
 def note_start(stage: Stage) -> None:
-    """Notes in the run directory of a training which command it is, for `can_resume`."""
-    if stage.is_training:
-        write_json(stage.artefact.parent / "started.json", start_of(stage))
-
-
-def can_resume(stage: Stage) -> bool:
-    """Whether an interrupted training of the very same command and files left a checkpoint to go on from."""
+    """Notes in the run directory what it is made from; what another command or config left there no longer counts."""
     run_dir = stage.artefact.parent
-    if not stage.is_training or stage.artefact.exists() or not (run_dir / "last_checkpoint").exists():
-        return False
+    for stale in (stage.artefact, run_dir / "last_checkpoint"):
+        stale.unlink(missing_ok=True)
+    write_json(run_dir / "started.json", start_of(stage))
+
+
+def started_as(stage: Stage) -> bool:
+    """Whether all that was noted when the run directory was begun still holds."""
     try:
-        return bool(read_json(run_dir / "started.json", PipelineError, "the start of a run") == start_of(stage))
-    except PipelineError:
+        noted = read_json(stage.artefact.parent / "started.json", PipelineError, "the start of a run")
+        return bool(noted.items() <= start_of(stage).items())
+    except (PipelineError, AttributeError):
         return False
 
 
 def start_of(stage: Stage) -> dict[str, Any]:
-    return {"command": stage.command, "files": {word: sha256_of(word) for word in stage.words if Path(word).is_file()}}
+    """The command and the content of its files; the config with all that it inherits, and its teacher's."""
+    config = repr(load_config(stage.words[1]).to_dict())
+    return {
+        "command": stage.command,
+        "files": {word: sha256_of(word) for word in stage.words if Path(word).is_file()},
+        "config": hashlib.sha256(config.encode()).hexdigest(),
+    }
+
+
+def can_resume(stage: Stage) -> bool:
+    """Whether an interrupted training of the very same command and files left a checkpoint to go on from."""
+    left_one = not stage.artefact.exists() and (stage.artefact.parent / "last_checkpoint").exists()
+    return stage.is_training and left_one and started_as(stage)
 
 
 def is_up_to_date(stage: Stage) -> bool:
@@ -186,9 +205,10 @@ def is_up_to_date(stage: Stage) -> bool:
             record = read_sidecar(stage.artefact)
         made_by = [word for word in record["command"] if word != "--resume"]
         inputs = record["inputs"].values()
-        return made_by == stage.command and all(sha256_of(one["file"]) == one["sha256"] for one in inputs)
+        same = made_by == stage.command and all(sha256_of(one["file"]) == one["sha256"] for one in inputs)
     except (PipelineError, OSError, KeyError, TypeError, AttributeError):
         return False
+    return same and (not stage.makes_run or started_as(stage))
 
 
 if __name__ == "__main__":

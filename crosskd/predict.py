@@ -15,7 +15,7 @@ from typing import Any
 
 from crosskd.training import load_run
 from deploy.dataset import CocoImage, check_image_files, load_coco
-from deploy.errors import DataError, command
+from deploy.errors import ConfigError, DataError, command
 from deploy.files import check_writable, replacing
 from deploy.progress import progress
 
@@ -33,6 +33,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("-o", "--output", required=True, metavar="FILE", help="COCO result JSON")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N images")
     arguments = parser.parse_args(argv)
+    if arguments.limit is not None and arguments.limit < 1:
+        raise ConfigError(f"--limit is {arguments.limit}; expected at least 1")
     check_writable(arguments.output)
     coco = load_coco(arguments.annotations, arguments.images_dir, check_files=False)
     images = coco.images[: arguments.limit]

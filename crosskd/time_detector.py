@@ -39,6 +39,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.runs < 1 or arguments.warmup < 0:
         raise ConfigError(f"--runs {arguments.runs} --warmup {arguments.warmup}: expected at least 1 and 0")
+    if arguments.threads is not None and arguments.threads < 1:
+        raise ConfigError(f"--threads is {arguments.threads}; expected at least 1")
     check_writable(arguments.output)
     coco = load_coco(arguments.annotations, arguments.images_dir, check_files=False)
     pixels = [read_image(image.path) for image in coco.images[:MOST_IMAGES]]

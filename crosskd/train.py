@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from crosskd.config import data_from_arguments, load_config, set_data
+from crosskd.config import data_from_arguments, load_config, set_classes
 from crosskd.training import add_training_arguments, overrides_of, run_dir_of, run_training, seed_everything
 from deploy.errors import command
 
@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     config = load_config(arguments.config, overrides_of(arguments))
     if "student" in config.model:
         config.model = config.model.student
-    set_data(config, data, run_dir)
+    set_classes(config, data.class_names)
 
     from crosskd.detector import detector_from_config
 

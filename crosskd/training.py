@@ -7,7 +7,13 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-from crosskd.config import TrainingData, add_data_arguments, add_override_argument, overrides_from_arguments
+from crosskd.config import (
+    TrainingData,
+    add_data_arguments,
+    add_override_argument,
+    overrides_from_arguments,
+    set_data,
+)
 from deploy.contract import write_sidecar
 from deploy.errors import CheckpointError, ConfigError
 from deploy.files import check_writable, sha256_of
@@ -60,7 +66,7 @@ def run_training(
     `RUN_DIR/<weights_name>`.
 
     Args:
-        config: the resolved config; its data have been set.
+        config: the resolved config of `detector`; its data are set here.
         detector: a plain mmdet detector, or one that owns the one to be kept as `.student`.
         inputs: name -> file, for the sidecar: what went into the run besides its data.
 
@@ -81,6 +87,7 @@ def run_training(
         config.load_from = str(latest_checkpoint(run_dir))
     config.randomness = dict(seed=arguments.seed)
     set_precision(config, detector, arguments.precision, torch.cuda.is_available())
+    set_data(config, data, run_dir)
 
     names = set(inspect.signature(Runner.__init__).parameters) - {"self", "model", "cfg"}
     runner = Runner(model=detector, cfg=config, **{name: config[name] for name in names if name in config})

@@ -42,6 +42,9 @@ def main(argv: Optional[List[str]] = None) -> int:
     finally:
         cuda.close()
     check_strong_typing(trt)
+
+    from deploy.graph import count_parameters
+
     for path in filter(None, (options.output, options.timing_cache)):
         check_writable(path)
     source, model = typed_model(options.model, options.precision, options.data)
@@ -60,6 +63,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         temporary.write_bytes(plan)
     details = {
         "precision": options.precision,
+        "parameters": count_parameters(model),
         **here,
         "workspace_mib": options.workspace_mib,
         "opt_level": options.opt_level,
