@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any, Dict, List, Sequence, TypeVar
 
 from benchmarks.environment import read_environment
-from deploy.contract import ModelContract, read_sidecar
+from deploy.contract import ModelContract, read_sidecar, weights_of_run
 from deploy.dataset import CocoSet, load_coco, split_paths
 from deploy.errors import ConfigError, MeasurementError, MissingDependencyError
 from deploy.files import check_writable, sha256_of
 
 T = TypeVar("T")
-WEIGHTS = ("student.pth", "detector.pth")
 ROLES = {
     "teacher": "Teacher",
     "baseline": "Student without distillation",
@@ -70,17 +69,12 @@ def load_subject(path: str) -> Subject:
 
     Raises:
         MeasurementError: it is neither an ONNX file, an engine nor a run directory.
-        ContractError: it does not match its sidecar, or has none.
+        ContractError: the run directory is not that of a finished run, or the file does not match its sidecar.
     """
     model = Path(path)
     if model.is_dir():
-        found = [model / name for name in WEIGHTS if (model / name).is_file()]
-        if len(found) != 1:
-            names = " and ".join(file.name for file in found) or "neither"
-            raise MeasurementError(
-                f"{model} holds {names} of {' and '.join(WEIGHTS)}; expected one: a finished run directory"
-            )
-        return Subject(model, found[0], "torch", read_sidecar(found[0]))
+        weights = weights_of_run(model)
+        return Subject(model, weights, "torch", read_sidecar(weights))
     if model.suffix not in (".onnx", ".engine"):
         raise MeasurementError(f"cannot measure {model}; expected an .onnx file, an .engine file or a run directory")
     return Subject(model, model, model.suffix[1:], read_sidecar(model))

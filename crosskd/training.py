@@ -14,7 +14,7 @@ from crosskd.config import (
     overrides_from_arguments,
     set_data,
 )
-from deploy.contract import write_sidecar
+from deploy.contract import read_sidecar, weights_of_run, write_sidecar
 from deploy.errors import CheckpointError, ConfigError
 from deploy.files import check_writable, sha256_of
 
@@ -166,39 +166,16 @@ def seed_everything(seed: int) -> None:
     set_random_seed(seed)
 
 
-def weights_of_run(run_dir: str | Path) -> Path:
-    """
-    The weights file of a run directory, whose sidecar has been checked: `student.pth` or `detector.pth`.
-
-    Raises:
-        CheckpointError: there is none.
-        ContractError: the file does not match its sidecar.
-    """
-    from deploy.contract import read_sidecar
-
-    for name in ("student.pth", "detector.pth"):
-        path = Path(run_dir) / name
-        if path.is_file():
-            read_sidecar(path)
-            return path
-    raise CheckpointError(
-        f"{run_dir} has neither student.pth nor detector.pth; expected the folder of a finished run of "
-        f"crosskd.distill or crosskd.train"
-    )
-
-
 def load_run(run_dir: str | Path) -> tuple[Any, Any, dict[str, Any]]:
     """
     (config, detector in eval mode with its weights, sidecar) of a finished run.
 
     Raises:
-        CheckpointError, ContractError: as `weights_of_run` and `load_detector_weights`.
+        ContractError, CheckpointError: as `weights_of_run` and `load_detector_weights`.
     """
     from crosskd.checkpoint import load_detector_weights
     from crosskd.config import load_config
     from crosskd.detector import detector_from_config
-    from deploy.contract import read_sidecar
-
     weights = weights_of_run(run_dir)
     sidecar = read_sidecar(weights)
     config_path = Path(run_dir) / "config.py"

@@ -26,6 +26,8 @@ PACKAGES = (
     "numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt", "opencv-python-headless", "opencv-python",
     "faster-coco-eval",
 )  # fmt: skip
+RUN_WEIGHTS = ("student.pth", "detector.pth")
+"""What a training leaves in its run directory: of crosskd.distill, of crosskd.train."""
 _STARTED = time.time()
 
 
@@ -219,3 +221,20 @@ def load_contract(artefact: AnyPath) -> ModelContract:
     if "contract" not in document:
         raise ContractError(f"{sidecar_path(artefact)} has no model contract; expected the sidecar of a detector")
     return ModelContract.from_json(document["contract"], sidecar_path(artefact))
+
+
+def weights_of_run(run_dir: AnyPath) -> Path:
+    """
+    The weights file of a training's run directory; it has not been compared with its sidecar.
+
+    Raises:
+        ContractError: there is none, or more than one.
+    """
+    found = [path for path in (Path(run_dir) / name for name in RUN_WEIGHTS) if path.is_file()]
+    if len(found) != 1:
+        names = " and ".join(path.name for path in found) or "neither"
+        raise ContractError(
+            f"{run_dir} holds {names} of {' and '.join(RUN_WEIGHTS)}; expected one: the folder of a finished run of "
+            "crosskd.distill or crosskd.train"
+        )
+    return found[0]

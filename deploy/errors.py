@@ -83,7 +83,7 @@ def command(main: Main) -> Callable[..., int]:
             print(f"error: {error}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
-            print("interrupted; the same command goes on from the last finished step", file=sys.stderr)
+            print("interrupted", file=sys.stderr)
             return 130
 
     return run

@@ -16,7 +16,7 @@ import warnings
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
-from deploy.contract import ModelContract, write_sidecar
+from deploy.contract import ModelContract, weights_of_run, write_sidecar
 from deploy.errors import ConfigError, ExportError, command
 from deploy.files import check_writable, replacing
 
@@ -46,7 +46,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         raise ConfigError(f"the output is {output}; expected a name that ends in .onnx")
     check_writable(output)
 
-    from crosskd.training import load_run, weights_of_run
+    from crosskd.training import load_run
 
     config, detector, sidecar = load_run(arguments.run_dir)
     details = sidecar["details"]
