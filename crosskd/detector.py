@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from crosskd.checkpoint import load_detector_weights
-from crosskd.heads import check_heads_match, family_of, recorded_assignment, recorded_features, rest_of_head
+from crosskd.heads import check_heads_match, family_of, recorded_features, rest_of_head
 from crosskd.losses import aligned_to_teacher, feature_distance
 from crosskd.ops import register_mmcv_ops
 from deploy.errors import ConfigError, PipelineError
@@ -46,13 +46,10 @@ class CrossKDDetector(BaseDetector):
         self.teacher = MODELS.build(teacher["model"])
         check_distill(distill)
         self.split = distill["split"]
-        self.loss_weights = {
-            "loss_cls_kd": distill.get("weight_cls", 1.0),
-            "loss_reg_kd": distill.get("weight_reg", 1.0),
-            "loss_feat_kd": distill.get("weight_feat", 6.0),
-        }
-        self.with_pkd = distill["method"] == "crosskd+pkd"
         check_heads_match(self.student.bbox_head, self.teacher.bbox_head, self.split)
+        self.family = family_of(self.teacher.bbox_head)
+        self.loss_weights = {**self.family.default_weights, **distill.get("weights", {})}
+        self.with_pkd = distill["method"] == "crosskd+pkd"
         self.teacher.requires_grad_(False).eval()
         # A run's checkpoints hold what is trained. The teacher comes from its own file, also when a run is resumed.
         self._register_state_dict_hook(_drop_teacher)
@@ -81,7 +78,7 @@ class CrossKDDetector(BaseDetector):
             teacher_outputs = teacher_head(self.teacher.extract_feat(self.teacher_inputs_from_student(batch_inputs)))
         with (
             recorded_features(student_head, self.split) as (student_features, student_taps),
-            recorded_assignment(student_head) as calls,
+            self.family.recorded_assignment(student_head) as calls,
         ):
             losses = self.student.loss(batch_inputs, batch_data_samples)
         aligned = [
@@ -89,7 +86,7 @@ class CrossKDDetector(BaseDetector):
             for student, teacher in zip(student_taps, teacher_taps, strict=True)
         ]
         cross_outputs = rest_of_head(teacher_head, self.split)(aligned)
-        distilled = family_of(teacher_head).loss_by_outputs(cross_outputs, teacher_outputs, calls, teacher_head)
+        distilled = self.family.loss_by_outputs(cross_outputs, teacher_outputs, calls, teacher_head)
         if self.with_pkd:
             distilled["loss_feat_kd"] = [
                 feature_distance(*features) for features in zip(student_features, teacher_features, strict=True)

@@ -13,13 +13,19 @@ import contextlib
 import copy
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from crosskd.losses import distribution_kl, kd_quality_focal_loss
+from crosskd.ops import register_mmcv_ops
 from deploy.errors import ConfigError
+
+register_mmcv_ops()  # before mmdet is imported, which asks for them then
+from mmdet.structures.bbox import bbox_overlaps  # noqa: E402
+from mmdet.utils import reduce_mean  # noqa: E402
 
 TOWERS = ("cls_convs", "reg_convs")
 Taps = list[tuple[Tensor, Tensor]]
@@ -28,22 +34,47 @@ Taps = list[tuple[Tensor, Tensor]]
 
 @dataclasses.dataclass
 class LossCall:
-    """What the student's own head gave to its classification loss at one level: its target assignment."""
+    """What the student's own head gave to its classification loss in one call: its target assignment."""
 
+    labels: Tensor
+    """(rows,) int64: the class, or the number of classes for background. A row is an anchor or point of an image."""
     label_weights: Tensor
-    """(N * H * W,): 0 where the assignment ignores an anchor."""
-    avg_factor: float
-    """The head's averaging factor: positive anchors, averaged over ranks."""
+    """(rows,): 0 where the assignment ignores the row."""
+    avg_factor: float | Tensor
+    """The head's averaging factor: positive rows, at least one per image."""
 
 
 class HeadFamily:
     """What CrossKD has to know of a family of dense heads."""
 
+    default_weights: ClassVar[dict[str, float]]
+    """Loss key -> weight, as published for the family; `loss_feat_kd` is PKD's."""
+
+    @contextlib.contextmanager
+    def recorded_assignment(self, head: nn.Module) -> Iterator[list[LossCall]]:
+        """
+        Yields a list that the head's loss inside the block fills, a call per level: nothing is assigned twice.
+        """
+        calls: list[LossCall] = []
+
+        def record(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            target = args[1]
+            labels = target[0] if isinstance(target, tuple) else target  # GFL adds the quality of each box
+            weights = kwargs.get("weight", args[2] if len(args) > 2 else None)
+            weights = torch.ones_like(labels, dtype=torch.float32) if weights is None else weights.reshape(-1)
+            calls.append(LossCall(labels.reshape(-1), weights, kwargs["avg_factor"]))
+
+        handle = head.loss_cls.register_forward_pre_hook(record, with_kwargs=True)
+        try:
+            yield calls
+        finally:
+            handle.remove()
+
     def loss_by_outputs(
         self, cross: Sequence[Any], teacher: Sequence[Any], calls: list[LossCall], head: nn.Module
     ) -> dict[str, list[Tensor]]:
         """
-        The distillation losses, a scalar per level under each key.
+        The distillation losses, a scalar per level under each key, before their weights.
 
         Args:
             cross: the teacher head's outputs for the student's taps, in the order of the head's forward.
@@ -55,7 +86,9 @@ class HeadFamily:
 
 
 class GFLFamily(HeadFamily):
-    """Quality focal loss on classes, KL on the distributions of the four sides (facts: CrossKD, table of losses)."""
+    """Quality focal loss on classes, KL on the distributions of the four sides."""
+
+    default_weights: ClassVar = {"loss_cls_kd": 1.0, "loss_reg_kd": 1.0, "loss_feat_kd": 6.0}
 
     def loss_by_outputs(
         self, cross: Sequence[Any], teacher: Sequence[Any], calls: list[LossCall], head: nn.Module
@@ -63,10 +96,8 @@ class GFLFamily(HeadFamily):
         bins = head.reg_max + 1
         losses_cls, losses_reg, weights = [], [], []
         for cross_cls, cross_reg, teacher_cls, teacher_reg, call in zip(*cross, *teacher, calls, strict=True):
-            logits, target = _rows(cross_cls, head.cls_out_channels), _rows(teacher_cls, head.cls_out_channels)
-            loss_cls = kd_quality_focal_loss(logits, target) * call.label_weights[:, None]
-            losses_cls.append(loss_cls.sum() / call.avg_factor)
-            weight = target.amax(1).sigmoid() * (call.label_weights > 0)  # (N * H * W,)
+            losses_cls.append(_loss_cls(head, cross_cls, teacher_cls, call))
+            weight = _confidence(head, teacher_cls, call)
             divergence = distribution_kl(_rows(cross_reg, bins), _rows(teacher_reg, bins)).view(-1, 4)
             losses_reg.append((divergence.sum(1) * weight).sum())
             weights.append(weight.sum())
@@ -74,7 +105,116 @@ class GFLFamily(HeadFamily):
         return {"loss_cls_kd": losses_cls, "loss_reg_kd": [loss / total for loss in losses_reg]}
 
 
-FAMILIES: dict[str, HeadFamily] = {"GFLHead": GFLFamily()}
+class RetinaFamily(HeadFamily):
+    """Quality focal loss on classes, GIoU loss on boxes that are decoded from the anchors."""
+
+    default_weights: ClassVar = {"loss_cls_kd": 1.0, "loss_reg_kd": 1.0, "loss_feat_kd": 2.0}
+
+    def loss_by_outputs(
+        self, cross: Sequence[Any], teacher: Sequence[Any], calls: list[LossCall], head: nn.Module
+    ) -> dict[str, list[Tensor]]:
+        losses_cls, losses_reg = [], []
+        levels = zip(_priors(head, cross[0]), cross[0], cross[1], teacher[0], teacher[1], calls, strict=True)
+        for anchors, cross_cls, cross_reg, teacher_cls, teacher_reg, call in levels:
+            losses_cls.append(_loss_cls(head, cross_cls, teacher_cls, call))
+            boxes, target = (head.bbox_coder.decode(anchors, _rows(maps, 4)) for maps in (cross_reg, teacher_reg))
+            distance = 1 - bbox_overlaps(boxes, target, mode="giou", is_aligned=True, eps=1e-7)  # (rows,)
+            losses_reg.append((distance * _confidence(head, teacher_cls, call)).sum() / call.avg_factor)
+        return {"loss_cls_kd": losses_cls, "loss_reg_kd": losses_reg}
+
+
+class ATSSFamily(RetinaFamily):
+    """As RetinaNet, and binary cross entropy on the centerness of positive anchors."""
+
+    default_weights: ClassVar = {"loss_cls_kd": 1.0, "loss_reg_kd": 1.0, "loss_centerness_kd": 1.0, "loss_feat_kd": 1.0}
+
+    def loss_by_outputs(
+        self, cross: Sequence[Any], teacher: Sequence[Any], calls: list[LossCall], head: nn.Module
+    ) -> dict[str, list[Tensor]]:
+        losses = super().loss_by_outputs(cross, teacher, calls, head)
+        losses["loss_centerness_kd"] = []
+        for cross_map, teacher_map, call in zip(cross[2], teacher[2], calls, strict=True):
+            positive = (call.labels >= 0) & (call.labels < head.num_classes)
+            logits, target = _rows(cross_map, 1)[positive], _rows(teacher_map, 1)[positive].sigmoid()
+            entropy = functional.binary_cross_entropy_with_logits(logits, target, reduction="sum")
+            losses["loss_centerness_kd"].append(entropy / call.avg_factor)
+        return losses
+
+
+class FCOSFamily(HeadFamily):
+    """
+    Quality focal loss on classes, -log IoU on boxes that are decoded from the points; all levels at once.
+
+    Both are divided by the sum of the centerness targets of the positive points, mean over ranks. Where no rank has a
+    positive point there is nothing to divide by, and both losses are zero.
+    """
+
+    default_weights: ClassVar = {"loss_cls_kd": 0.4, "loss_reg_kd": 0.75, "loss_feat_kd": 2.0}
+
+    @contextlib.contextmanager
+    def recorded_assignment(self, head: nn.Module) -> Iterator[list[LossCall]]:
+        # The head reduces this sum itself, but gives it to a loss only where there are positives. Every rank gets
+        # here, so reducing it once more is safe.
+        original = head.centerness_target
+        sums: list[Tensor] = []
+
+        def centerness_target(targets: Tensor) -> Tensor:
+            result = original(targets)
+            sums.append(result.sum())
+            return result
+
+        head.centerness_target = centerness_target
+        try:
+            with super().recorded_assignment(head) as calls:
+                yield calls
+                for call, total in zip(calls, sums, strict=True):
+                    call.avg_factor = reduce_mean(total.detach())
+        finally:
+            del head.centerness_target
+
+    def loss_by_outputs(
+        self, cross: Sequence[Any], teacher: Sequence[Any], calls: list[LossCall], head: nn.Module
+    ) -> dict[str, list[Tensor]]:
+        (call,) = calls
+        points = torch.cat(_priors(head, cross[0]))
+        cross_cls, teacher_cls = (
+            torch.cat([_rows(m, head.cls_out_channels) for m in maps[0]]) for maps in (cross, teacher)
+        )
+        cross_reg, teacher_reg = (torch.cat([_rows(m, 4) for m in maps[1]]) for maps in (cross, teacher))
+        boxes, target = (head.bbox_coder.decode(points, distances) for distances in (cross_reg, teacher_reg))
+        overlap = bbox_overlaps(boxes, target, is_aligned=True).clamp(min=1e-6)
+        distance = -overlap.log() * teacher_cls.amax(1).sigmoid()
+        factor = call.avg_factor
+        scale = torch.where(factor > 0, 1 / factor.clamp(min=1e-6), 0)
+        return {
+            "loss_cls_kd": [kd_quality_focal_loss(cross_cls, teacher_cls).sum() * scale],
+            "loss_reg_kd": [distance.sum() * scale],
+        }
+
+
+FAMILIES: dict[str, HeadFamily] = {
+    "GFLHead": GFLFamily(),
+    "RetinaHead": RetinaFamily(),
+    "ATSSHead": ATSSFamily(),
+    "FCOSHead": FCOSFamily(),
+}
+
+
+def _loss_cls(head: nn.Module, cross: Tensor, teacher: Tensor, call: LossCall) -> Tensor:
+    logits, target = _rows(cross, head.cls_out_channels), _rows(teacher, head.cls_out_channels)
+    return (kd_quality_focal_loss(logits, target) * call.label_weights[:, None]).sum() / call.avg_factor
+
+
+def _confidence(head: nn.Module, teacher: Tensor, call: LossCall) -> Tensor:
+    """(rows,): the teacher's highest class probability, zero where the assignment ignores the row."""
+    return _rows(teacher, head.cls_out_channels).amax(1).sigmoid() * (call.label_weights > 0)
+
+
+def _priors(head: nn.Module, maps: Sequence[Tensor]) -> list[Tensor]:
+    """Per level (N * H * W * A, 4) anchors or (N * H * W, 2) points, in the order of `_rows`."""
+    sizes = [m.shape[-2:] for m in maps]
+    priors = head.prior_generator.grid_priors(sizes, device=maps[0].device)
+    return [level.repeat(maps[0].shape[0], 1) for level in priors]
 
 
 def family_of(head: nn.Module) -> HeadFamily:
@@ -156,21 +296,6 @@ def recorded_features(head: nn.Module, split: int) -> Iterator[tuple[list[Tensor
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextlib.contextmanager
-def recorded_assignment(head: nn.Module) -> Iterator[list[LossCall]]:
-    """Yields a list that the head's loss inside the block fills, per level: nothing has to be assigned twice."""
-    calls: list[LossCall] = []
-
-    def record(_module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.append(LossCall(kwargs["weight"].reshape(-1), kwargs["avg_factor"]))
-
-    handle = head.loss_cls.register_forward_pre_hook(record, with_kwargs=True)
-    try:
-        yield calls
-    finally:
-        handle.remove()
 
 
 class _TakeTap(nn.Module):

@@ -176,6 +176,7 @@ def load_run(run_dir: str | Path) -> tuple[Any, Any, dict[str, Any]]:
     from crosskd.checkpoint import load_detector_weights
     from crosskd.config import load_config
     from crosskd.detector import detector_from_config
+
     weights = weights_of_run(run_dir)
     sidecar = read_sidecar(weights)
     config_path = Path(run_dir) / "config.py"
