@@ -116,7 +116,7 @@ def contract_from_config(
         output_names=("boxes", "scores", "labels"),
         class_names=tuple(class_names),
         category_ids=tuple(category_ids),
-        score_threshold=test_cfg.score_thr,
+        score_threshold=0.0 if config.model.bbox_head.type in WITH_CENTERNESS else test_cfg.score_thr,
         nms_iou_threshold=test_cfg.nms.iou_threshold,
         max_detections=test_cfg.max_per_img,
     )
@@ -168,7 +168,7 @@ def deployed_model(detector: Any, contract: ModelContract) -> Any:
     if name not in DECODERS:
         raise ExportError(f"cannot export the head {name}; can export {', '.join(sorted(DECODERS))}")
     decode = DECODERS[name]
-    limit = head.test_cfg.get("nms_pre", -1)
+    test_cfg = head.test_cfg
     batch = contract.input_shape[0]
     strides = [float(stride[0]) for stride in head.prior_generator.strides]
 
@@ -179,27 +179,34 @@ def deployed_model(detector: Any, contract: ModelContract) -> Any:
             with torch.no_grad():
                 outputs = head(detector.extract_feat(torch.zeros(contract.input_shape)))
             sizes = [tuple(maps.shape[-2:]) for maps in outputs[0]]
-            for level, boxes in enumerate(head.prior_generator.grid_priors(sizes, device="cpu")):
-                self.register_buffer(f"points_{level}", (boxes[:, :2] + boxes[:, 2:]) / 2, persistent=False)
+            for level, priors in enumerate(head.prior_generator.grid_priors(sizes, device="cpu")):
+                self.register_buffer(f"priors_{level}", priors, persistent=False)
 
         def forward(self, image: torch.Tensor) -> Tuple[torch.Tensor, ...]:
             outputs = head(detector.extract_feat(image))
             found: List[Tuple[torch.Tensor, ...]] = []
             for level, maps in enumerate(zip(*outputs)):
-                points = getattr(self, f"points_{level}")
-                rows = [m.permute(0, 2, 3, 1).reshape(batch, len(points), -1) for m in maps]  # (N, P, channels)
-                found.append(best_candidates(*decode(head, points, strides[level], *rows), limit))
+                priors = getattr(self, f"priors_{level}")
+                rows = [m.permute(0, 2, 3, 1).reshape(batch, len(priors), -1) for m in maps]  # (N, P, channels)
+                boxes, scores, *factor = decode(head, priors, strides[level], *rows)
+                found.append(
+                    best_candidates(boxes, scores, test_cfg.get("nms_pre", -1), *factor, threshold=test_cfg.score_thr)
+                )
             return tuple(torch.cat(parts, dim=1) for parts in zip(*found))
 
     return Deployed().eval()
 
 
-def best_candidates(boxes: Any, scores: Any, limit: int) -> Tuple[Any, Any, Any]:
+def best_candidates(
+    boxes: Any, scores: Any, limit: int, factor: Optional[Any] = None, threshold: float = 0.0
+) -> Tuple[Any, Any, Any]:
     """
     The `limit` best (box, class) pairs of a level, as mmdet's `filter_scores_and_topk` chooses them.
 
     Args:
         boxes: (N, P, 4). scores: (N, P, classes).
+        factor: (N, P), of heads with centerness. mmdet chooses by the score alone, above `threshold`, and multiplies
+            afterwards: what is below becomes 0 here, so that nothing is left for a later threshold to do.
 
     Returns:
         boxes (N, k, 4), scores (N, k), labels (N, k) int64, with k = min(limit, P * classes).
@@ -211,10 +218,12 @@ def best_candidates(boxes: Any, scores: Any, limit: int) -> Tuple[Any, Any, Any]
     best, index = scores.reshape(batch, points * classes).topk(k, dim=1)
     point = torch.div(index, classes, rounding_mode="trunc")
     rows = point.reshape(batch, k, 1).repeat(1, 1, 4)
+    if factor is not None:
+        best = (best > threshold).to(best.dtype) * best * factor.gather(1, point)
     return boxes.gather(1, rows), best, index - point * classes
 
 
-def decode_gfl(head: Any, points: Any, stride: float, logits: Any, distances: Any) -> Tuple[Any, Any]:
+def decode_gfl(head: Any, anchors: Any, stride: float, logits: Any, distances: Any) -> Tuple[Any, ...]:
     """
     Boxes (N, P, 4) and scores (N, P, classes) of one level of a GFL head.
 
@@ -222,17 +231,69 @@ def decode_gfl(head: Any, points: Any, stride: float, logits: Any, distances: An
     equation 4).
 
     Args:
-        points: (P, 2), centres of the anchors, pixels. logits: (N, P, classes). distances: (N, P, 4 * (reg_max + 1)).
+        anchors: (P, 4), pixels. logits: (N, P, classes). distances: (N, P, 4 * (reg_max + 1)).
     """
     import torch
 
     bins = head.reg_max + 1
-    distribution = distances.reshape(int(distances.shape[0]), len(points), 4, bins).softmax(-1)
-    sides = (distribution * (torch.arange(bins) * stride)).sum(-1)  # left, top, right, bottom
-    return torch.cat([points - sides[..., :2], points + sides[..., 2:]], dim=-1), logits.sigmoid()
+    distribution = distances.reshape(int(distances.shape[0]), len(anchors), 4, bins).softmax(-1)
+    sides = (distribution * (torch.arange(bins) * stride)).sum(-1)
+    return _boxes_from_sides((anchors[:, :2] + anchors[:, 2:]) / 2, sides), logits.sigmoid()
 
 
-DECODERS: Dict[str, Callable[..., Tuple[Any, Any]]] = {"GFLHead": decode_gfl}
+def decode_fcos(head: Any, points: Any, stride: float, logits: Any, sides: Any, centerness: Any) -> Tuple[Any, ...]:
+    """
+    Boxes (N, P, 4), scores (N, P, classes) and centerness (N, P) of one level of an FCOS head.
+
+    Args:
+        points: (P, 2), pixels. logits: (N, P, classes). sides: (N, P, 4), pixels. centerness: (N, P, 1), logit.
+    """
+    return _boxes_from_sides(points, sides), logits.sigmoid(), centerness[..., 0].sigmoid()
+
+
+def decode_anchors(
+    head: Any, anchors: Any, stride: float, logits: Any, deltas: Any, centerness: Optional[Any] = None
+) -> Tuple[Any, ...]:
+    """
+    Boxes (N, P, 4), scores (N, P, classes) and, of ATSS, centerness (N, P) of one level of a head with anchors.
+
+    Deltas are those of Faster R-CNN (arXiv 1506.01497, equation 2), scaled by the coder's means and stds.
+
+    Args:
+        anchors: (P, 4), pixels. logits: (N, P, classes). deltas: (N, P, 4). centerness: (N, P, 1), logit.
+    """
+    import math
+
+    import torch
+    from mmdet.models.task_modules.coders import DeltaXYWHBBoxCoder
+
+    coder = head.bbox_coder
+    if type(coder) is not DeltaXYWHBBoxCoder or coder.add_ctr_clamp:
+        raise ExportError(f"cannot export the box coder {coder}; can export DeltaXYWHBBoxCoder without add_ctr_clamp")
+    deltas = deltas * torch.tensor(coder.stds) + torch.tensor(coder.means)
+    centres, sizes = (anchors[:, :2] + anchors[:, 2:]) / 2, anchors[:, 2:] - anchors[:, :2]
+    longest = abs(math.log(16 / 1000))  # mmdet's wh_ratio_clip, beyond which a box cannot grow
+    halves = sizes * deltas[..., 2:].clamp(-longest, longest).exp() / 2
+    centres = centres + sizes * deltas[..., :2]
+    boxes = torch.cat([centres - halves, centres + halves], dim=-1)
+    return (boxes, logits.sigmoid()) if centerness is None else (boxes, logits.sigmoid(), centerness[..., 0].sigmoid())
+
+
+def _boxes_from_sides(points: Any, sides: Any) -> Any:
+    """(N, P, 4) x1 y1 x2 y2 from points (P, 2) and distances to left, top, right, bottom (N, P, 4)."""
+    import torch
+
+    return torch.cat([points - sides[..., :2], points + sides[..., 2:]], dim=-1)
+
+
+DECODERS: Dict[str, Callable[..., Tuple[Any, ...]]] = {
+    "GFLHead": decode_gfl,
+    "RetinaHead": decode_anchors,
+    "ATSSHead": decode_anchors,
+    "FCOSHead": decode_fcos,
+}
+WITH_CENTERNESS = ("ATSSHead", "FCOSHead")
+"""Their scores leave the graph with mmdet's threshold applied: see `best_candidates`."""
 
 
 def clean_graph(path: Path) -> None:
