@@ -28,7 +28,8 @@ def postprocess(outputs: Mapping[str, np.ndarray], contract: ModelContract, prep
     """
     Thresholds, clips, scales back and suppresses the candidates of one image.
 
-    The order is mmdet's: clip to the resized image, divide by the scale, suppress per class, keep the best.
+    The order is mmdet's: clip to the resized image, divide by the scale, drop what has no size, suppress per class,
+    keep the best.
 
     Args:
         outputs: as `Session.infer` returns them, of batch size one.
@@ -43,6 +44,8 @@ def postprocess(outputs: Mapping[str, np.ndarray], contract: ModelContract, prep
     width, height = prepared.resized_wh_px
     boxes = np.clip(boxes, 0, np.array([width, height, width, height], np.float32))
     boxes /= np.array([*prepared.scale_xy, *prepared.scale_xy], np.float32)
+    solid = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)  # what lay outside the image was clipped to nothing
+    boxes, scores, labels = boxes[solid], scores[solid], labels[solid]
     chosen = suppress(boxes, scores, labels, contract.nms_iou_threshold)[: contract.max_detections]
     return Detections(boxes[chosen], scores[chosen], labels[chosen])
 
