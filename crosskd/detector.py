@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from crosskd.checkpoint import load_detector_weights
-from crosskd.heads import check_heads_match, family_of, recorded_features, rest_of_head
+from crosskd.heads import HeadFamily, check_heads_match, family_of, recorded_features, rest_of_head
 from crosskd.losses import aligned_to_teacher, feature_distance
 from crosskd.ops import register_mmcv_ops
 from deploy.errors import ConfigError, PipelineError
@@ -30,8 +30,8 @@ class CrossKDDetector(BaseDetector):
         student: an mmdet detector's config.
         teacher: `model` is an mmdet detector's config; `config` and `checkpoint` say where it came from.
         distill: `method` ('crosskd' or 'crosskd+pkd') and `split`, the tower layer k at which the student's features
-            leave for the teacher's head, 0 to the number of tower layers; `weight_cls`, `weight_reg` (1) and
-            `weight_feat` (6, the published one for GFL) scale the losses.
+            leave for the teacher's head, 0 to the number of tower layers; `weights`: loss key -> number, in place of
+            those published for the family of the heads.
 
     Raises:
         ConfigError: an unknown method or key, or heads that do not fit together.
@@ -44,10 +44,10 @@ class CrossKDDetector(BaseDetector):
         super().__init__(data_preprocessor=student.data_preprocessor, **kwargs)
         self.student = MODELS.build(student)  # before the teacher: the same seed gives the baseline's initial weights
         self.teacher = MODELS.build(teacher["model"])
-        check_distill(distill)
+        self.family = family_of(self.teacher.bbox_head)
+        check_distill(distill, self.family)
         self.split = distill["split"]
         check_heads_match(self.student.bbox_head, self.teacher.bbox_head, self.split)
-        self.family = family_of(self.teacher.bbox_head)
         self.loss_weights = {**self.family.default_weights, **distill.get("weights", {})}
         self.with_pkd = distill["method"] == "crosskd+pkd"
         self.teacher.requires_grad_(False).eval()
@@ -122,19 +122,19 @@ class CrossKDDetector(BaseDetector):
         return self.student.extract_feat(batch_inputs)
 
 
-def check_distill(distill: dict[str, Any]) -> None:
+def check_distill(distill: dict[str, Any], family: HeadFamily) -> None:
     """Raises ConfigError if `model.distill` has missing, unknown or wrong entries."""
-    weights = {"weight_cls", "weight_reg", "weight_feat"}
-    unknown = sorted(set(distill) - weights - {"method", "split"})
-    if unknown or not {"method", "split"} <= set(distill):
+    known = {"method", "split", "weights"}
+    if not {"method", "split"} <= set(distill) <= known:
         raise ConfigError(
-            f"model.distill has the keys {sorted(distill)}; expected method, split and, as wanted, {sorted(weights)}"
+            f"model.distill has the keys {sorted(distill)}; expected method, split and, as wanted, weights"
         )
     if distill["method"] not in METHODS:
         raise ConfigError(f"model.distill.method is {distill['method']!r}; expected one of {METHODS}")
-    for key in sorted(weights & set(distill)):
-        if not isinstance(distill[key], (int, float)):
-            raise ConfigError(f"model.distill.{key} is {distill[key]!r}; expected a number")
+    weights, losses = distill.get("weights", {}), sorted(family.default_weights)
+    good = isinstance(weights, dict) and all(isinstance(value, (int, float)) for value in weights.values())
+    if not good or not set(weights) <= set(losses):
+        raise ConfigError(f"model.distill.weights is {weights!r}; expected numbers for some of {losses}")
 
 
 def _drop_teacher(_module: nn.Module, state: dict[str, Tensor], prefix: str, _metadata: Any) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from crosskd.config import data_from_arguments, load_config, set_classes
 from crosskd.training import add_training_arguments, overrides_of, run_dir_of, run_training, seed_everything
 from deploy.errors import ConfigError, command
+from deploy.files import check_writable
 
 
 @command
@@ -27,6 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     arguments = parser.parse_args(argv)
     run_dir = run_dir_of(arguments)
+    check_writable(run_dir / "student.pth")
     data = data_from_arguments(arguments)
     config = load_config(arguments.config, overrides_of(arguments))
     if config.model.type != "CrossKDDetector":

@@ -247,6 +247,7 @@ def check_heads_match(student: nn.Module, teacher: nn.Module, split: int) -> Non
             "num_classes": head.num_classes,
             "feat_channels": head.feat_channels if split else head.in_channels,
             "stacked_convs": head.stacked_convs,
+            "num_base_priors": head.num_base_priors,
             "strides": [tuple(stride) for stride in head.prior_generator.strides],
             "reg_max": getattr(head, "reg_max", None),
         }

@@ -171,29 +171,28 @@ def note_start(stage: Stage) -> None:
     write_json(run_dir / "started.json", start_of(stage))
 
 
-def started_as(stage: Stage) -> bool:
-    """Whether all that was noted when the run directory was begun still holds."""
+def noted_start(stage: Stage) -> dict[str, Any]:
+    """What `note_start` wrote; empty for a run that was made by hand."""
     try:
-        noted = read_json(stage.artefact.parent / "started.json", PipelineError, "the start of a run")
-        return bool(noted.items() <= start_of(stage).items())
-    except (PipelineError, AttributeError):
-        return False
+        return dict(read_json(stage.artefact.parent / "started.json", PipelineError, "the start of a run"))
+    except (PipelineError, TypeError, ValueError):
+        return {}
 
 
 def start_of(stage: Stage) -> dict[str, Any]:
-    """The command and the content of its files; the config with all that it inherits, and its teacher's."""
-    config = repr(load_config(stage.words[1]).to_dict())
-    return {
-        "command": stage.command,
-        "files": {word: sha256_of(word) for word in stage.words if Path(word).is_file()},
-        "config": hashlib.sha256(config.encode()).hexdigest(),
-    }
+    files = {word: sha256_of(word) for word in stage.words[2:] if Path(word).is_file()}
+    return {"command": stage.command, "files": files, "config_sha256": config_sha256(stage)}
+
+
+def config_sha256(stage: Stage) -> str:
+    """The hash of the config's values: with all that it inherits, and its teacher's."""
+    return hashlib.sha256(repr(load_config(stage.words[1]).to_dict()).encode()).hexdigest()
 
 
 def can_resume(stage: Stage) -> bool:
     """Whether an interrupted training of the very same command and files left a checkpoint to go on from."""
     left_one = not stage.artefact.exists() and (stage.artefact.parent / "last_checkpoint").exists()
-    return stage.is_training and left_one and started_as(stage)
+    return stage.is_training and left_one and noted_start(stage) == start_of(stage)
 
 
 def is_up_to_date(stage: Stage) -> bool:
@@ -208,7 +207,7 @@ def is_up_to_date(stage: Stage) -> bool:
         same = made_by == stage.command and all(sha256_of(one["file"]) == one["sha256"] for one in inputs)
     except (PipelineError, OSError, KeyError, TypeError, AttributeError):
         return False
-    return same and (not stage.makes_run or started_as(stage))
+    return same and (not stage.makes_run or noted_start(stage).get("config_sha256") in (None, config_sha256(stage)))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import sys
 from crosskd.config import data_from_arguments, load_config, set_classes
 from crosskd.training import add_training_arguments, overrides_of, run_dir_of, run_training, seed_everything
 from deploy.errors import command
+from deploy.files import check_writable
 
 
 @command
@@ -21,6 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     add_training_arguments(parser)
     arguments = parser.parse_args(argv)
     run_dir = run_dir_of(arguments)
+    check_writable(run_dir / "detector.pth")
     data = data_from_arguments(arguments)
     config = load_config(arguments.config, overrides_of(arguments))
     if "student" in config.model:

@@ -11,12 +11,13 @@ from crosskd.config import (
     TrainingData,
     add_data_arguments,
     add_override_argument,
+    load_config,
     overrides_from_arguments,
     set_data,
 )
 from deploy.contract import read_sidecar, weights_of_run, write_sidecar
 from deploy.errors import CheckpointError, ConfigError
-from deploy.files import check_writable, sha256_of
+from deploy.files import sha256_of
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 
@@ -80,7 +81,6 @@ def run_training(
     from crosskd.checkpoint import latest_checkpoint
 
     weights = run_dir / weights_name
-    check_writable(weights)
     config.work_dir = str(run_dir)
     config.resume, config.load_from = arguments.resume, None
     if arguments.resume:
@@ -173,10 +173,6 @@ def load_run(run_dir: str | Path) -> tuple[Any, Any, dict[str, Any]]:
     Raises:
         ContractError, CheckpointError: as `weights_of_run` and `load_detector_weights`.
     """
-    from crosskd.checkpoint import load_detector_weights
-    from crosskd.config import load_config
-    from crosskd.detector import detector_from_config
-
     weights = weights_of_run(run_dir)
     sidecar = read_sidecar(weights)
     config_path = Path(run_dir) / "config.py"
@@ -184,6 +180,9 @@ def load_run(run_dir: str | Path) -> tuple[Any, Any, dict[str, Any]]:
         raise CheckpointError(
             f"{config_path} is missing or was changed since {weights.name} was written; bring back the original"
         )
+    from crosskd.checkpoint import load_detector_weights
+    from crosskd.detector import detector_from_config
+
     config = load_config(config_path)
     detector = detector_from_config(config, load_weights=False)
     load_detector_weights(detector, weights)

@@ -91,16 +91,17 @@ def contract_from_config(
     normalise = config.model.data_preprocessor
     turned = bool(normalise.get("bgr_to_rgb") or normalise.get("rgb_to_bgr"))  # mmdet reads blue-green-red
     pad = transforms.get("FitPad") or transforms.get("Pad")
-    divisor = normalise.get("pad_size_divisor", 1)
-    width, height = size_px or (pad["size"] if pad else [-(-side // divisor) * divisor for side in resize["scale"]])
+    width, height = size_px or size_from_pipeline(resize, pad or {}, normalise.get("pad_size_divisor", 1))
     if width % 32 or height % 32:
         raise ExportError(
             f"the network input is {width} x {height}; expected multiples of 32. Give --size WIDTH HEIGHT"
         )
-    mean, std = normalise.mean, normalise.std
+    mean, std = normalise.get("mean") or (0.0, 0.0, 0.0), normalise.get("std") or (1.0, 1.0, 1.0)
     pad_value = mean  # mmdet's preprocessor pads with 0 after normalisation
     if pad:
-        value = pad["pad_value"] if "pad_value" in pad else pad["pad_val"]["img"]
+        value = pad.get("pad_value") or pad.get("pad_val", 0)
+        value = value.get("img", 0) if isinstance(value, dict) else value
+        value = (value, value, value) if isinstance(value, (int, float)) else value
         pad_value = value[::-1] if turned else value
     test_cfg = config.model.test_cfg
     if test_cfg.nms.get("type", "nms") != "nms":
@@ -120,6 +121,24 @@ def contract_from_config(
         nms_iou_threshold=test_cfg.nms.iou_threshold,
         max_detections=test_cfg.max_per_img,
     )
+
+
+def size_from_pipeline(resize: Any, pad: Any, divisor: int) -> Tuple[int, int]:
+    """
+    Width and height to which a test pipeline brings its images.
+
+    Raises:
+        ExportError: it brings them to no fixed size.
+    """
+    size = pad.get("size") or resize.get("scale")
+    if not isinstance(size, (tuple, list)) or len(size) != 2 or isinstance(size[0], (tuple, list)):
+        raise ExportError(
+            f"test_pipeline resizes to {size!r}; expected one (width, height), since the network input has a fixed "
+            "size. Give --size WIDTH HEIGHT"
+        )
+    divisor = pad.get("size_divisor") or divisor
+    width, height = (-(-side // divisor) * divisor for side in size)
+    return width, height
 
 
 def onnx_from_detector(detector: Any, contract: ModelContract, path: Path) -> None:

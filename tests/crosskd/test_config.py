@@ -1,0 +1,237 @@
+"""Configs load and build; data give them their paths, class names and counts."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from crosskd.config import (
+    TrainingData,
+    add_data_arguments,
+    add_override_argument,
+    data_from_arguments,
+    load_config,
+    overrides_from_arguments,
+    path_beside,
+    set_classes,
+    set_data,
+)
+from crosskd.detector import CrossKDDetector, detector_from_config
+from deploy.dataset import load_coco
+from deploy.errors import ConfigError, DataError
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = sorted(path for path in (ROOT / "configs").rglob("*.py") if path.parent.name != "_base_")
+
+
+@pytest.fixture
+def no_download(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **_kwargs: Any) -> None:
+        raise AssertionError(f"building downloads {args}")
+
+    monkeypatch.setattr("torch.hub.load_state_dict_from_url", refuse)
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=[str(path.relative_to(ROOT)) for path in SHIPPED])
+def test_every_shipped_config_builds_and_downloads_nothing(path: Path, no_download: None) -> None:
+    config = load_config(path)
+    with torch.device("meta"):  # layers without memory: building a ResNet-101 takes no time
+        detector = detector_from_config(config, load_weights=False)
+    distils = "crosskd" in path.name
+    assert isinstance(detector, CrossKDDetector) == distils
+    assert config.train_cfg.max_epochs == config.get("max_epochs", config.train_cfg.max_epochs)
+    if distils and config.model.teacher.get("checkpoint"):
+        assert config.model.teacher.checkpoint.startswith("https://")  # not a file of one machine
+
+
+def test_there_are_configs_to_test() -> None:
+    assert {"gfl_r18_half_320.py", "crosskd_gfl_r50_r101_1x_coco.py"} <= {path.name for path in SHIPPED}
+
+
+def test_a_teachers_config_lies_beside_the_students(configs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir("/")
+    config = load_config(configs / "crosskd_tiny.py")
+    assert config.model.teacher.model.backbone.base_channels == 16
+    assert config.model.student.backbone.base_channels == 8
+    assert path_beside("mmdet::gfl/x.py", "configs/a.py") == "mmdet::gfl/x.py"
+    assert path_beside("/b.py", "configs/a.py") == "/b.py"
+
+
+def test_overrides_win_over_the_file(configs: Path) -> None:
+    config = load_config(configs / "crosskd_tiny.py", {"model.distill.split": 2, "model.teacher.config": "gfl_tiny.py"})
+    assert config.model.distill.split == 2
+    assert config.model.teacher.model.backbone.base_channels == 8
+
+
+def test_max_epochs_stretches_the_schedule() -> None:
+    config = load_config(ROOT / "configs" / "gfl_r18_half_320.py", {"max_epochs": 50})
+    assert config.train_cfg.max_epochs == 50
+    warmup, cosine = config.param_scheduler
+    assert (warmup.begin, warmup.end) == (0, 50)  # counts iterations
+    assert (cosine.begin, cosine.end, cosine.T_max) == (0, 50, 50)
+    steps = load_config("mmdet::gfl/gfl_r50_fpn_1x_coco.py", {"max_epochs": 24})
+    assert steps.param_scheduler[1].milestones == [16, 22]
+
+
+def test_override_words() -> None:
+    parser = argparse.ArgumentParser()
+    add_override_argument(parser)
+
+    def overrides(*words: str) -> dict[str, Any]:
+        return overrides_from_arguments(parser.parse_args(["--set", *words]))
+
+    assert overrides("a.b=3", "c=x=y", "d=[1, 2]", "e=") == {"a.b": 3, "c": "x=y", "d": [1, 2], "e": ""}
+    with pytest.raises(ConfigError, match="--set a: expected KEY=VALUE"):
+        overrides("a")
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (None, "no such config: .*c.py; expected a Python file, or mmdet::"),
+        ("x = (\n", "not a config that mmengine can read: SyntaxError"),
+        ("raise ValueError('on purpose')\n", "ValueError: on purpose"),
+        ("_base_ = './nope.py'\n", "nope.py"),
+        ("x = 1\n", "has no `model` that is a dict"),
+        ("model = 3\n", "has no `model` that is a dict"),
+        ("model = dict(teacher=dict())\n", "model.teacher has neither `config` nor `model`"),
+        ("model = dict(teacher=dict(config='nope.py'))\n", "no such config: .*nope.py"),
+        ("model = dict()\nmax_epochs = 'many'\n", "max_epochs is 'many'; expected a number"),
+        ("model = dict()\nmax_epochs = 0\n", "max_epochs is 0; expected a number, at least 1"),
+        ("model = dict()\nmax_epochs = 3\n", "train_cfg has no max_epochs"),
+    ],
+)
+def test_a_bad_config_is_refused(content: str | None, named: str, tmp_path: Path) -> None:
+    path = tmp_path / "c.py"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ConfigError, match=named) as caught:
+        load_config(path)
+    assert "c.py" in str(caught.value) or "max_epochs" in str(caught.value) or "nope.py" in str(caught.value)
+
+
+def test_an_unknown_config_of_mmdet_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"mmdet::gfl/nope.py is not a config"):
+        load_config("mmdet::gfl/nope.py")
+
+
+# ---- data
+
+
+def _data(*words: str) -> TrainingData:
+    parser = argparse.ArgumentParser()
+    add_data_arguments(parser)
+    return data_from_arguments(parser.parse_args(list(words)))
+
+
+def _explicit(annotations: Path, images: Path, split: str) -> list[str]:
+    return [f"--{split}-annotations", str(annotations), f"--{split}-images-dir", str(images)]
+
+
+@pytest.fixture
+def edited(shapes_dir: Path, tmp_path: Path) -> Callable[..., Path]:
+    """(split, change) -> a copy of the data folder whose annotations of that split were changed."""
+
+    def edit(split: str, change: Callable[[Any], Any]) -> Path:
+        folder = tmp_path / "edited"
+        shutil.copytree(shapes_dir, folder)
+        path = folder / "annotations" / f"instances_{split}.json"
+        document = json.loads(path.read_text())
+        change(document)
+        path.write_text(json.dumps(document))
+        return folder
+
+    return edit
+
+
+def test_a_folder_and_explicit_paths_name_the_same_data(shapes_dir: Path) -> None:
+    by_folder = _data("--data", str(shapes_dir))
+    words = []
+    for split in ("train", "val"):
+        words += _explicit(shapes_dir / "annotations" / f"instances_{split}.json", shapes_dir / "images", split)
+    by_path = _data(*words)
+    assert [image.path for image in by_path.val.images] == [image.path for image in by_folder.val.images]
+    assert by_folder.class_names == ("circle", "triangle", "square", "star", "ring", "cross")
+    assert len(by_folder.train.images) == 8
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ([], "no train data; give --data DIR, or --train-annotations"),
+        (["--data", "d", "--train-annotations", "a"], "--data and --train-annotations .* both given"),
+        (["--train-annotations", "a"], "no train data"),
+    ],
+)
+def test_data_named_twice_or_not_at_all(words: list[str], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        _data(*words)
+
+
+def test_splits_of_other_classes_are_refused(edited: Callable[..., Path]) -> None:
+    folder = edited("val", lambda document: document["categories"].reverse())
+    with pytest.raises(DataError, match=r"instances_train.json has the classes \['circle'.*instances_val.json has"):
+        _data("--data", str(folder))
+
+
+def test_clipped_boxes_are_counted(edited: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    def stick_out(document: Any) -> None:
+        for entry in document["annotations"][:2]:
+            entry["bbox"] = [-5, -5, 30, 30]
+
+    data = _data("--data", str(edited("train", stick_out)))
+    assert "instances_train.json: 2 boxes stick out of their image and were clipped" in capsys.readouterr().out
+    assert data.train.clipped == 2
+
+
+def test_the_number_of_classes_goes_into_student_and_teacher(configs: Path) -> None:
+    config = load_config(configs / "crosskd_tiny.py")
+    set_classes(config, ("a", "b", "c"))
+    detector = detector_from_config(config, load_weights=False)
+    assert detector.student.bbox_head.num_classes == detector.teacher.bbox_head.num_classes == 3
+
+
+def test_the_loaders_read_what_was_checked(
+    configs: Path, edited: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def change(document: Any) -> None:
+        first = document["annotations"][0]
+        first["bbox"] = [-5, -5, 30, 30]
+        for entry in document["annotations"]:
+            del entry["area"], entry["iscrowd"]  # which mmdet demands
+        image_id = document["images"][-1]["id"]
+        document["annotations"] = [one for one in document["annotations"] if one["image_id"] != image_id]
+
+    monkeypatch.chdir(edited("train", change).parent)
+    data = _data("--data", "edited")
+    config = load_config(configs / "gfl_tiny.py")
+    config.train_dataloader.dataset = dict(
+        type="RepeatDataset", times=2, dataset=config.train_dataloader.dataset
+    )  # whose real data set lies one deeper
+    set_data(config, data, Path("run"))
+    monkeypatch.chdir("/")  # paths of the config hold from anywhere
+
+    from mmdet.registry import DATASETS
+
+    train, val = (DATASETS.build(loader.dataset) for loader in (config.train_dataloader, config.val_dataloader))
+    assert len(train) == 2 * 8  # the image without boxes is one of them
+    assert train.metainfo["classes"] == val.metainfo["classes"] == data.class_names
+    real = train.dataset
+    boxes = [instance["bbox"] for index in range(8) for instance in real.get_data_info(index)["instances"]]
+    assert boxes[0] == [0, 0, 25, 25]  # clipped
+    expected = [box for image in data.train.images for box in image.boxes_xyxy.tolist()]
+    assert boxes == [pytest.approx(box) for box in expected]
+    labels = [one["bbox_label"] for index in range(8) for one in real.get_data_info(index)["instances"]]
+    assert labels == [label for image in data.train.images for label in image.labels.tolist()]
+    assert config.val_evaluator.ann_file == config.test_evaluator.ann_file == config.val_dataloader.dataset.ann_file
+    written = load_coco(tmp_path / "run" / "annotations_train.json", tmp_path / "edited" / "images")
+    assert written.clipped == 0
+    assert written.category_ids == data.train.category_ids

@@ -1,0 +1,118 @@
+"""crosskd.distill: what it writes is mmdet's, it starts as the baseline does, and it goes on after an interruption."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mmengine.runner import EpochBasedTrainLoop
+
+from crosskd import distill, train
+from deploy.contract import read_sidecar
+from deploy.files import sha256_of
+
+LOADS_WITHOUT_CROSSKD = """
+import sys, torch
+from crosskd.ops import register_mmcv_ops
+register_mmcv_ops()  # mmdet does not import without; nothing else of this project is used
+from mmdet.registry import MODELS
+from mmdet.utils import register_all_modules
+from mmengine.config import Config
+register_all_modules()
+detector = MODELS.build(Config.fromfile(sys.argv[1] + "/config.py").model)
+state = torch.load(sys.argv[1] + "/student.pth", weights_only=True)["state_dict"]
+detector.load_state_dict(state, strict=True)
+print(type(detector).__module__, sorted(name for name in sys.modules if name.startswith("crosskd")))
+"""
+
+
+def _words(configs: Path, shapes_dir: Path, teacher_run: Path, run_dir: Path) -> list[str]:
+    words = [str(configs / "crosskd_tiny.py"), "--data", str(shapes_dir), "-o", str(run_dir)]
+    return [*words, "--teacher-checkpoint", str(teacher_run / "detector.pth")]
+
+
+def test_the_student_loads_into_mmdets_own_detector_in_a_fresh_process(student_run: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LOADS_WITHOUT_CROSSKD, str(student_run)],
+        capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "mmdet.models.detectors.gfl ['crosskd', 'crosskd.ops']"
+
+
+def test_the_sidecar_names_the_teacher(student_run: Path, teacher_run: Path) -> None:
+    teacher = read_sidecar(student_run / "student.pth")["inputs"]["teacher_checkpoint"]
+    assert teacher["sha256"] == sha256_of(teacher_run / "detector.pth")
+    assert not (student_run / "detector.pth").exists()
+
+
+def test_student_and_baseline_start_from_the_same_weights(
+    configs: Path, shapes_dir: Path, teacher_run: Path, tmp_path: Path
+) -> None:
+    words = _words(configs, shapes_dir, teacher_run, tmp_path / "student")
+    # A learning rate of zero, and no schedule that lifts it, leave the first weights as they are.
+    still = ["--seed", "7", "--set", "optim_wrapper.optimizer.lr=0.0", "param_scheduler=[]"]
+    assert distill.main([*words, *still]) == 0
+    assert train.main([*words[:3], "-o", str(tmp_path / "baseline"), *still]) == 0
+    student = torch.load(tmp_path / "student" / "student.pth", weights_only=True)["state_dict"]
+    baseline = torch.load(tmp_path / "baseline" / "detector.pth", weights_only=True)["state_dict"]
+    assert student.keys() == baseline.keys()
+    # The running statistics are of the same images in the same order.
+    assert all(torch.equal(student[key], baseline[key]) for key in student)
+
+
+def test_an_interrupted_run_is_resumed_where_it_was(
+    configs: Path, shapes_dir: Path, teacher_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [*_words(configs, shapes_dir, teacher_run, tmp_path / "run"), "--epochs", "2"]
+    epochs: list[int] = []
+    run_epoch = EpochBasedTrainLoop.run_epoch
+
+    def interrupted(loop: Any) -> None:
+        if loop.epoch == 1:
+            raise KeyboardInterrupt
+        run_epoch(loop)
+
+    def counted(loop: Any) -> None:
+        epochs.append(loop.epoch)
+        teacher = loop.runner.model.teacher.state_dict()
+        expected = torch.load(teacher_run / "detector.pth", weights_only=True)["state_dict"]
+        assert all(torch.equal(teacher[key], value) for key, value in expected.items())
+        run_epoch(loop)
+
+    monkeypatch.setattr(EpochBasedTrainLoop, "run_epoch", interrupted)
+    assert distill.main(words) == 130
+    assert (tmp_path / "run" / "epoch_1.pth").is_file()
+    assert not (tmp_path / "run" / "student.pth").exists()
+    monkeypatch.setattr(EpochBasedTrainLoop, "run_epoch", counted)
+    assert distill.main([*words, "--resume"]) == 0
+    assert epochs == [1]
+    details = read_sidecar(tmp_path / "run" / "student.pth")["details"]
+    assert (details["epochs"], details["iterations"]) == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("config", "checkpoint", "named"),
+    [
+        ("crosskd_tiny.py", None, "there is no teacher checkpoint; give --teacher-checkpoint"),
+        ("crosskd_tiny.py", "nope.pth", "no such checkpoint: nope.pth"),
+        ("crosskd_tiny.py", "student.pth", "not a checkpoint of this GFL"),
+        ("gfl_tiny.py", "student.pth", "model.type is GFL; expected CrossKDDetector"),
+    ],
+)
+def test_a_bad_teacher_leaves_nothing_behind(
+    config: str, checkpoint: str | None, named: str, configs: Path, shapes_dir: Path, student_run: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    words = [str(configs / config), "--data", str(shapes_dir), "-o", str(tmp_path / "run")]
+    if checkpoint is not None:
+        words += ["--teacher-checkpoint", str(student_run / checkpoint) if checkpoint == "student.pth" else checkpoint]
+    assert distill.main(words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert named in error
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]

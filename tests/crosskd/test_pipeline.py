@@ -1,0 +1,342 @@
+"""crosskd.pipeline: which commands it plans, what it skips, what it does when a stage fails; and the whole job."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from crosskd import pipeline
+from crosskd.config import load_config
+from crosskd.pipeline import Stage, can_resume, is_up_to_date, note_start, planned_stages, run_stages
+from deploy.contract import read_sidecar, sidecar_path
+from deploy.errors import ConfigError, PipelineError
+from deploy.files import read_json, sha256_of
+
+ROOT = Path(__file__).parents[2]
+
+FAKE_STAGE = '''
+"""Copies a file, with a sidecar, as the real commands do; fails on "bad"; tells each time that it ran."""
+import pathlib, sys
+from deploy.contract import write_sidecar
+source, target, flags = sys.argv[1], pathlib.Path(sys.argv[2]), sys.argv[3:]
+with open("ran.txt", "a") as log:
+    log.write(" ".join([target.name, *flags]) + "\\n")
+content = pathlib.Path(source).read_text()
+if content == "bad":
+    sys.exit("error: on purpose")
+target.write_text(content)
+write_sidecar(target, {"source": source})
+sys.exit(int(content) if content.isdigit() else 0)
+'''
+
+
+def _planned(config: Path, *flags: str) -> list[Stage]:
+    parser = argparse.ArgumentParser()
+    for flag in ("--data", "--output", "--teacher-checkpoint"):
+        parser.add_argument(flag)
+    parser.add_argument("--target", default="onnxruntime")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args(["--data", "D", "--output", "O", *flags])
+    arguments.config = str(config)
+    return planned_stages(arguments, load_config(config))
+
+
+def _command(stages: list[Stage], name: str) -> str:
+    return " ".join(next(stage for stage in stages if stage.name == name).words)
+
+
+# ---- the plan
+
+
+def test_the_plan_goes_from_training_to_the_report(configs: Path) -> None:
+    stages = _planned(configs / "crosskd_tiny.py", "--seed", "3")
+    names = [stage.name for stage in stages]
+    assert names[:5] == ["teacher", "baseline", "student", "export", "quantise"]
+    measured = [name for name in names if name.startswith(("accuracy", "latency"))]
+    roles = ["teacher", "baseline", "student", "onnx-fp32", "onnx-int8"]
+    assert measured == [f"{what} {role}" for role in roles for what in ("accuracy", "latency")]
+    assert names[-1] == "report"
+    config = configs / "crosskd_tiny.py"
+    teacher_config = configs / "gfl_tiny_teacher.py"
+    assert _command(stages, "teacher") == f"crosskd.train {teacher_config} --data D -o O/teacher --seed 3"
+    assert _command(stages, "baseline") == f"crosskd.train {config} --data D --seed 3 -o O/baseline"
+    assert _command(stages, "student") == (
+        f"crosskd.distill {config} --data D --seed 3 --teacher-checkpoint O/teacher/detector.pth -o O/student"
+    )
+    assert _command(stages, "export") == "deploy.export O/student -o O/student.onnx"
+    report = _command(stages, "report")
+    assert report.endswith("--max-ap-drop=5.0 -o O/report.html")
+    assert report.count(".result.json") == 10
+
+
+def test_every_planned_command_is_one_that_its_module_understands(
+    configs: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for stage in _planned(configs / "crosskd_tiny.py", "--target", "tensorrt"):
+        module = importlib.import_module(stage.words[0])
+        # The paths do not exist, which is an error of its own; an unknown flag would end in SystemExit.
+        assert module.main(stage.words[1:]) == 2
+        assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_for_tensorrt_it_builds_two_engines_and_measures_them(configs: Path) -> None:
+    stages = _planned(configs / "crosskd_tiny.py", "--target", "tensorrt")
+    assert "--target tensorrt" in _command(stages, "quantise")
+    assert (
+        _command(stages, "build engine-int8") == "deploy.build_trt O/student.int8.onnx --int8 -o O/engine-int8.engine"
+    )
+    assert "accuracy engine-fp16" in [stage.name for stage in stages]
+
+
+def test_a_trained_teacher_is_taken_in_instead_of_trained(configs: Path) -> None:
+    words = _command(_planned(configs / "crosskd_tiny.py", "--teacher-checkpoint", "t.pth"), "teacher")
+    assert words == f"crosskd.adopt {configs}/gfl_tiny_teacher.py --data D -o O/teacher --checkpoint t.pth"
+    published = _command(_planned(ROOT / "configs" / "crosskd_gfl_r50_r101_1x_coco.py"), "teacher")
+    assert published.startswith("crosskd.adopt mmdet::gfl/gfl_r101_fpn_ms-2x_coco.py")
+    assert "--checkpoint https://" in published
+
+
+def test_a_config_without_a_teacher_is_refused(configs: Path) -> None:
+    with pytest.raises(ConfigError, match=r"gfl_tiny.py: model.type is GFL; expected CrossKDDetector"):
+        _planned(configs / "gfl_tiny.py")
+
+
+# ---- running it
+
+
+@pytest.fixture
+def make_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Stage]:
+    """(name, source, target) -> a stage that copies `source` to `target`; in an empty working directory."""
+    (tmp_path / "fake_stage.py").write_text(FAKE_STAGE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+
+    def make(name: str, source: str, target: str) -> Stage:
+        return Stage(name, ["fake_stage", source, target], Path(target))
+
+    return make
+
+
+def _ran() -> list[str]:
+    log = Path("ran.txt")
+    lines = log.read_text().split() if log.exists() else []
+    log.unlink(missing_ok=True)
+    return lines
+
+
+def test_what_is_up_to_date_is_skipped_until_an_input_or_the_artefact_changes(
+    make_stage: Callable[..., Stage], capfd: pytest.CaptureFixture[str]
+) -> None:
+    Path("a").write_text("one")
+    stages = [make_stage("first", "a", "b"), make_stage("second", "b", "c"), make_stage("report", "c", "d")]
+    assert run_stages(stages) == 0
+    assert _ran() == ["b", "c", "d"]
+    assert "[1/3] first: python -m fake_stage a b" in capfd.readouterr().out
+    assert run_stages(stages) == 0
+    assert _ran() == ["d"]  # the report is always made
+    assert "[1/3] first: up to date, b" in capfd.readouterr().out
+    Path("a").write_text("two")
+    run_stages(stages)
+    assert _ran() == ["b", "c", "d"]
+    Path("c").write_text("edited")
+    run_stages(stages)
+    assert _ran() == ["c", "d"]
+    assert Path("d").read_text() == "two"
+    sidecar_path("b").unlink()
+    run_stages(stages)
+    assert _ran() == ["b", "d"]
+    other = Stage("first", ["fake_stage", "a", "b", "--flag"], Path("b"))
+    run_stages([other, *stages[1:]])
+    assert "b" in _ran()
+
+
+def test_a_failed_stage_is_named_and_what_is_finished_is_kept(make_stage: Callable[..., Stage]) -> None:
+    Path("a").write_text("one")
+    Path("x").write_text("bad")
+    stages = [make_stage("first", "a", "b"), make_stage("second", "x", "c"), make_stage("report", "c", "d")]
+    with pytest.raises(PipelineError, match=r"stage 'second' ended with status 1.*what is finished is kept"):
+        run_stages(stages)
+    assert _ran() == ["b", "c"]
+    Path("x").write_text("mended")
+    assert run_stages(stages) == 0
+    assert _ran() == ["c", "d"]
+
+
+@pytest.mark.parametrize(("status", "passed_on"), [("1", True), ("2", False)])
+def test_the_reports_verdict_is_passed_on_and_its_failure_is_not(
+    make_stage: Callable[..., Stage], status: str, passed_on: bool
+) -> None:
+    Path("a").write_text(status)
+    stages = [make_stage("report", "a", "b")]
+    if passed_on:
+        assert run_stages(stages) == 1
+    else:
+        with pytest.raises(PipelineError, match="stage 'report' ended with status 2"):
+            run_stages(stages)
+
+
+# ---- trainings: their config counts, and they can be resumed
+
+
+@pytest.fixture
+def training(configs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stage:
+    shutil.copytree(configs, tmp_path / "tests" / "crosskd" / "configs")
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    monkeypatch.chdir(tmp_path)
+    words = ["crosskd.train", "tests/crosskd/configs/gfl_tiny.py", "--data", "D", "-o", "run"]
+    return Stage("baseline", words, Path("run/detector.pth"))
+
+
+def _finish(stage: Stage) -> None:
+    """Leaves what a finished run leaves, as far as the pipeline looks."""
+    stage.artefact.write_text("weights")
+    sidecar = {"schema_version": 1, "inputs": {}, "command": stage.command}
+    sidecar["artefact"] = {"sha256": sha256_of(stage.artefact)}
+    sidecar_path(stage.artefact).write_text(json.dumps(sidecar))
+
+
+def _edit(path: str, old: str, new: str) -> None:
+    content = Path(path).read_text()
+    assert old in content
+    Path(path).write_text(content.replace(old, new))
+
+
+def test_a_training_is_made_again_when_its_config_changes(training: Stage) -> None:
+    note_start(training)
+    _finish(training)
+    assert is_up_to_date(training)
+    _edit(training.words[1], "# The small student", "# The very small student")
+    assert is_up_to_date(training)  # a comment changes nothing
+    _edit("configs/_base_/gfl_320.py", "lr=1.5e-3", "lr=1.0e-3")  # what it inherits from what it inherits
+    assert not is_up_to_date(training)
+
+
+def test_a_run_made_by_hand_with_the_same_command_counts(training: Stage) -> None:
+    training.artefact.parent.mkdir()
+    _finish(training)
+    assert is_up_to_date(training)
+
+
+def test_only_the_same_interrupted_training_is_resumed(training: Stage) -> None:
+    last = Path("run/last_checkpoint")
+    note_start(training)
+    assert not can_resume(training)  # nothing was saved yet
+    last.write_text("run/epoch_1.pth")
+    assert can_resume(training)
+    other = Stage(training.name, [*training.words, "--seed", "1"], training.artefact)
+    assert not can_resume(other)
+    note_start(other)
+    assert not last.exists()  # the other seed's checkpoint must not be resumed
+    note_start(training)
+    last.write_text("run/epoch_1.pth")
+    _edit("configs/_base_/gfl_320.py", "lr=1.5e-3", "lr=1.0e-3")
+    assert not can_resume(training)
+
+
+def test_an_interrupted_repetition_is_not_taken_for_the_run_before_it(training: Stage) -> None:
+    note_start(training)
+    _finish(training)
+    _edit("configs/_base_/gfl_320.py", "lr=1.5e-3", "lr=1.0e-3")
+    note_start(training)  # and then the power fails
+    assert not is_up_to_date(training)
+
+
+def test_a_resumed_training_is_up_to_date(training: Stage) -> None:
+    note_start(training)
+    _finish(Stage(training.name, [*training.words, "--resume"], training.artefact))
+    assert is_up_to_date(training)
+
+
+# ---- the whole job
+
+
+def test_bad_input_stops_it_before_anything_runs(
+    configs: Path, shapes_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(pipeline, "run_stages", lambda _stages: pytest.fail("it ran"))
+    (tmp_path / "file").write_text("in the way")
+    config, data, out = str(configs / "crosskd_tiny.py"), str(shapes_dir), str(tmp_path / "out")
+    for words, named in (
+        (["nope.py", "--data", data, "-o", out], "no such config: nope.py"),
+        ([config, "--data", "nope", "-o", out], "no such file or folder: nope"),
+        ([config, "--data", data, "-o", str(tmp_path / "file" / "out")], "cannot write"),
+        ([str(configs / "gfl_tiny.py"), "--data", data, "-o", out], "expected CrossKDDetector"),
+    ):
+        assert pipeline.main(words) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ")
+        assert named in error
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["file"]
+
+
+def _ap(folder: Path, role: str, threshold: str = "") -> float:
+    result = read_json(folder / "results" / f"{role}.accuracy.result.json", PipelineError, "a result")
+    return result["numbers"][f"AP{threshold}"]
+
+
+def test_from_images_to_a_verdict(
+    configs: Path, shapes_dir: Path, teacher_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Each stage in torch costs the start of a process or two: the slow test runs those that are left out here.
+    left_out = ("baseline", "accuracy teacher", "accuracy baseline", "latency teacher", "latency baseline",
+                "latency student")  # fmt: skip
+    planned = pipeline.planned_stages
+
+    def fewer(*args: Any) -> list[Stage]:
+        stages = planned(*args)
+        absent = {str(stage.artefact) for stage in stages if stage.name in left_out}
+        report = [word for word in stages[-1].words if word not in absent and not word.startswith("--max-ap-drop")]
+        kept = [stage for stage in stages[:-1] if stage.name not in left_out]
+        return [*kept, Stage("report", report, stages[-1].artefact)]
+
+    monkeypatch.setattr(pipeline, "planned_stages", fewer)
+    monkeypatch.chdir(ROOT)
+    out = tmp_path / "out"
+    words = [str(configs / "crosskd_tiny.py"), "--data", str(shapes_dir), "-o", str(out)]
+    words += ["--teacher-checkpoint", str(teacher_run / "detector.pth")]
+    assert pipeline.main(words) == 0
+    assert _ap(out, "onnx-fp32") == pytest.approx(_ap(out, "student"), abs=1e-3)
+    assert "verdict" in json.loads((out / "report.json").read_text())
+    assert "<html" in (out / "report.html").read_text()
+    assert read_sidecar(out / "student.onnx")["inputs"]["weights"]["file"] == str(out / "student" / "student.pth")
+    # The same line again has nothing to do but the report.
+    ran: list[str] = []
+
+    def run(command: list[str], **_kwargs: Any) -> Any:
+        ran.append(command[2])
+        return argparse.Namespace(returncode=0)
+
+    monkeypatch.setattr(pipeline.subprocess, "run", run)
+    assert pipeline.main(words) == 0
+    assert ran == ["benchmarks.report"]
+
+
+@pytest.mark.slow
+@pytest.mark.shared
+@pytest.mark.timeout(5400)
+def test_blood_cells(shared_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demo's detectors on real images, a few epochs each."""
+    demo = ROOT / "configs" / "demo"
+    (tmp_path / "teacher.py").write_text(f"_base_ = {str(demo / 'teacher.py')!r}\nmax_epochs = 4\n")
+    content = (demo / "crosskd.py").read_text()
+    (tmp_path / "crosskd.py").write_text(
+        content.replace('"./student.py"', repr(str(demo / "student.py"))) + "max_epochs = 6\n"
+    )
+    monkeypatch.chdir(ROOT)
+    out = tmp_path / "out"
+    words = [str(tmp_path / "crosskd.py"), "--data", str(shared_dir / "data" / "bccd"), "-o", str(out)]
+    assert pipeline.main(words) in (0, 1)
+    assert _ap(out, "student", "50") > 0.3
+    assert abs(_ap(out, "onnx-fp32") - _ap(out, "student")) <= 0.001
+    assert _ap(out, "onnx-int8") >= _ap(out, "onnx-fp32") - 0.015
+    report = json.loads((out / "report.json").read_text())
+    assert report["verdict"]
+    assert "<html" in (out / "report.html").read_text()

@@ -1,0 +1,74 @@
+"""crosskd.train: a teacher or a baseline, from a config to plain mmdet weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from crosskd import train
+from crosskd.detector import CrossKDDetector
+from deploy.contract import read_sidecar
+from deploy.files import sha256_of
+
+
+def test_the_sidecar_says_what_made_the_weights(teacher_run: Path, shapes_dir: Path) -> None:
+    sidecar = read_sidecar(teacher_run / "detector.pth")
+    annotations = shapes_dir / "annotations"
+    assert {name: entry["sha256"] for name, entry in sidecar["inputs"].items()} == {
+        "config": sha256_of(teacher_run / "config.py"),
+        "train_annotations": sha256_of(annotations / "instances_train.json"),
+        "val_annotations": sha256_of(annotations / "instances_val.json"),
+    }
+    details = sidecar["details"]
+    assert details["class_names"] == ["circle", "triangle", "square", "star", "ring", "cross"]
+    assert details["category_ids"] == [1, 2, 3, 4, 5, 6]
+    assert (details["epochs"], details["iterations"], details["seed"]) == (1, 2, 0)
+    assert details["precision"] == "Bf16OptimWrapper"
+    state = torch.load(teacher_run / "detector.pth", weights_only=True)["state_dict"]
+    assert 0 < details["parameters"] < sum(value.numel() for value in state.values())  # buffers are none
+
+
+def test_of_a_distillation_it_trains_the_student_alone(
+    configs: Path, shapes_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_args: object, **_kwargs: object) -> None:
+        raise AssertionError("a baseline has no teacher")
+
+    monkeypatch.setattr(CrossKDDetector, "__init__", refuse)
+    words = [str(configs / "crosskd_tiny.py"), "--data", str(shapes_dir), "-o", str(tmp_path)]
+    assert train.main([*words, "--precision", "fp32", "--seed", "5"]) == 0
+    details = read_sidecar(tmp_path / "detector.pth")["details"]
+    assert (details["precision"], details["seed"]) == ("OptimWrapper", 5)
+    state = torch.load(tmp_path / "detector.pth", weights_only=True)["state_dict"]
+    assert state["backbone.conv1.weight"].shape[0] == 8
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--resume"], "nothing to resume"),
+        (["--epochs", "0"], "max_epochs is 0"),
+        (["--set", "model.backbone.depth=17"], "cannot be built"),
+        (["--set", "junk"], "expected KEY=VALUE"),
+    ],
+)
+def test_bad_flags_leave_nothing_behind(
+    words: list[str], named: str, configs: Path, shapes_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [str(configs / "gfl_tiny.py"), "--data", str(shapes_dir), "-o", str(tmp_path / "run")]
+    assert train.main([*command, *words]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert named in error
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_run_directory_that_cannot_be_made_is_refused(
+    configs: Path, shapes_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    words = [str(configs / "gfl_tiny.py"), "--data", str(shapes_dir), "-o", str(tmp_path / "file" / "run")]
+    assert train.main(words) == 2
+    assert capsys.readouterr().err.startswith(f"error: cannot write {tmp_path}/file/run/detector.pth")

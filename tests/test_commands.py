@@ -1,0 +1,99 @@
+"""Every command: quick help, one message for bad input, nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import List
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+COMMANDS = [
+    f"{package}.{path.stem}"
+    for package in ("crosskd", "deploy", "calibration", "benchmarks")
+    for path in sorted((ROOT / package).glob("*.py"))
+    if 'if __name__ == "__main__"' in path.read_text(encoding="utf-8")
+]
+HEAVY = ("torch", "mmdet", "mmengine", "mmcv", "onnx", "onnxruntime", "faster_coco_eval", "tensorrt", "matplotlib")
+HELP = """
+import importlib, sys
+try:
+    importlib.import_module(sys.argv[1]).main(["--help"])
+except SystemExit as end:
+    assert end.code == 0, end.code
+print("HEAVY", sorted(set(sys.modules) & set(sys.argv[2:])))
+"""
+BAD_INPUT = {
+    "crosskd.adopt": ["nope.py", "--checkpoint", "nope.pth", "--data", "nope", "-o", "out"],
+    "crosskd.distill": ["nope.py", "--data", "nope", "-o", "out"],
+    "crosskd.pipeline": ["nope.py", "--data", "nope", "-o", "out"],
+    "crosskd.predict": ["nope", "--annotations", "nope.json", "--images-dir", "nope", "-o", "out.json"],
+    "crosskd.shapes": ["out", "--images", "1"],
+    "crosskd.time_detector": ["nope", "--annotations", "nope.json", "--images-dir", "nope", "-o", "out.json"],
+    "crosskd.train": ["nope.py", "--data", "nope", "-o", "out"],
+    "deploy.build_trt": ["nope.onnx", "--fp16", "-o", "out.engine"],
+    "deploy.export": ["nope", "-o", "out.onnx"],
+    "calibration.quantize": ["nope.onnx", "--data", "nope", "-o", "out.onnx"],
+    "benchmarks.accuracy": ["nope.onnx", "--data", "nope", "-o", "out.result.json"],
+    "benchmarks.latency": ["nope.onnx", "--data", "nope", "-o", "out.result.json"],
+    "benchmarks.report": ["nope.result.json", "-o", "out.html"],
+}
+
+
+def _run(words: List[str], cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, *words], cwd=cwd, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def _cpu_s(words: List[str], cwd: Path) -> float:
+    """Processor time of a run, which other processes do not lengthen as they do the wall clock."""
+    before = os.times()
+    assert _run(words, cwd).returncode == 0
+    after = os.times()
+    return after.children_user - before.children_user + after.children_system - before.children_system
+
+
+def test_all_commands_are_known_here() -> None:
+    assert BAD_INPUT.keys() == set(COMMANDS)
+
+
+@pytest.mark.parametrize("module", COMMANDS)
+def test_help_comes_without_the_heavy_packages(module: str, tmp_path: Path) -> None:
+    done = _run(["-c", HELP, module, *HEAVY], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"usage: python -m {module}" in done.stdout
+    assert done.stdout.splitlines()[-1] == "HEAVY []"
+
+
+@pytest.mark.parametrize("module", COMMANDS)
+def test_help_takes_well_under_a_second(module: str, tmp_path: Path) -> None:
+    bare = _cpu_s(["-c", "import numpy, cv2"], tmp_path)  # which every command needs
+    assert _cpu_s(["-m", module, "--help"], tmp_path) < bare + 0.5
+
+
+@pytest.mark.parametrize("module", COMMANDS)
+def test_bad_input_is_one_message_and_leaves_nothing_behind(module: str, tmp_path: Path) -> None:
+    done = _run(["-m", module, *BAD_INPUT.get(module, [])], tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.splitlines()) == 1
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+# Not here: shapes, which writes a folder, and build_trt, which asks for TensorRT before anything else.
+@pytest.mark.parametrize("module", sorted(set(COMMANDS) - {"crosskd.shapes", "deploy.build_trt"}))
+def test_an_output_that_cannot_be_written_is_refused(module: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    words = list(BAD_INPUT[module])
+    words[words.index("-o") + 1] = f"file/{words[words.index('-o') + 1]}"
+    done = _run(["-m", module, *words], tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: cannot write file/")
+    assert len(done.stderr.splitlines()) == 1
+    assert os.listdir(tmp_path) == ["file"]
+    assert (tmp_path / "file").read_text() == "in the way"
