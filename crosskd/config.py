@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deploy.dataset import CocoSet, load_coco, split_paths
-from deploy.errors import ConfigError, DataError
+from deploy.errors import ConfigError, DataError, MissingDependencyError
 from deploy.files import write_json
 
 if TYPE_CHECKING:
@@ -31,19 +31,21 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Co
     Raises:
         ConfigError: no such file, or it is not a config, or it has no model.
     """
-    from crosskd.ops import register_mmcv_ops
+    # What third parties warn of in their own code is nothing that a user can mend.
+    warnings.filterwarnings("ignore", module=r"mm(det|cv|engine)|torch\.jit")
+    try:
+        from crosskd.ops import register_mmcv_ops
 
-    register_mmcv_ops()
-    warnings.filterwarnings(
-        "ignore", module=r"mm(det|cv|engine)|torch\.jit"
-    )  # about their own code: nothing a user can mend
-    with contextlib.redirect_stdout(io.StringIO()):  # mmdet tells of an optional data service each time
-        from mmdet.utils import register_all_modules
-        from mmengine.config import Config
-        from mmengine.hub import get_config
+        register_mmcv_ops()
+        with contextlib.redirect_stdout(io.StringIO()):  # mmdet tells of an optional data service each time
+            from mmdet.utils import register_all_modules
+            from mmengine.config import Config
+            from mmengine.hub import get_config
 
-        register_all_modules(init_default_scope=True)
-        from crosskd import amp, detector, transforms  # noqa: F401  registers them
+            register_all_modules(init_default_scope=True)
+            from crosskd import amp, detector, transforms  # noqa: F401  registers them
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(str(error.name), "training", "pip install 'crosskd[train]'") from error
 
     name = str(path)
     if not name.startswith("mmdet::") and not Path(name).is_file():
@@ -52,7 +54,10 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Co
         )
     try:
         config = get_config(name) if name.startswith("mmdet::") else Config.fromfile(name)
+        check_overrides(config, overrides or {})
         config.merge_from_dict(overrides or {})
+    except ConfigError:
+        raise
     except Exception as error:  # a config is Python: anything can come out of it
         raise ConfigError(f"{name} is not a config that mmengine can read: {type(error).__name__}: {error}") from error
     if not isinstance(config.get("model"), dict):
@@ -69,6 +74,18 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Co
             )
         teacher.model = load_config(path_beside(teacher.config, name)).model
     return config
+
+
+def check_overrides(config: Config, overrides: dict[str, Any]) -> None:
+    """Raises ConfigError if an override would have no effect: it has no place in the config, or another one wins."""
+    for key in overrides:
+        place: Any = config
+        for part in key.split(".")[:-1]:
+            place = place.get(part) if hasattr(place, "get") else place
+            if place is None:
+                raise ConfigError(f"cannot set {key}: the config has no {part!r} there; look for a typing error")
+    if "train_cfg.max_epochs" in overrides and "max_epochs" in config:
+        raise ConfigError("cannot set train_cfg.max_epochs: this config has max_epochs, which wins; use --epochs")
 
 
 def set_epochs(config: Config, epochs: int) -> None:

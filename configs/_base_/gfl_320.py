@@ -43,8 +43,7 @@ test_dataloader = val_dataloader
 val_evaluator = dict(_delete_=True, type="CocoMetric", metric="bbox")
 test_evaluator = val_evaluator
 
-max_epochs = 25
-train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=max_epochs, val_interval=5)
+train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=25, val_interval=5)
 val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")
 optim_wrapper = dict(
@@ -56,15 +55,7 @@ optim_wrapper = dict(
 )
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=50),
-    dict(
-        type="CosineAnnealingLR",
-        by_epoch=True,
-        begin=0,
-        end=max_epochs,
-        T_max=max_epochs,
-        eta_min=1e-5,
-        convert_to_iter_based=True,
-    ),
+    dict(type="CosineAnnealingLR", begin=0, end=25, T_max=25, eta_min=1e-5, convert_to_iter_based=True),
 ]
 default_hooks = dict(
     logger=dict(type="LoggerHook", interval=10),
