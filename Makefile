@@ -25,7 +25,7 @@ $(READY): requirements.lock pyproject.toml
 	@touch $@
 
 demo: $(READY)
-	$(BIN)/python -m crosskd.shapes demo/shapes --images 400 --size 192
+	$(BIN)/python -m crosskd.shapes demo/shapes --images 400 --size 160
 	@$(BIN)/python -m crosskd.pipeline configs/demo/crosskd.py --data demo/shapes -o demo/run; status=$$?; \
 		if [ $$status -le 1 ]; then echo; echo "Open demo/run/report.html in a browser."; else exit $$status; fi
 
