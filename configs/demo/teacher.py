@@ -3,4 +3,4 @@ _base_ = "./student.py"
 
 model = dict(backbone=dict(base_channels=48), neck=dict(in_channels=[48, 96, 192, 384]))
 
-max_epochs = 12
+max_epochs = 11
