@@ -137,8 +137,14 @@ def mini_detector(quantised: Optional[type] = None) -> Any:
 
 def unoptimised_session(model: bytes) -> Any:
     """ONNX Runtime on the graph as it is: see `half_from_float` on what its optimiser does to FP16 Q/DQ."""
+    import onnx
     import onnxruntime
 
+    version = tuple(int(part) for part in onnxruntime.__version__.split(".")[:2])
+    if version < (1, 31) and "QuantizeLinear" in {node.op_type for node in onnx.load_from_string(model).graph.node}:
+        pytest.skip(
+            f"ONNX Runtime {onnxruntime.__version__} rounds FP16 Q/DQ otherwise (seen on 1.23.2); 1.31 is exact"
+        )
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
