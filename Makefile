@@ -8,7 +8,7 @@ READY := .venv/.ready
 .PHONY: help setup demo test test-slow check bench-bccd clean
 
 help:
-	@echo "make demo        train, distil, export, quantise, measure and report on drawn images (7 to 8 minutes on 2 cores)"
+	@echo "make demo        train, distil, export, quantise, measure and report on drawn images (6 to 8 minutes on 2 cores)"
 	@echo "make test        the tests that need minutes, not hours; no network, no GPU"
 	@echo "make test-slow   the long ones"
 	@echo "make check       formatting, lint, types, import rules"

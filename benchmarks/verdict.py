@@ -54,6 +54,9 @@ LIMITS = (
 )
 
 
+_DEMAND = {"at most": "allowed", "at least": "required"}
+
+
 def judge(ship: Row, allowed: Mapping[str, float]) -> List[Dict[str, Any]]:
     """
     Each limit with what was measured and whether it holds.
@@ -109,7 +112,7 @@ def verdict_from_limits(ship: Row, limits: Sequence[Mapping[str, Any]]) -> Dict[
     elif failed:
         roll_out, label = False, "Do not roll out"
         reasons = [f"{one['title']} is {amount(one['measured'], one['unit'])}, {one['bound']} "
-                   f"{amount(one['allowed'], one['unit'])} is allowed" for one in failed]  # fmt: skip
+                   f"{amount(one['allowed'], one['unit'])} is {_DEMAND[one['bound']]}" for one in failed]  # fmt: skip
         sentence = f"Do not roll out {ship['title']}: {'; '.join(reasons)}."
     else:
         roll_out, label = True, "Roll out"
