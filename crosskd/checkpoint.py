@@ -105,8 +105,9 @@ def load_detector_weights(detector: nn.Module, path: AnyPath) -> None:
     for name in ("gfl_cls", "atss_cls", "retina_cls", "conv_cls"):
         key = f"bbox_head.{name}.bias"
         if key in own and key in state and own[key].shape != state[key].shape:
+            found = len(state[key]) * head.num_classes // len(own[key])  # several anchors a point have a class each
             raise CheckpointError(
-                f"{path} was trained with {len(state[key])} classes ({key}), the data has {head.num_classes}. Give "
+                f"{path} was trained with {found} classes ({key}), the data has {head.num_classes}. Give "
                 "a checkpoint that was trained on these classes."
             )
     # `integral.project` is a constant that mmdet registers as a buffer in some versions and not in others.
