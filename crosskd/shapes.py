@@ -29,8 +29,6 @@ from deploy.progress import progress
 VERSION = 1
 """To be raised with any change of what is drawn: folders of other versions are then not up to date."""
 MARKER = "shapes.json"
-HELD_OUT_SHARE = 0.15
-"""Of the images, for val and for test each."""
 SMALLEST_PX = 12
 """The diameter before stretching: the smallest boxes are about 8 pixels wide."""
 LARGEST_SHARE = 0.6
@@ -92,9 +90,12 @@ def draw_image(rng: np.random.Generator, size_px: int) -> tuple[np.ndarray, np.n
     return _photograph(rng, image), boxes, np.array(labels)
 
 
-def write_shapes(folder: Path, images: int, size_px: int, seed: int) -> bool:
+def write_shapes(folder: Path, images: int, size_px: int, seed: int, held_out: float = 0.15) -> bool:
     """
     Whether the set was drawn: False where `folder` already holds it.
+
+    Args:
+        held_out: share of the images for val and for test, each.
 
     Raises:
         ConfigError: a value is out of range, the folder holds something else, or cannot be written.
@@ -102,7 +103,16 @@ def write_shapes(folder: Path, images: int, size_px: int, seed: int) -> bool:
     _check_at_least("--images", images, 3)  # one for each split
     _check_at_least("--size", size_px, 64)
     _check_at_least("--seed", seed, 0)
-    parameters = {"made_by": "crosskd.shapes", "version": VERSION, "images": images, "size_px": size_px, "seed": seed}
+    if not 0 < held_out < 0.5:
+        raise ConfigError(f"--held-out is {held_out}; expected a share between 0 and 0.5")
+    parameters = {
+        "made_by": "crosskd.shapes",
+        "version": VERSION,
+        "images": images,
+        "size_px": size_px,
+        "seed": seed,
+        "held_out": held_out,
+    }
     if _is_up_to_date(folder, parameters):
         return False
     try:
@@ -112,7 +122,7 @@ def write_shapes(folder: Path, images: int, size_px: int, seed: int) -> bool:
         raise ConfigError(f"cannot write {folder}: {error}. Give a folder that can be written") from error
     try:
         drawn = temporary / folder.name
-        _draw_set(drawn, images, size_px, seed)
+        _draw_set(drawn, images, size_px, seed, held_out)
         write_json(drawn / MARKER, parameters)
         os.replace(drawn, folder)
     finally:
@@ -125,13 +135,16 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m crosskd.shapes", description="Draws a COCO-format set of shapes.")
     parser.add_argument("folder", metavar="DIR", type=Path, help="where to; must be new, empty, or already this set")
     parser.add_argument(
-        "--images", type=int, default=400, help="in all; 70 %% train, 15 %% val, 15 %% test (%(default)s)"
+        "--images", type=int, default=400, help="in all: train, val and test (%(default)s)"
+    )
+    parser.add_argument(
+        "--held-out", type=float, default=0.15, help="share of the images for val and for test, each (%(default)s)"
     )
     parser.add_argument("--size", type=int, default=256, help="longer side of each image, in pixels (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other images (%(default)s)")
     arguments = parser.parse_args(argv)
     folder = Path(os.path.abspath(arguments.folder))
-    if write_shapes(folder, arguments.images, arguments.size, arguments.seed):
+    if write_shapes(folder, arguments.images, arguments.size, arguments.seed, arguments.held_out):
         print(f"drew {arguments.images} images with {len(CLASS_NAMES)} classes into {arguments.folder}")
     else:
         print(f"{arguments.folder} is up to date")
@@ -162,9 +175,9 @@ def _is_up_to_date(folder: Path, parameters: dict[str, Any]) -> bool:
     return True
 
 
-def _draw_set(folder: Path, images: int, size_px: int, seed: int) -> None:
-    held_out = max(1, round(images * HELD_OUT_SHARE))
-    starts = dict(zip(SPLITS, (0, images - 2 * held_out, images - held_out), strict=True))
+def _draw_set(folder: Path, images: int, size_px: int, seed: int, held_out: float) -> None:
+    count = max(1, round(images * held_out))
+    starts = dict(zip(SPLITS, (0, images - 2 * count, images - count), strict=True))
     (folder / "images").mkdir(parents=True)
     documents = {split: _empty_document() for split in SPLITS}
     for index in progress(range(images), images, "drawing"):
