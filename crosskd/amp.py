@@ -15,6 +15,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 
+def computes_in_bf16(device: str) -> bool:
+    """Whether "cpu" or "cuda" has instructions for bf16; without them it is slower than float32."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and torch.cpu._is_avx512_bf16_supported()
+
+
 @OPTIM_WRAPPERS.register_module()
 class Bf16OptimWrapper(OptimWrapper):
     """Forward passes under bf16 autocast. bf16 has float32's exponent, so no loss scaling is needed."""

@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from crosskd.heads import FAMILIES
 from deploy.errors import CheckpointError
 from deploy.files import AnyPath, replacing
 
 # mmengine falls back to full unpickling, with a warning, when a checkpoint holds more than tensors. That runs code of
 # whoever made the file. torch reads this variable at each load and then refuses instead.
 os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+
+UNKNOWN_CLASS_BIAS = -20.0
+"""A logit: the probability is 2e-9."""
 
 
 def _allowed_globals() -> list[Any]:
@@ -78,33 +83,88 @@ def read_checkpoint(path: AnyPath) -> dict[str, Any]:
     return checkpoint
 
 
-def state_of_checkpoint(path: AnyPath) -> dict[str, Tensor]:
+def state_of_checkpoint(path: AnyPath, checkpoint: dict[str, Any] | None = None) -> dict[str, Tensor]:
     """
     Parameter name -> tensor.
+
+    Args:
+        checkpoint: the content of `path`, if it was read already.
 
     Raises:
         CheckpointError: as `read_checkpoint`, or there are no tensors in it.
     """
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path) if checkpoint is None else checkpoint
     state = checkpoint.get("state_dict", checkpoint)
     if not isinstance(state, dict) or not any(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(f"{path} has no state_dict of tensors; found the keys {sorted(map(str, checkpoint))[:8]}")
     return {key.removeprefix("module."): value for key, value in state.items()}
 
 
-def load_detector_weights(detector: nn.Module, path: AnyPath) -> None:
+def classes_of_checkpoint(checkpoint: dict[str, Any]) -> tuple[str, ...] | None:
+    """The class names that mmdet 3 (`meta.dataset_meta.classes`) or 2 (`meta.CLASSES`) wrote, if any."""
+    meta = checkpoint.get("meta") or {}
+    dataset = meta.get("dataset_meta") or {}
+    names = dataset.get("classes") or dataset.get("CLASSES") or meta.get("CLASSES")
+    return tuple(map(str, names)) if names else None
+
+
+def state_for_classes(
+    state: dict[str, Tensor], prefix: str, known: Sequence[str], wanted: Sequence[str]
+) -> dict[str, Tensor]:
+    """
+    The state of a detector that predicts `wanted`, from one that predicts `known`, each class by its own sigmoid.
+
+    A class that is not known gets no weights and a bias that makes its probability nearly zero.
+
+    Args:
+        prefix: of the class predictor's keys; their first dimension is anchors * classes.
+    """
+
+    def chosen(key: str, values: Tensor) -> Tensor:
+        by_class = values.unflatten(0, (-1, len(known)))  # (anchors, classes, ...)
+        fill = UNKNOWN_CLASS_BIAS if key.endswith("bias") else 0.0
+        columns = [
+            by_class[:, known.index(name)] if name in known else torch.full_like(by_class[:, 0], fill)
+            for name in wanted
+        ]
+        return torch.stack(columns, 1).flatten(0, 1)
+
+    return {key: chosen(key, value) if key.startswith(prefix) else value for key, value in state.items()}
+
+
+def load_detector_weights(
+    detector: nn.Module,
+    path: AnyPath,
+    class_names: Sequence[str] | None = None,
+    allow_missing_classes: bool = False,
+) -> None:
     """
     Loads a checkpoint into a plain mmdet detector, every key of it.
 
+    Args:
+        class_names: of the detector's head. Where the checkpoint names its own classes, those of the same names are
+            taken, in this order; without names on either side the classes are taken to be the same.
+        allow_missing_classes: classes that the checkpoint does not know are then never detected.
+
     Raises:
         CheckpointError: as `state_of_checkpoint`; keys are missing or unexpected, or shapes differ (another
-            architecture, another number of classes).
+            architecture, another number of classes); classes are missing.
     """
-    state, own = state_of_checkpoint(path), detector.state_dict()
+    checkpoint, own = read_checkpoint(path), detector.state_dict()
+    state = state_of_checkpoint(path, checkpoint)
+    known = classes_of_checkpoint(checkpoint)
     head = getattr(detector, "bbox_head", None)
-    for name in ("gfl_cls", "atss_cls", "retina_cls", "conv_cls"):
-        key = f"bbox_head.{name}.bias"
-        if key in own and key in state and own[key].shape != state[key].shape:
+    predictor = getattr(FAMILIES.get(type(head).__name__), "predictor", None)
+    if predictor and class_names and known and tuple(class_names) != known:
+        missing_classes = [name for name in class_names if name not in known]
+        if missing_classes and not allow_missing_classes:
+            raise CheckpointError(
+                f"{path} does not know the classes {missing_classes}; it knows {list(known)}. Give a checkpoint that "
+                "knows them all, or set model.distill.allow_missing_classes=True to do without."
+            )
+        state = state_for_classes(state, f"bbox_head.{predictor}.", known, class_names)
+    for key in own.keys() & state.keys() if predictor else ():
+        if key.startswith(f"bbox_head.{predictor}.") and own[key].shape[:1] != state[key].shape[:1]:
             found = len(state[key]) * head.num_classes // len(own[key])  # several anchors a point have a class each
             raise CheckpointError(
                 f"{path} was trained with {found} classes ({key}), the data has {head.num_classes}. Give "

@@ -2,36 +2,56 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+import crosskd.families  # noqa: F401  registers them
 from crosskd.checkpoint import load_detector_weights
-from crosskd.heads import HeadFamily, check_heads_match, family_of, recorded_features, rest_of_head
+from crosskd.heads import HeadFamily, HeadPass, check_heads_match, family_of, split_of_teacher
 from crosskd.losses import aligned_to_teacher, feature_distance
 from crosskd.ops import register_mmcv_ops
 from deploy.errors import ConfigError, PipelineError
 
 register_mmcv_ops()  # before mmdet is imported, which asks for them then
+from mmcv.cnn.utils import fuse_conv_bn  # noqa: E402
 from mmdet.models.detectors.base import BaseDetector  # noqa: E402
 from mmdet.registry import MODELS  # noqa: E402
 from mmengine.config import ConfigDict  # noqa: E402
 
-METHODS = ("crosskd", "crosskd+pkd")
+METHODS: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "crosskd": ("crosskd",),
+    "pkd": ("pkd",),
+    "crosskd+pkd": ("crosskd", "pkd"),
+    "mimic": ("mimic",),
+    "ld": ("ld",),
+}
+"""`model.distill.method` -> its parts."""
+TAPS = ("after_activation", "before_activation")
 
 
 @MODELS.register_module()
 class CrossKDDetector(BaseDetector):
     """
-    A student that is trained on annotations and, through the teacher's head, on the teacher's predictions.
+    A student that is trained on annotations and on what a teacher knows.
 
     Args:
         student: an mmdet detector's config.
         teacher: `model` is an mmdet detector's config; `config` and `checkpoint` say where it came from.
-        distill: `method` ('crosskd' or 'crosskd+pkd') and `split`, the tower layer k at which the student's features
-            leave for the teacher's head, 0 to the number of tower layers; `weights`: loss key -> number, in place of
-            those published for the family of the heads.
+        distill:
+            `method`: 'crosskd', through the teacher's head; 'pkd', on pyramid features (any heads); 'crosskd+pkd';
+            'mimic', the losses of CrossKD on the student's own predictions; 'ld', on the distributions of box sides;
+            'none', plain training, without a teacher.
+            `split`: for CrossKD, the student's tower layer k at which its features leave for the teacher's head, 0 to
+            the number of tower layers; as many layers are left in the teacher's head.
+            `tap`: 'after_activation' of that layer, as in the published results, or 'before_activation', as in the
+            paper's text.
+            `weights`: loss key -> number, in place of those published for the family of the heads.
+            `allow_missing_classes`: distil also from a teacher that lacks some of the student's classes.
 
     Raises:
         ConfigError: an unknown method or key, or heads that do not fit together.
@@ -43,57 +63,133 @@ class CrossKDDetector(BaseDetector):
         student = ConfigDict(student)
         super().__init__(data_preprocessor=student.data_preprocessor, **kwargs)
         self.student = MODELS.build(student)  # before the teacher: the same seed gives the baseline's initial weights
-        self.teacher = MODELS.build(teacher["model"])
-        self.family = family_of(self.teacher.bbox_head)
-        check_distill(distill, self.family)
-        self.split = distill["split"]
-        check_heads_match(self.student.bbox_head, self.teacher.bbox_head, self.split)
-        self.loss_weights = {**self.family.default_weights, **distill.get("weights", {})}
-        self.with_pkd = distill["method"] == "crosskd+pkd"
+        check_distill(distill)
+        self.parts = METHODS[distill["method"]]
+        self.teacher = MODELS.build(teacher["model"]) if self.parts else None
+        if self.teacher is None:
+            return
         self.teacher.requires_grad_(False).eval()
+        mine, theirs = self.student.bbox_head, self.teacher.bbox_head
+        self.family = family_of(mine) if set(self.parts) - {"pkd"} else HeadFamily()
+        self.split = distill["split"] if "crosskd" in self.parts else None
+        check_heads_match(mine, theirs, self.parts, self.split)
+        if "ld" in self.parts and type(self.family).loss_ld is HeadFamily.loss_ld:
+            self.family.loss_ld((), (), [], mine)  # raises
+        self.before_activation = distill.get("tap") == "before_activation"
+        self.loss_weights = {"loss_feat_kd": 1.0, **getattr(self.family, "default_weights", {})}
+        self.loss_weights = loss_weights_of(distill, self.loss_weights)
+        self._build_adapters()
         # A run's checkpoints hold what is trained. The teacher comes from its own file, also when a run is resumed.
         self._register_state_dict_hook(_drop_teacher)
         self.register_load_state_dict_post_hook(_forgive_missing_teacher)
 
+    def _build_adapters(self) -> None:
+        """1x1 convolutions for features that are wider or narrower in the student; trained, and dropped afterwards."""
+        mine, theirs = self.student.bbox_head, self.teacher.bbox_head
+        self.tap_adapters = nn.ModuleList()
+        if "crosskd" in self.parts:
+            teacher_split = split_of_teacher(mine, theirs, self.split)
+            widths = (
+                mine.feat_channels if self.split else mine.in_channels,
+                theirs.feat_channels if teacher_split else theirs.in_channels,
+            )
+            count = len(self.family.tap_layers(mine, self.split)) if self.split else len(self.family.towers)
+            self.tap_adapters.extend(_adapter(*widths) for _ in range(count))
+        self.feature_adapter = _adapter(mine.in_channels, theirs.in_channels) if "pkd" in self.parts else None
+
     def train(self, mode: bool = True) -> CrossKDDetector:
         super().train(mode)
-        self.teacher.eval()
+        if self.teacher is not None:
+            self.teacher.eval()
         return self
 
     def init_weights(self) -> None:
         """Initialises the student only: the teacher's weights are its own."""
         self.student.init_weights()
 
+    def prepare_teacher(self, dtype: torch.dtype | None = None) -> None:
+        """
+        Makes the frozen teacher quick, once its weights are there: BatchNorms become part of their convolutions.
+
+        Args:
+            dtype: that of the autocast in which it will run, so that its convolutions are not cast at each call.
+        """
+        if self.teacher is None:
+            return
+        fuse_conv_bn(self.teacher)
+        self.teacher.requires_grad_(False)  # the new convolutions are new parameters
+        for module in self.teacher.modules():
+            if dtype is not None and type(module) is nn.Conv2d:
+                module.to(dtype)
+
     def loss(self, batch_inputs: Tensor, batch_data_samples: list[Any]) -> dict[str, Any]:
         """
-        The student's own losses and `loss_cls_kd`, `loss_reg_kd` (with PKD `loss_feat_kd`): key -> list of scalars,
-        one per level.
+        The student's own losses and, by method, `loss_cls_kd`, `loss_reg_kd`, `loss_feat_kd`, `loss_ld`: key -> list of
+        scalars, one per level.
 
         Args:
             batch_inputs: (N, 3, H, W), float32, normalised for the student.
             batch_data_samples: N mmdet `DetDataSample`s with `gt_instances`.
         """
-        student_head, teacher_head = self.student.bbox_head, self.teacher.bbox_head
-        with torch.no_grad(), recorded_features(teacher_head, self.split) as (teacher_features, teacher_taps):
-            teacher_outputs = teacher_head(self.teacher.extract_feat(self.teacher_inputs_from_student(batch_inputs)))
-        with (
-            recorded_features(student_head, self.split) as (student_features, student_taps),
-            self.family.recorded_assignment(student_head) as calls,
-        ):
-            losses = self.student.loss(batch_inputs, batch_data_samples)
-        aligned = [
-            tuple(aligned_to_teacher(*taps) for taps in zip(student, teacher, strict=True))
-            for student, teacher in zip(student_taps, teacher_taps, strict=True)
-        ]
-        cross_outputs = rest_of_head(teacher_head, self.split)(aligned)
-        distilled = self.family.loss_by_outputs(cross_outputs, teacher_outputs, calls, teacher_head)
-        if self.with_pkd:
-            distilled["loss_feat_kd"] = [
-                feature_distance(*features) for features in zip(student_features, teacher_features, strict=True)
-            ]
-        for key, values in distilled.items():
+        if self.teacher is None:
+            return self.student.loss(batch_inputs, batch_data_samples)
+        teacher = self._pass_of_teacher(batch_inputs)
+        head = self.student.bbox_head
+        with self.family.recorded_pass(head, self.split, self.before_activation) as student:
+            if set(self.parts) - {"pkd"}:
+                with self.family.recorded_assignment(head) as calls:
+                    losses = self.student.loss(batch_inputs, batch_data_samples)
+            else:
+                losses, calls = self.student.loss(batch_inputs, batch_data_samples), []
+        for key, values in self._losses_by_method(student, teacher, calls).items():
             losses[key] = [self.loss_weights[key] * value for value in values]
         return losses
+
+    @torch.no_grad()
+    def _pass_of_teacher(self, batch_inputs: Tensor) -> HeadPass:
+        """Only as far as the method needs it: PKD alone compares pyramid features, and runs no head."""
+        features = self.teacher.extract_feat(self.teacher_inputs_from_student(batch_inputs))
+        if self.parts == ("pkd",):
+            return HeadPass(list(features))
+        head = self.teacher.bbox_head
+        split = None if self.split is None else split_of_teacher(self.student.bbox_head, head, self.split)
+        with self.family.recorded_pass(head, split, self.before_activation) as teacher:
+            head(features)
+        return teacher
+
+    def _losses_by_method(self, student: HeadPass, teacher: HeadPass, calls: list[Any]) -> dict[str, list[Tensor]]:
+        head = self.teacher.bbox_head
+        losses: dict[str, list[Tensor]] = {}
+        if "crosskd" in self.parts:
+            aligned = [
+                tuple(
+                    aligned_to_teacher(adapter(mine), theirs)
+                    for adapter, mine, theirs in zip(self.tap_adapters, *taps, strict=True)
+                )
+                for taps in zip(student.taps, teacher.taps, strict=True)
+            ]
+            split = split_of_teacher(self.student.bbox_head, head, self.split)
+            cross_outputs = self.family.rest_of_head(head, split)(aligned)
+            losses |= self.family.loss_by_outputs(cross_outputs, teacher.outputs, calls, head)
+        if {"mimic", "ld"} & set(self.parts):
+            own_outputs = self.family.outputs_as_in_eval(student.outputs, self.student.bbox_head)
+            if "mimic" in self.parts:
+                losses |= self.family.loss_by_outputs(own_outputs, teacher.outputs, calls, head)
+            else:
+                losses["loss_ld"] = self.family.loss_ld(own_outputs, teacher.outputs, calls, head)
+        if "pkd" in self.parts:
+            losses["loss_feat_kd"] = [
+                feature_distance(self.feature_adapter(mine), theirs)
+                for mine, theirs in zip(student.features, teacher.features, strict=True)
+            ]
+        return losses
+
+    @functools.cached_property
+    def _same_normalisation(self) -> bool:
+        """Compared once: each comparison on a GPU would wait for it."""
+        mine, theirs = self.student.data_preprocessor, self.teacher.data_preprocessor
+        same = torch.equal(mine.mean, theirs.mean) and torch.equal(mine.std, theirs.std)
+        return same and not _turned(mine, theirs)
 
     def teacher_inputs_from_student(self, inputs: Tensor) -> Tensor:
         """
@@ -105,12 +201,11 @@ class CrossKDDetector(BaseDetector):
             inputs: (N, 3, H, W), normalised for the student. Padding that is zero for the student becomes the
                 student's mean colour for the teacher.
         """
-        mine, theirs = self.student.data_preprocessor, self.teacher.data_preprocessor
-        turned = getattr(mine, "_channel_conversion", False) != getattr(theirs, "_channel_conversion", False)
-        if not turned and torch.equal(mine.mean, theirs.mean) and torch.equal(mine.std, theirs.std):
+        if self._same_normalisation:
             return inputs
+        mine, theirs = self.student.data_preprocessor, self.teacher.data_preprocessor
         pixels = inputs * mine.std + mine.mean
-        return ((pixels.flip(1) if turned else pixels) - theirs.mean) / theirs.std
+        return ((pixels.flip(1) if _turned(mine, theirs) else pixels) - theirs.mean) / theirs.std
 
     def predict(self, batch_inputs: Tensor, batch_data_samples: list[Any], rescale: bool = True) -> list[Any]:
         return self.student.predict(batch_inputs, batch_data_samples, rescale=rescale)
@@ -122,19 +217,37 @@ class CrossKDDetector(BaseDetector):
         return self.student.extract_feat(batch_inputs)
 
 
-def check_distill(distill: dict[str, Any], family: HeadFamily) -> None:
+def check_distill(distill: dict[str, Any]) -> None:
     """Raises ConfigError if `model.distill` has missing, unknown or wrong entries."""
-    known = {"method", "split", "weights"}
-    if not {"method", "split"} <= set(distill) <= known:
+    known = {"method", "split", "tap", "weights", "allow_missing_classes"}
+    if "method" not in distill or not set(distill) <= known:
         raise ConfigError(
-            f"model.distill has the keys {sorted(distill)}; expected method, split and, as wanted, weights"
+            f"model.distill has the keys {sorted(distill)}; expected method and, as wanted, some of "
+            f"{sorted(known - {'method'})}"
         )
     if distill["method"] not in METHODS:
-        raise ConfigError(f"model.distill.method is {distill['method']!r}; expected one of {METHODS}")
-    weights, losses = distill.get("weights", {}), sorted(family.default_weights)
+        raise ConfigError(f"model.distill.method is {distill['method']!r}; expected one of {', '.join(METHODS)}")
+    if "crosskd" in METHODS[distill["method"]] and "split" not in distill:
+        raise ConfigError("model.distill.split is missing; expected the number of a tower layer, such as 3")
+    if distill.get("tap", TAPS[0]) not in TAPS:
+        raise ConfigError(f"model.distill.tap is {distill['tap']!r}; expected one of {', '.join(TAPS)}")
+
+
+def loss_weights_of(distill: dict[str, Any], defaults: dict[str, float]) -> dict[str, float]:
+    """Loss key -> weight; raises ConfigError if `model.distill.weights` names others, or has no numbers."""
+    weights = distill.get("weights", {})
     good = isinstance(weights, dict) and all(isinstance(value, (int, float)) for value in weights.values())
-    if not good or not set(weights) <= set(losses):
-        raise ConfigError(f"model.distill.weights is {weights!r}; expected numbers for some of {losses}")
+    if not good or not set(weights) <= set(defaults):
+        raise ConfigError(f"model.distill.weights is {weights!r}; expected numbers for some of {sorted(defaults)}")
+    return {**defaults, **weights}
+
+
+def _adapter(width: int, teacher_width: int) -> nn.Module:
+    return nn.Identity() if width == teacher_width else nn.Conv2d(width, teacher_width, 1, bias=False)
+
+
+def _turned(mine: nn.Module, theirs: nn.Module) -> bool:
+    return getattr(mine, "_channel_conversion", False) != getattr(theirs, "_channel_conversion", False)
 
 
 def _drop_teacher(_module: nn.Module, state: dict[str, Tensor], prefix: str, _metadata: Any) -> None:
@@ -147,16 +260,17 @@ def _forgive_missing_teacher(_module: nn.Module, incompatible: Any) -> None:
     incompatible.missing_keys[:] = kept
 
 
-def detector_from_config(config: Any, load_weights: bool = True) -> nn.Module:
+def detector_from_config(config: Any, load_weights: bool = True, class_names: Sequence[str] | None = None) -> nn.Module:
     """
     The detector of a config that `load_config` returned: a CrossKDDetector or a plain mmdet detector.
 
     Args:
         load_weights: load the teacher's checkpoint into a CrossKDDetector. Without it no file is read.
+        class_names: the student's; a teacher whose checkpoint names its classes is matched with them by name.
 
     Raises:
         ConfigError: the model cannot be built, the heads do not fit, or there is no teacher checkpoint.
-        CheckpointError: the teacher's checkpoint is unreadable, unsafe or of another detector.
+        CheckpointError: the teacher's checkpoint is unreadable, unsafe, of another detector, or lacks classes.
     """
     try:
         detector = MODELS.build(config.model)
@@ -164,11 +278,12 @@ def detector_from_config(config: Any, load_weights: bool = True) -> nn.Module:
         raise
     except Exception as error:  # whatever mmdet's modules raise of a wrong argument
         raise ConfigError(f"the config's model cannot be built: {type(error).__name__}: {error}") from error
-    if load_weights and isinstance(detector, CrossKDDetector):
+    if load_weights and getattr(detector, "teacher", None) is not None:
         checkpoint = config.model.teacher.get("checkpoint")
         if not checkpoint:
             raise ConfigError(
                 "there is no teacher checkpoint; give --teacher-checkpoint, or model.teacher.checkpoint in the config"
             )
-        load_detector_weights(detector.teacher, checkpoint)
+        allow_missing = config.model.distill.get("allow_missing_classes", False)
+        load_detector_weights(detector.teacher, checkpoint, class_names, allow_missing)
     return detector

@@ -43,9 +43,9 @@ def main(argv: list[str] | None = None) -> int:
     from crosskd.detector import detector_from_config
 
     seed_everything(arguments.seed)
-    detector = detector_from_config(config)
-    teacher = config.model.teacher.checkpoint
-    inputs = {"teacher_checkpoint": teacher} if Path(teacher).is_file() else {}
+    detector = detector_from_config(config, class_names=data.class_names)
+    teacher = config.model.teacher.get("checkpoint") if detector.teacher is not None else None
+    inputs = {"teacher_checkpoint": teacher} if teacher and Path(teacher).is_file() else {}
     run_training(config, detector, data, run_dir, arguments, "student.pth", inputs)
     return 0
 

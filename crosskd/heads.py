@@ -1,10 +1,11 @@
 """
-How to split a dense head at tower layer k, and how the outputs of each head family are compared.
+What CrossKD has to know of a dense head: how to split it at tower layer k, and how its outputs are compared.
 
 A dense head is two towers of convolutions (classification, regression) over each pyramid level, then predictors. The
 tap k is the output of tower layer k after its activation; tap 0 is the pyramid feature itself.
 
-A family is one small class, registered by the type of the head: `loss_by_outputs` is all that it has to write.
+A family of heads is one small class, registered by the type of the head (crosskd/families): `loss_by_outputs` and two
+constants are all that it has to write.
 """
 
 from __future__ import annotations
@@ -12,24 +13,21 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from crosskd.losses import distribution_kl, kd_quality_focal_loss
+from crosskd.losses import kd_quality_focal_loss
 from crosskd.ops import register_mmcv_ops
 from deploy.errors import ConfigError
 
 register_mmcv_ops()  # before mmdet is imported, which asks for them then
-from mmdet.structures.bbox import bbox_overlaps  # noqa: E402
-from mmdet.utils import reduce_mean  # noqa: E402
 
-TOWERS = ("cls_convs", "reg_convs")
-Taps = list[tuple[Tensor, Tensor]]
-"""Per level, finest first: the classification and the regression tower's tap, each (N, C, H, W)."""
+Taps = list[tuple[Tensor, ...]]
+"""Per level, finest first: a tap of each tower (classification, regression), each (N, C, H, W)."""
 
 
 @dataclasses.dataclass
@@ -43,12 +41,87 @@ class LossCall:
     avg_factor: float | Tensor
     """The head's averaging factor: positive rows, at least one per image."""
 
+    @property
+    def ignored(self) -> Tensor:
+        """(rows,) bool."""
+        return self.label_weights <= 0
+
+
+@dataclasses.dataclass
+class HeadPass:
+    """What one forward pass of a head read and made."""
+
+    features: list[Tensor] = dataclasses.field(default_factory=list)
+    """The pyramid, per level (N, C, H, W)."""
+    taps: Taps = dataclasses.field(default_factory=list)
+    outputs: Any = None
+    """As the head's forward returned them: a sequence of kinds of map, each per level."""
+
 
 class HeadFamily:
     """What CrossKD has to know of a family of dense heads."""
 
+    predictor: ClassVar[str]
+    """The head's attribute that predicts classes, anchors * classes output channels, without its index if a list."""
     default_weights: ClassVar[dict[str, float]]
     """Loss key -> weight, as published for the family; `loss_feat_kd` is PKD's."""
+    towers: ClassVar[tuple[str, ...]] = ("cls_convs", "reg_convs")
+    """The head's attributes that hold the layers of its towers: a list, or a list per level."""
+
+    @contextlib.contextmanager
+    def recorded_pass(
+        self, head: nn.Module, split: int | None = None, before_activation: bool = False
+    ) -> Iterator[HeadPass]:
+        """
+        Yields a HeadPass that the forward pass of `head` inside the block fills, with taps unless `split` is None.
+
+        Hooks on the tower layers fire once per level, so the head's own code is left as it is.
+        """
+        recorded = HeadPass()
+        columns: list[list[Tensor]] = []
+        handles = []
+
+        def finish(_module: nn.Module, args: tuple[Any, ...], outputs: Any) -> None:
+            recorded.features.extend(args[0])
+            recorded.outputs = outputs
+            if split is not None:
+                taps = columns if split else [recorded.features] * len(self.towers)
+                recorded.taps.extend(zip(*taps, strict=True))
+
+        handles.append(head.register_forward_hook(finish))
+        for layers in self.tap_layers(head, split) if split else []:
+            columns.append([])
+            for layer in layers:
+                handles.append(_recorded_layer(layer, columns[-1], before_activation))
+        try:
+            yield recorded
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def tap_layers(self, head: nn.Module, split: int) -> list[list[nn.Module]]:
+        """Per tower, the layers whose outputs are tap `split`: one, or one for each level."""
+        towers = (getattr(head, tower) for tower in self.towers)
+        return [[level[split - 1] for level in tower] if _has_levels(tower) else [tower[split - 1]] for tower in towers]
+
+    def rest_of_head(self, head: nn.Module, split: int) -> nn.Module:
+        """
+        The layers of `head` after tap `split`, as a module that takes `Taps` where `head` takes features.
+
+        A shallow copy that shares every parameter: the head's own forward does predictors, scales and activations. Do
+        not register it as a submodule, or the weights would appear twice.
+        """
+        rest = copy.copy(head)
+        rest._modules = dict(head._modules)
+        for index, tower in enumerate(self.towers):
+            rest._modules[tower] = self._rest_of_tower(getattr(head, tower), index, split)
+        return rest
+
+    def _rest_of_tower(self, tower: nn.ModuleList, index: int, split: int) -> nn.ModuleList:
+        if _has_levels(tower):
+            return nn.ModuleList([self._rest_of_tower(level, index, split) for level in tower])
+        relu = split > 0 and isinstance(_activation_of(tower[split - 1]), nn.ReLU)
+        return nn.ModuleList([_TakeTap(index, relu), *tower[split:]])
 
     @contextlib.contextmanager
     def recorded_assignment(self, head: nn.Module) -> Iterator[list[LossCall]]:
@@ -70,6 +143,10 @@ class HeadFamily:
         finally:
             handle.remove()
 
+    def outputs_as_in_eval(self, outputs: Any, head: nn.Module) -> Any:
+        """The outputs of a training head in the units and the order of one that is in eval mode, as the teacher is."""
+        return outputs
+
     def loss_by_outputs(
         self, cross: Sequence[Any], teacher: Sequence[Any], calls: list[LossCall], head: nn.Module
     ) -> dict[str, list[Tensor]]:
@@ -77,144 +154,42 @@ class HeadFamily:
         The distillation losses, a scalar per level under each key, before their weights.
 
         Args:
-            cross: the teacher head's outputs for the student's taps, in the order of the head's forward.
+            cross: the teacher head's outputs for the student's taps, in the order of the head's forward; for plain
+                mimicking, the student's own outputs.
             teacher: the teacher's own outputs.
             calls: the student's target assignment, per level.
             head: the teacher's head.
         """
         raise NotImplementedError
 
+    def loss_ld(
+        self, student: Sequence[Any], teacher: Sequence[Any], calls: list[LossCall], head: nn.Module
+    ) -> list[Tensor]:
+        """
+        Localisation distillation, a scalar per level; for heads that predict a distribution of each side.
 
-class GFLFamily(HeadFamily):
-    """Quality focal loss on classes, KL on the distributions of the four sides."""
-
-    default_weights: ClassVar = {"loss_cls_kd": 1.0, "loss_reg_kd": 1.0, "loss_feat_kd": 6.0}
-
-    def loss_by_outputs(
-        self, cross: Sequence[Any], teacher: Sequence[Any], calls: list[LossCall], head: nn.Module
-    ) -> dict[str, list[Tensor]]:
-        bins = head.reg_max + 1
-        losses_cls, losses_reg, weights = [], [], []
-        for cross_cls, cross_reg, teacher_cls, teacher_reg, call in zip(*cross, *teacher, calls, strict=True):
-            losses_cls.append(_loss_cls(head, cross_cls, teacher_cls, call))
-            weight = _confidence(head, teacher_cls, call)
-            divergence = distribution_kl(_rows(cross_reg, bins), _rows(teacher_reg, bins)).view(-1, 4)
-            losses_reg.append((divergence.sum(1) * weight).sum())
-            weights.append(weight.sum())
-        total = sum(weights).clamp(min=1e-6)
-        return {"loss_cls_kd": losses_cls, "loss_reg_kd": [loss / total for loss in losses_reg]}
-
-
-class RetinaFamily(HeadFamily):
-    """Quality focal loss on classes, GIoU loss on boxes that are decoded from the anchors."""
-
-    default_weights: ClassVar = {"loss_cls_kd": 1.0, "loss_reg_kd": 1.0, "loss_feat_kd": 2.0}
-
-    def loss_by_outputs(
-        self, cross: Sequence[Any], teacher: Sequence[Any], calls: list[LossCall], head: nn.Module
-    ) -> dict[str, list[Tensor]]:
-        losses_cls, losses_reg = [], []
-        levels = zip(_priors(head, cross[0]), cross[0], cross[1], teacher[0], teacher[1], calls, strict=True)
-        for anchors, cross_cls, cross_reg, teacher_cls, teacher_reg, call in levels:
-            losses_cls.append(_loss_cls(head, cross_cls, teacher_cls, call))
-            boxes, target = (head.bbox_coder.decode(anchors, _rows(maps, 4)) for maps in (cross_reg, teacher_reg))
-            distance = 1 - bbox_overlaps(boxes, target, mode="giou", is_aligned=True, eps=1e-7)  # (rows,)
-            losses_reg.append((distance * _confidence(head, teacher_cls, call)).sum() / call.avg_factor)
-        return {"loss_cls_kd": losses_cls, "loss_reg_kd": losses_reg}
-
-
-class ATSSFamily(RetinaFamily):
-    """As RetinaNet, and binary cross entropy on the centerness of positive anchors."""
-
-    default_weights: ClassVar = {"loss_cls_kd": 1.0, "loss_reg_kd": 1.0, "loss_centerness_kd": 1.0, "loss_feat_kd": 1.0}
-
-    def loss_by_outputs(
-        self, cross: Sequence[Any], teacher: Sequence[Any], calls: list[LossCall], head: nn.Module
-    ) -> dict[str, list[Tensor]]:
-        losses = super().loss_by_outputs(cross, teacher, calls, head)
-        losses["loss_centerness_kd"] = []
-        for cross_map, teacher_map, call in zip(cross[2], teacher[2], calls, strict=True):
-            positive = (call.labels >= 0) & (call.labels < head.num_classes)
-            logits, target = _rows(cross_map, 1)[positive], _rows(teacher_map, 1)[positive].sigmoid()
-            entropy = functional.binary_cross_entropy_with_logits(logits, target, reduction="sum")
-            losses["loss_centerness_kd"].append(entropy / call.avg_factor)
-        return losses
-
-
-class FCOSFamily(HeadFamily):
-    """
-    Quality focal loss on classes, -log IoU on boxes that are decoded from the points; all levels at once.
-
-    Both are divided by the sum of the centerness targets of the positive points, mean over ranks. Where no rank has a
-    positive point there is nothing to divide by, and both losses are zero.
-    """
-
-    default_weights: ClassVar = {"loss_cls_kd": 0.4, "loss_reg_kd": 0.75, "loss_feat_kd": 2.0}
-
-    @contextlib.contextmanager
-    def recorded_assignment(self, head: nn.Module) -> Iterator[list[LossCall]]:
-        # The head reduces this sum itself, but gives it to a loss only where there are positives. Every rank gets
-        # here, so reducing it once more is safe.
-        original = head.centerness_target
-        sums: list[Tensor] = []
-
-        def centerness_target(targets: Tensor) -> Tensor:
-            result = original(targets)
-            sums.append(result.sum())
-            return result
-
-        head.centerness_target = centerness_target
-        try:
-            with super().recorded_assignment(head) as calls:
-                yield calls
-                for call, total in zip(calls, sums, strict=True):
-                    call.avg_factor = reduce_mean(total.detach())
-        finally:
-            del head.centerness_target
-
-    def loss_by_outputs(
-        self, cross: Sequence[Any], teacher: Sequence[Any], calls: list[LossCall], head: nn.Module
-    ) -> dict[str, list[Tensor]]:
-        (call,) = calls
-        points = torch.cat(_priors(head, cross[0]))
-        cross_cls, teacher_cls = (
-            torch.cat([_rows(m, head.cls_out_channels) for m in maps[0]]) for maps in (cross, teacher)
+        Raises:
+            ConfigError: this head predicts no distributions.
+        """
+        raise ConfigError(
+            f"model.distill.method is 'ld', but {type(head).__name__} predicts numbers for the sides of a box, not "
+            "distributions; expected a GFLHead. Choose another method."
         )
-        cross_reg, teacher_reg = (torch.cat([_rows(m, 4) for m in maps[1]]) for maps in (cross, teacher))
-        boxes, target = (head.bbox_coder.decode(points, distances) for distances in (cross_reg, teacher_reg))
-        overlap = bbox_overlaps(boxes, target, is_aligned=True).clamp(min=1e-6)
-        distance = -overlap.log() * teacher_cls.amax(1).sigmoid()
-        factor = call.avg_factor
-        scale = torch.where(factor > 0, 1 / factor.clamp(min=1e-6), 0)
-        return {
-            "loss_cls_kd": [kd_quality_focal_loss(cross_cls, teacher_cls).sum() * scale],
-            "loss_reg_kd": [distance.sum() * scale],
-        }
 
 
-FAMILIES: dict[str, HeadFamily] = {
-    "GFLHead": GFLFamily(),
-    "RetinaHead": RetinaFamily(),
-    "ATSSHead": ATSSFamily(),
-    "FCOSHead": FCOSFamily(),
-}
+FAMILIES: dict[str, HeadFamily] = {}
+"""Type of head -> its family; crosskd/families fills it."""
+Family = TypeVar("Family", bound=type[HeadFamily])
 
 
-def _loss_cls(head: nn.Module, cross: Tensor, teacher: Tensor, call: LossCall) -> Tensor:
-    logits, target = _rows(cross, head.cls_out_channels), _rows(teacher, head.cls_out_channels)
-    return (kd_quality_focal_loss(logits, target) * call.label_weights[:, None]).sum() / call.avg_factor
+def register_family(*head_types: str) -> Callable[[Family], Family]:
+    """Class decorator: `HeadFamily` of the heads whose class names are given."""
 
+    def register(family: Family) -> Family:
+        FAMILIES.update({head_type: family() for head_type in head_types})
+        return family
 
-def _confidence(head: nn.Module, teacher: Tensor, call: LossCall) -> Tensor:
-    """(rows,): the teacher's highest class probability, zero where the assignment ignores the row."""
-    return _rows(teacher, head.cls_out_channels).amax(1).sigmoid() * (call.label_weights > 0)
-
-
-def _priors(head: nn.Module, maps: Sequence[Tensor]) -> list[Tensor]:
-    """Per level (N * H * W * A, 4) anchors or (N * H * W, 2) points, in the order of `_rows`."""
-    sizes = [m.shape[-2:] for m in maps]
-    priors = head.prior_generator.grid_priors(sizes, device=maps[0].device)
-    return [level.repeat(maps[0].shape[0], 1) for level in priors]
+    return register
 
 
 def family_of(head: nn.Module) -> HeadFamily:
@@ -226,100 +201,116 @@ def family_of(head: nn.Module) -> HeadFamily:
     """
     name = type(head).__name__
     if name not in FAMILIES:
-        raise ConfigError(f"CrossKD cannot split the head {name}; it can split {', '.join(sorted(FAMILIES))}")
+        raise ConfigError(
+            f"CrossKD cannot split the head {name}; it can split {', '.join(sorted(FAMILIES))}. docs/add-a-head.md "
+            "says how to add one; the method 'pkd' works with any."
+        )
     return FAMILIES[name]
 
 
-def check_heads_match(student: nn.Module, teacher: nn.Module, split: int) -> None:
+def check_heads_match(student: nn.Module, teacher: nn.Module, parts: Sequence[str], split: int | None = None) -> None:
     """
-    Raises ConfigError unless the student's taps fit into the teacher's head at `split`.
+    Raises ConfigError unless the teacher's head can teach the student's by these methods.
 
-    Both heads must be of one family and have the same width, classes, strides and number of tower layers.
+    Args:
+        parts: of the method: 'crosskd', 'pkd', 'mimic', 'ld'.
+        split: the student's tower layer at which its features leave for the teacher's head; for 'crosskd'.
     """
-    if family_of(student) is not family_of(teacher):
+    if set(parts) - {"pkd"} and family_of(student) is not family_of(teacher):
         raise ConfigError(
             f"the student's head is {type(student).__name__}, the teacher's {type(teacher).__name__}; "
             "expected two heads of one family"
         )
 
     def facts(head: nn.Module) -> dict[str, Any]:
-        return {
-            "num_classes": head.num_classes,
-            "feat_channels": head.feat_channels if split else head.in_channels,
-            "stacked_convs": head.stacked_convs,
-            "num_base_priors": head.num_base_priors,
-            "strides": [tuple(stride) for stride in head.prior_generator.strides],
-            "reg_max": getattr(head, "reg_max", None),
-        }
+        found: dict[str, Any] = {"strides": [tuple(stride) for stride in head.prior_generator.strides]}
+        if set(parts) - {"pkd"}:
+            found["num_classes"] = head.num_classes
+            found["num_base_priors"] = head.num_base_priors
+            found["reg_max"] = getattr(head, "reg_max", None)
+        if "mimic" in parts:  # boxes of both are decoded from the same anchors
+            found["anchor_generator"] = repr(head.prior_generator)
+        return found
 
     mine, theirs = facts(student), facts(teacher)
     for key, value in mine.items():
         if value != theirs[key]:
             raise ConfigError(
                 f"bbox_head.{key} is {value} in the student and {theirs[key]} in the teacher; expected the same "
-                "value, since the student's features go through the teacher's head. Change one of the two configs."
+                "value, since their features are compared place by place. Change one of the two configs."
             )
-    if split not in range(student.stacked_convs + 1):
-        raise ConfigError(
-            f"model.distill.split is {split!r}; expected 0 to {student.stacked_convs}, the number of tower layers"
-        )
+    if "crosskd" in parts:
+        layers = student.stacked_convs
+        if split not in range(layers + 1):
+            raise ConfigError(f"model.distill.split is {split!r}; expected 0 to {layers}, the number of tower layers")
+        if split_of_teacher(student, teacher, split) < 0:
+            raise ConfigError(
+                f"model.distill.split is {split}, after which the student's towers have {layers - split} layers left, "
+                f"and the teacher's have {teacher.stacked_convs} in all; expected a split of at least "
+                f"{layers - teacher.stacked_convs}"
+            )
 
 
-def _rows(maps: Tensor, width: int) -> Tensor:
+def split_of_teacher(student: nn.Module, teacher: nn.Module, split: int) -> int:
+    """The teacher's tower layer with as many layers behind it as the student's `split`: counted from the end."""
+    return split + teacher.stacked_convs - student.stacked_convs
+
+
+def rows_of_maps(maps: Tensor, width: int) -> Tensor:
     """
     (N, A * width, H, W) -> (N * H * W * A, width), float32: the order in which mmdet's heads flatten their levels.
     """
     return maps.permute(0, 2, 3, 1).reshape(-1, width).float()
 
 
-@contextlib.contextmanager
-def recorded_features(head: nn.Module, split: int) -> Iterator[tuple[list[Tensor], Taps]]:
-    """
-    Yields two lists that the forward pass of `head` inside the block fills, per level: pyramid features, and taps.
+def priors_of_maps(head: nn.Module, maps: Sequence[Tensor]) -> list[Tensor]:
+    """Per level (N * H * W * A, 4) anchors or (N * H * W, 2) points, in the order of `rows_of_maps`."""
+    sizes = [m.shape[-2:] for m in maps]
+    priors = head.prior_generator.grid_priors(sizes, device=maps[0].device)
+    return [level.repeat(maps[0].shape[0], 1) for level in priors]
 
-    Hooks on the tower layers fire once per level, so the head's own code is left as it is.
-    """
-    features: list[Tensor] = []
-    taps: Taps = []
-    columns: list[list[Tensor]] = [[], []]
 
-    def finish(_module: nn.Module, args: tuple[Any, ...], _output: Any) -> None:
-        features.extend(args[0])
-        taps.extend(zip(*(columns if split else (features, features)), strict=True))
+def loss_of_classes(head: nn.Module, cross: Tensor, teacher: Tensor, call: LossCall) -> Tensor:
+    """A scalar: the quality focal loss on one level's class maps, averaged as the student's own."""
+    logits, target = rows_of_maps(cross, head.cls_out_channels), rows_of_maps(teacher, head.cls_out_channels)
+    return (kd_quality_focal_loss(logits, target) * call.label_weights[:, None]).sum() / call.avg_factor
 
-    handles = [head.register_forward_hook(finish)]
-    if split:
-        for column, tower in zip(columns, TOWERS, strict=True):
-            layer = getattr(head, tower)[split - 1]
-            handles.append(layer.register_forward_hook(lambda _m, _a, output, column=column: column.append(output)))
-    try:
-        yield features, taps
-    finally:
-        for handle in handles:
-            handle.remove()
+
+def confidence_of_teacher(head: nn.Module, teacher: Tensor, call: LossCall) -> Tensor:
+    """(rows,): the teacher's highest class probability, zero where the assignment ignores the row."""
+    return rows_of_maps(teacher, head.cls_out_channels).amax(1).sigmoid() * ~call.ignored
+
+
+def _has_levels(tower: nn.ModuleList) -> bool:
+    return len(tower) > 0 and isinstance(tower[0], nn.ModuleList)
+
+
+def _activation_of(layer: nn.Module) -> nn.Module | None:
+    """Of mmcv's ConvModule, or of the second half of a depthwise separable one."""
+    return getattr(getattr(layer, "pointwise_conv", layer), "activate", None)
+
+
+def _recorded_layer(layer: nn.Module, outputs: list[Tensor], before_activation: bool) -> Any:
+    """The handle of a hook that appends what `layer` gives, or what its activation takes, to `outputs`."""
+    if not before_activation:
+        return layer.register_forward_hook(lambda _module, _args, output: outputs.append(output))
+    activation = _activation_of(layer)
+    if activation is None:
+        raise ConfigError(
+            f"model.distill.tap is 'before_activation', but a {type(layer).__name__} of the tower has no activation "
+            "of its own; use 'after_activation'"
+        )
+    # A copy, since the activation may work in place.
+    return activation.register_forward_pre_hook(lambda _module, args: outputs.append(args[0].clone()))
 
 
 class _TakeTap(nn.Module):
-    """First layer of a shortened tower: takes its tap out of the pair, ReLU unless it is the pyramid feature."""
+    """First layer of a shortened tower: takes its tap, and ReLU unless it is the pyramid feature."""
 
     def __init__(self, index: int, relu: bool) -> None:
         super().__init__()
         self.index, self.relu = index, relu
 
-    def forward(self, taps: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, taps: tuple[Tensor, ...]) -> Tensor:
         tap = taps[self.index]
         return functional.relu(tap) if self.relu else tap
-
-
-def rest_of_head(head: nn.Module, split: int) -> nn.Module:
-    """
-    The layers of `head` after tap `split`, as a module that takes `Taps` where `head` takes features.
-
-    A shallow copy that shares every parameter: the head's own forward does predictors, scales and activations. Do
-    not register it as a submodule, or the weights would appear twice.
-    """
-    rest = copy.copy(head)
-    rest._modules = dict(head._modules)
-    for index, tower in enumerate(TOWERS):
-        rest._modules[tower] = nn.ModuleList([_TakeTap(index, relu=split > 0), *getattr(head, tower)[split:]])
-    return rest

@@ -134,9 +134,7 @@ def write_shapes(folder: Path, images: int, size_px: int, seed: int, held_out: f
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m crosskd.shapes", description="Draws a COCO-format set of shapes.")
     parser.add_argument("folder", metavar="DIR", type=Path, help="where to; must be new, empty, or already this set")
-    parser.add_argument(
-        "--images", type=int, default=400, help="in all: train, val and test (%(default)s)"
-    )
+    parser.add_argument("--images", type=int, default=400, help="in all: train, val and test (%(default)s)")
     parser.add_argument(
         "--held-out", type=float, default=0.15, help="share of the images for val and for test, each (%(default)s)"
     )

@@ -19,7 +19,8 @@ from deploy.contract import read_sidecar, weights_of_run, write_sidecar
 from deploy.errors import CheckpointError, ConfigError
 from deploy.files import sha256_of
 
-PRECISIONS = ("fp32", "bf16", "fp16")
+WRAPPERS = {"fp32": "OptimWrapper", "bf16": "Bf16OptimWrapper", "fp16": "AmpOptimWrapper"}
+"""--precision -> mmengine's optimiser wrapper."""
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,8 +35,8 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of initial weights and data order (default: 0)")
     parser.add_argument(
         "--precision",
-        choices=PRECISIONS,
-        help="of the forward pass (default: the config's; fp16 needs a GPU, bf16 does not)",
+        choices=tuple(WRAPPERS),
+        help="of the forward pass (default: the config's, or bf16 where the machine computes in it; fp16 needs a GPU)",
     )
     parser.add_argument(
         "--epochs", type=int, help="length of the training; the schedule is stretched to it (default: the config's)"
@@ -86,7 +87,7 @@ def run_training(
     if arguments.resume:
         config.load_from = str(latest_checkpoint(run_dir))
     config.randomness = dict(seed=arguments.seed)
-    set_precision(config, detector, arguments.precision, torch.cuda.is_available())
+    set_precision(config, detector, arguments.precision, "cuda" if torch.cuda.is_available() else "cpu")
     set_data(config, data, run_dir)
 
     # The layout in which convolutions run fastest, in bf16 most of all; a sixth to a quarter of a step on a CPU.
@@ -140,23 +141,34 @@ def save_run(
     print(f"wrote {weights} ({weights.stat().st_size / 2**20:.1f} MiB)")
 
 
-def set_precision(config: Any, detector: Any, precision: str | None, has_gpu: bool) -> None:
+def set_precision(config: Any, detector: Any, precision: str | None, device: str) -> None:
     """
-    Sets the type of the config's optimiser wrapper and keeps the losses in float32.
+    Sets the type of the config's optimiser wrapper, keeps the losses in float32 and prepares the teacher.
+
+    Args:
+        precision: a key of WRAPPERS, or None: what the config asks for; where it asks for nothing, bf16 if the device
+            computes in it.
+        device: "cpu" or "cuda".
 
     Raises:
         ConfigError: fp16 without a GPU.
     """
-    from crosskd.amp import keep_losses_in_float32
+    import torch
 
-    if precision == "fp16" and not has_gpu:
+    from crosskd.amp import computes_in_bf16, keep_losses_in_float32
+
+    if precision == "fp16" and device != "cuda":
         raise ConfigError("--precision fp16 needs a GPU (its loss scaling does); use bf16 on a CPU")
+    if precision is None and config.optim_wrapper.get("type", "OptimWrapper") == "OptimWrapper":
+        precision = "bf16" if computes_in_bf16(device) else "fp32"
+        print(f"precision: {precision}, the fastest on this {device}; --precision fp32 or bf16 to choose")
     if precision is not None:
-        config.optim_wrapper.type = {"fp32": "OptimWrapper", "bf16": "Bf16OptimWrapper", "fp16": "AmpOptimWrapper"}[
-            precision
-        ]
-    if config.optim_wrapper.get("type", "OptimWrapper") != "OptimWrapper":
+        config.optim_wrapper.type = WRAPPERS[precision]
+    dtype = {WRAPPERS["bf16"]: torch.bfloat16, WRAPPERS["fp16"]: torch.float16}.get(config.optim_wrapper.type)
+    if dtype is not None:
         keep_losses_in_float32(getattr(detector, "student", detector).bbox_head)
+    if hasattr(detector, "prepare_teacher"):
+        detector.prepare_teacher(dtype)
 
 
 def seed_everything(seed: int) -> None:
