@@ -60,7 +60,7 @@ def feature_distance(student: Tensor, teacher: Tensor) -> Tensor:
 
 def aligned_to_teacher(student: Tensor, teacher: Tensor) -> Tensor:
     """
-    The student's feature map with the teacher's mean and standard deviation per channel, float32.
+    The student's feature map with the teacher's mean and standard deviation per channel, at least float32.
 
     `(x - mean) / (std + 1e-6) * teacher_std + teacher_mean`, statistics over batch, height and width, std unbiased.
     Gradients flow through the student's own mean and std. A map of one element has no unbiased std: it counts
@@ -69,11 +69,16 @@ def aligned_to_teacher(student: Tensor, teacher: Tensor) -> Tensor:
     Args:
         student: (N, C, H, W). teacher: (N, C, H, W), needs no gradient.
     """
-    student = student.float()
+    student = _at_least_float32(student)
     std, mean = _std_mean(student)
-    teacher_std, teacher_mean = _std_mean(teacher.float())
+    teacher_std, teacher_mean = _std_mean(_at_least_float32(teacher))
     scale = teacher_std / (std + 1e-6)  # (1, C, 1, 1): one multiplication and one addition of the whole map
     return student * scale + (teacher_mean - mean * scale)
+
+
+def _at_least_float32(features: Tensor) -> Tensor:
+    """Means and deviations in bf16 would be off by up to 0.4 percent, alike for a whole channel."""
+    return features.to(torch.promote_types(features.dtype, torch.float32))
 
 
 def _std_mean(features: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,6 +88,6 @@ def _std_mean(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _standardised(features: Tensor) -> Tensor:
-    features = features.float()
+    features = _at_least_float32(features)
     std, mean = _std_mean(features)
     return (features - mean) / (std + 1e-6)

@@ -30,5 +30,5 @@ train_dataloader = dict(batch_size=16, dataset=dict(pipeline=train_pipeline))
 val_dataloader = dict(batch_size=16, dataset=dict(pipeline=test_pipeline))
 test_dataloader = val_dataloader
 
-max_epochs = 24
+max_epochs = 16
 train_cfg = dict(val_interval=100)  # only at the end

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from crosskd.checkpoint import save_detector_weights
-from crosskd.config import load_config
+from crosskd.config import load_config, set_classes
 from crosskd.detector import CrossKDDetector, detector_from_config
 from deploy.errors import CheckpointError, ConfigError
 
@@ -172,7 +172,8 @@ def test_predictions_are_the_students_own(build: Callable[..., Any], make_batch:
 @pytest.mark.parametrize(
     ("key", "value", "named"),
     [
-        ("method", "kd", "model.distill.method is 'kd'; expected one of"),
+        ("method", "kd", "model.distill.method is 'kd'; expected one of none, crosskd, pkd"),
+        ("tap", "inside", "model.distill.tap is 'inside'; expected one of after_activation"),
         ("spilt", 1, "model.distill has the keys .*'spilt'"),
         ("weights", {"loss_cls_kd": "much"}, "model.distill.weights is .*'much'.*; expected numbers for some of"),
         ("weights", {"loss_cls": 1.0}, "model.distill.weights is .*; expected numbers for some of .*'loss_cls_kd'"),
@@ -187,7 +188,10 @@ def test_a_wrong_distill_entry_is_refused(build: Callable[..., Any], key: str, v
 def test_missing_distill_entries_are_refused(build: Callable[..., Any], configs: Any) -> None:
     config = load_config(configs / "crosskd_tiny.py")
     del config.model.distill["split"]
-    with pytest.raises(ConfigError, match="expected method, split"):
+    with pytest.raises(ConfigError, match=r"model.distill.split is missing; expected the number of a tower layer"):
+        detector_from_config(config, load_weights=False)
+    del config.model.distill["method"]
+    with pytest.raises(ConfigError, match="expected method and, as wanted"):
         detector_from_config(config, load_weights=False)
 
 
@@ -210,3 +214,172 @@ def test_the_teachers_weights_come_from_its_checkpoint(build: Callable[..., Any]
     config.model.teacher.checkpoint = str(tmp_path / "student.pth")
     with pytest.raises(CheckpointError, match="keys of another shape"):
         detector_from_config(config)
+
+
+KEYS = {
+    "none": set(),
+    "crosskd": DISTILLED,
+    "pkd": {"loss_feat_kd"},
+    "crosskd+pkd": DISTILLED | {"loss_feat_kd"},
+    "mimic": DISTILLED,
+    "ld": {"loss_ld"},
+}
+
+
+@pytest.mark.parametrize("method", KEYS)
+def test_each_method_adds_its_own_losses(
+    build: Callable[..., Any], make_batch: Callable[..., Any], method: str
+) -> None:
+    detector = build(overrides={"model.distill.method": method})
+    batch = make_batch([3, 2])
+    losses = _step(detector, batch)
+    assert losses.keys() == detector.student.loss(*batch).keys() | KEYS[method]
+    assert all(torch.isfinite(value) for key in KEYS[method] for value in losses[key])
+    assert all(sum(losses[key]) > 0 for key in KEYS[method])
+    if method == "none":
+        assert detector.teacher is None
+    else:
+        assert all(parameter.grad is None for parameter in detector.teacher.parameters())
+
+
+def test_mimicking_reaches_the_students_own_predictors(
+    build: Callable[..., Any], make_batch: Callable[..., Any]
+) -> None:
+    detector = build(overrides={"model.distill.method": "mimic"})
+    losses = detector.loss(*make_batch([3, 2]))
+    _total({key: losses[key] for key in DISTILLED}).backward()
+    assert detector.student.bbox_head.gfl_cls.weight.grad.abs().sum() > 0
+    assert detector.student.bbox_head.gfl_reg.weight.grad.abs().sum() > 0
+
+
+def test_pkd_works_with_heads_that_crosskd_cannot_split(
+    build: Callable[..., Any], make_batch: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("crosskd.heads.FAMILIES", {})
+    detector = build(overrides={"model.distill.method": "pkd"})
+    assert sum(detector.loss(*make_batch([3]))["loss_feat_kd"]) > 0
+    with pytest.raises(ConfigError, match="the method 'pkd' works with any"):
+        build()
+
+
+def test_localisation_distillation_needs_distributions(make_batch: Callable[..., Any]) -> None:
+    overrides = {"model.backbone.depth": 18, "model.backbone.init_cfg": None}
+    model = load_config(
+        "mmdet::retinanet/retinanet_r50_fpn_1x_coco.py", {**overrides, "model.neck.in_channels": [64, 128, 256, 512]}
+    ).model
+    with pytest.raises(ConfigError, match=r"RetinaHead predicts numbers .* expected a GFLHead"):
+        CrossKDDetector(model, {"model": model}, {"method": "ld"})
+
+
+WIDER = {
+    "model.teacher.model.neck.out_channels": 24,
+    "model.teacher.model.bbox_head.in_channels": 24,
+    "model.teacher.model.bbox_head.feat_channels": 32,
+}
+
+
+@pytest.mark.parametrize("split", [0, 1])
+def test_a_teacher_of_another_width_and_depth_teaches_through_adapters(
+    build: Callable[..., Any], make_batch: Callable[..., Any], configs: Any, split: int
+) -> None:
+    config = load_config(configs / "crosskd_tiny.py")
+    config.merge_from_dict(
+        {
+            **WIDER,
+            "model.teacher.model.bbox_head.stacked_convs": 3,
+            "model.distill": {"method": "crosskd+pkd", "split": split},
+        }
+    )
+    detector = detector_from_config(config, load_weights=False).train()
+    losses = _step(detector, make_batch([3, 2]))
+    assert all(torch.isfinite(value) for key in KEYS["crosskd+pkd"] for value in losses[key])
+    adapters = [*detector.tap_adapters, detector.feature_adapter]
+    assert [tuple(adapter.weight.shape[:2]) for adapter in adapters] == [(32, 16), (32, 16), (24, 16)]
+    assert all(adapter.weight.grad.abs().sum() > 0 for adapter in adapters)
+    # They are part of what a run resumes from, and no part of the student.
+    assert {key.split(".")[0] for key in detector.state_dict()} == {"student", "tap_adapters", "feature_adapter"}
+
+
+def test_adapters_leave_the_students_first_weights_as_they_are(build: Callable[..., Any], configs: Any) -> None:
+    states = []
+    for overrides in ({}, WIDER):
+        config = load_config(configs / "crosskd_tiny.py")
+        config.merge_from_dict(overrides)
+        torch.manual_seed(0)
+        states.append(detector_from_config(config, load_weights=False).student.state_dict())
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def test_the_tap_before_the_activation_gives_other_losses(
+    build: Callable[..., Any], make_batch: Callable[..., Any]
+) -> None:
+    after = build()
+    before = build(overrides={"model.distill.tap": "before_activation"})
+    before.student.load_state_dict(after.student.state_dict())
+    before.teacher.load_state_dict(after.teacher.state_dict())
+    batch = make_batch([3, 2])
+    one, other = after.loss(*batch), before.loss(*batch)
+    torch.testing.assert_close(torch.stack(one["loss_cls"]), torch.stack(other["loss_cls"]))
+    assert not torch.allclose(torch.stack(one["loss_cls_kd"]), torch.stack(other["loss_cls_kd"]))
+
+
+def test_a_prepared_teacher_teaches_the_same(build: Callable[..., Any], make_batch: Callable[..., Any]) -> None:
+    detector = build(overrides={"model.distill.method": "crosskd+pkd"})
+    for module in detector.teacher.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean, std=0.1)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    detector.student.eval()
+    batch = make_batch([3, 2])
+    expected = detector.loss(*batch)
+    detector.prepare_teacher()
+    found = detector.loss(*batch)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in detector.teacher.modules())
+    assert not any(parameter.requires_grad for parameter in detector.teacher.parameters())
+    for key in KEYS["crosskd+pkd"]:
+        torch.testing.assert_close(torch.stack(found[key]), torch.stack(expected[key]), rtol=1e-4, atol=1e-6)
+    detector.prepare_teacher(torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        quick = detector.loss(*batch)
+    for key in KEYS["crosskd+pkd"]:
+        torch.testing.assert_close(sum(quick[key]), sum(expected[key]), rtol=0.05, atol=1e-4)
+
+
+def test_a_teacher_that_knows_more_classes_in_another_order_is_matched_by_name(
+    build: Callable[..., Any], make_batch: Callable[..., Any], configs: Any, tmp_path: Any
+) -> None:
+    known = ("ring", "house", "square", "triangle", "circle", "cross", "star")
+    wanted = ("circle", "triangle", "square", "star", "ring", "cross")
+    teacher = build("gfl_tiny_teacher.py", {"model.bbox_head.num_classes": len(known)}).eval()
+    save_detector_weights(teacher, tmp_path / "teacher.pth", meta={"dataset_meta": {"classes": known}})
+    overrides = {"model.teacher.checkpoint": str(tmp_path / "teacher.pth")}
+    config = load_config(configs / "crosskd_tiny.py", overrides)
+    set_classes(config, wanted)
+    matched = detector_from_config(config, class_names=wanted).teacher
+    inputs = make_batch([1])[0]
+    with torch.no_grad():
+        (all_scores, all_boxes), (scores, boxes) = (one._forward(inputs) for one in (teacher, matched.eval()))
+    for level, everything in enumerate(all_scores):
+        torch.testing.assert_close(scores[level], everything[:, [known.index(name) for name in wanted]])
+        torch.testing.assert_close(boxes[level], all_boxes[level])
+
+
+def test_a_teacher_that_lacks_classes_is_refused_unless_that_is_wanted(
+    build: Callable[..., Any], make_batch: Callable[..., Any], configs: Any, tmp_path: Any
+) -> None:
+    known, wanted = ("circle", "triangle", "square", "star", "ring"), ("circle", "heart", "square", "star", "cross")
+    teacher = build("gfl_tiny_teacher.py", {"model.bbox_head.num_classes": 5})
+    save_detector_weights(teacher, tmp_path / "teacher.pth", meta={"CLASSES": known})
+    config = load_config(configs / "crosskd_tiny.py", {"model.teacher.checkpoint": str(tmp_path / "teacher.pth")})
+    set_classes(config, wanted)
+    with pytest.raises(CheckpointError, match=r"does not know the classes \['heart', 'cross'\]; it knows .*'ring'"):
+        detector_from_config(config, class_names=wanted)
+    config.model.distill.allow_missing_classes = True
+    detector = detector_from_config(config, class_names=wanted)
+    inputs, samples = make_batch([2])
+    for sample in samples:
+        sample.gt_instances.labels %= 5
+    with torch.no_grad():
+        scores = detector.teacher._forward(inputs)[0]
+    assert all(level.sigmoid()[:, [1, 4]].max() < 1e-8 for level in scores)
+    assert all(torch.isfinite(value) for values in detector.loss(inputs, samples).values() for value in values)

@@ -1,0 +1,4 @@
+# RetinaNet R18 under R50 with CrossKD and PKD, 1x.
+_base_ = "./crosskd_retinanet_r18_r50_1x_coco.py"
+
+model = dict(distill=dict(method="crosskd+pkd"))
