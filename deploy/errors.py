@@ -6,6 +6,7 @@ PipelineError
 ├── DataError                annotations or images
 ├── ContractError            a sidecar, or a file that does not match its sidecar
 ├── CheckpointError          a weights file
+├── TrainingError            a training that cannot go on
 ├── ExportError              checkpoint -> ONNX
 ├── CalibrationError         float ONNX -> INT8 ONNX
 ├── EngineBuildError         ONNX -> TensorRT engine
@@ -40,6 +41,10 @@ class ContractError(PipelineError):
 
 class CheckpointError(PipelineError):
     """A weights file is unreadable, unsafe or of another model."""
+
+
+class TrainingError(PipelineError):
+    """A training cannot go on."""
 
 
 class ExportError(PipelineError):

@@ -1,0 +1,103 @@
+"""mmdet's published checkpoints: found by the config's name, downloaded once, checked by the hash in their name."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import sys
+from http.client import HTTPException
+from pathlib import Path
+
+from deploy.errors import CheckpointError, ConfigError
+from deploy.files import check_writable, sha256_of
+
+
+def published_checkpoint(config_name: str) -> Path:
+    """
+    The file of the weights that mmdet publishes for one of its configs; downloaded if it is not there yet.
+
+    Args:
+        config_name: such as `mmdet::gfl/gfl_r101_fpn_ms-2x_coco.py`.
+
+    Raises:
+        ConfigError: as `published_url`.
+        CheckpointError: as `fetched_checkpoint`.
+    """
+    return fetched_checkpoint(published_url(config_name))
+
+
+def published_url(config_name: str) -> str:
+    """
+    The address of the weights that mmdet publishes for one of its configs: the `Weights` of its metafiles.
+
+    Raises:
+        ConfigError: not a config of mmdet's, or none of its metafiles has weights for it.
+    """
+    from mmengine.hub import get_config
+
+    url = None
+    if config_name.startswith("mmdet::"):
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):  # mmdet tells of an optional data service each time
+                url = get_config(config_name, pretrained=True).get("model_path")
+        except (AssertionError, FileNotFoundError):  # an entry without weights; no such config
+            url = None
+    if url is None:
+        raise ConfigError(
+            f"mmdet publishes no weights for {config_name}; give --teacher-checkpoint, the weights of a teacher that "
+            "you have or train (crosskd.train)"
+        )
+    return str(url)
+
+
+def fetched_checkpoint(url: str) -> Path:
+    """
+    The file at `url`, downloaded once into the cache ($CROSSKD_CACHE, else ~/.cache/crosskd).
+
+    Its name must end in the first eight digits of its SHA-256, as those of mmdet's checkpoints do. It is checked each
+    time, also when it is in the cache.
+
+    Raises:
+        CheckpointError: it cannot be downloaded, has another hash than its name says, or has none in its name.
+        PipelineError: the cache cannot be written.
+    """
+    from torch.hub import download_url_to_file
+
+    name = url.rsplit("/", 1)[-1]
+    match = re.search(r"-([0-9a-f]{8})\.pth$", name)
+    if match is None:
+        raise CheckpointError(
+            f"{url} cannot be checked: expected a name that ends in -<first 8 digits of the SHA-256>.pth. Download it "
+            "yourself and give --teacher-checkpoint."
+        )
+    path = cache_dir() / name
+    if path.is_file():
+        digest = sha256_of(path)
+        if not digest.startswith(match[1]):
+            raise CheckpointError(
+                f"{path} is damaged: its SHA-256 begins with {digest[:8]}, expected {match[1]} as in its name. Delete "
+                "it; the next run downloads it again."
+            )
+        return path
+    check_writable(path)
+    print(f"downloading {url} to {path}", file=sys.stderr)
+    try:
+        download_url_to_file(url, str(path), hash_prefix=match[1], progress=sys.stderr.isatty())
+    except RuntimeError as error:  # torch's word for a wrong hash
+        raise CheckpointError(
+            f"what {url} sent is not the published file ({error}); it was not kept. Try again, or see what answers "
+            "there: a proxy's own page, perhaps."
+        ) from error
+    except (OSError, HTTPException) as error:
+        raise CheckpointError(
+            f"cannot download {url} ({getattr(error, 'reason', None) or error}). Without a network: fetch it elsewhere "
+            f"and put it at {path}, or give --teacher-checkpoint."
+        ) from error
+    return path
+
+
+def cache_dir() -> Path:
+    """The folder of downloads: $CROSSKD_CACHE, or ~/.cache/crosskd."""
+    return Path(os.environ.get("CROSSKD_CACHE") or "~/.cache/crosskd").expanduser()
