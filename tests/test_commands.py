@@ -33,13 +33,16 @@ BAD_INPUT = {
     "crosskd.predict": ["nope", "--annotations", "nope.json", "--images-dir", "nope", "-o", "out.json"],
     "crosskd.shapes": ["out", "--images", "1"],
     "crosskd.time_detector": ["nope", "--annotations", "nope.json", "--images-dir", "nope", "-o", "out.json"],
+    "crosskd.time_training": ["nope.py", "--variant", "student", "-o", "out.json"],
     "crosskd.train": ["nope.py", "--data", "nope", "-o", "out"],
     "deploy.build_trt": ["nope.onnx", "--fp16", "-o", "out.engine"],
     "deploy.export": ["nope", "-o", "out.onnx"],
     "calibration.quantize": ["nope.onnx", "--data", "nope", "-o", "out.onnx"],
     "benchmarks.accuracy": ["nope.onnx", "--data", "nope", "-o", "out.result.json"],
+    "benchmarks.distillation": ["bccd", "--data", "nope", "-o", "out"],
     "benchmarks.latency": ["nope.onnx", "--data", "nope", "-o", "out.result.json"],
     "benchmarks.report": ["nope.result.json", "-o", "out.html"],
+    "benchmarks.training_step": ["nope.py", "-o", "out.json"],
 }
 
 
