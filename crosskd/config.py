@@ -6,6 +6,7 @@ import argparse
 import ast
 import contextlib
 import dataclasses
+import inspect
 import io
 import warnings
 from pathlib import Path
@@ -22,15 +23,21 @@ if TYPE_CHECKING:
 def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Config:
     """
     The config at `path`, ready to build: mmdet is registered, the schedule is stretched to the config's `max_epochs`
-    (if it has one), a teacher's own config is read into `model.teacher.model`.
+    (if it has one), the student's head and neck get BatchNorm if its `batchnorm_head` is true, a teacher's own config
+    is read into `model.teacher.model`.
 
     Args:
         path: a file, or `mmdet::gfl/gfl_r50_fpn_1x_coco.py` for one that comes with mmdet.
         overrides: dotted key -> value, such as {"model.distill.split": 2}; they win over the file.
 
     Raises:
-        ConfigError: no such file, or it is not a config, or it has no model.
+        ConfigError: no such file, or it is not a config, or it has no model, or its parts do not fit.
     """
+    name = str(path)
+    if not name.startswith("mmdet::") and not Path(name).is_file():
+        raise ConfigError(
+            f"no such config: {name}; expected a Python file, or mmdet::FAMILY/NAME.py for one of mmdet's own"
+        )
     # What third parties warn of in their own code is nothing that a user can mend.
     warnings.filterwarnings("ignore", module=r"mm(det|cv|engine)|torch\.jit")
     try:
@@ -43,15 +50,10 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Co
             from mmengine.hub import get_config
 
             register_all_modules(init_default_scope=True)
-            from crosskd import amp, detector, transforms  # noqa: F401  registers them
+            from crosskd import amp, backbones, detector, transforms  # noqa: F401  registers them
     except ModuleNotFoundError as error:
         raise MissingDependencyError(str(error.name), "training", "pip install 'crosskd[train]'") from error
 
-    name = str(path)
-    if not name.startswith("mmdet::") and not Path(name).is_file():
-        raise ConfigError(
-            f"no such config: {name}; expected a Python file, or mmdet::FAMILY/NAME.py for one of mmdet's own"
-        )
     try:
         config = get_config(name) if name.startswith("mmdet::") else Config.fromfile(name)
         check_overrides(config, overrides or {})
@@ -66,6 +68,13 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Co
         )
     if "max_epochs" in config and config.max_epochs != config.get("train_cfg", {}).get("max_epochs"):
         set_epochs(config, config.max_epochs)
+    student = config.model.get("student", config.model)
+    batchnorm_head = config.get("batchnorm_head", False)
+    if not isinstance(batchnorm_head, bool):
+        raise ConfigError(f"batchnorm_head is {batchnorm_head!r}; expected True or False")
+    if batchnorm_head:
+        set_batchnorm_head(student)
+    backbones.fit_to_backbone(student)
     teacher = config.model.get("teacher")
     if teacher is not None and "model" not in teacher:
         if "config" not in teacher:
@@ -110,6 +119,33 @@ def set_epochs(config: Config, epochs: int) -> None:
                     scheduler[key] = round(scheduler[key] * factor)
             if "milestones" in scheduler:
                 scheduler.milestones = [round(epoch * factor) for epoch in scheduler.milestones]
+
+
+def set_batchnorm_head(detector: Any) -> None:
+    """
+    Gives BatchNorm to every layer of a detector's head and neck, in place of the norms that they have, if any.
+
+    BatchNorm folds into the convolution before it; GroupNorm does not, and cannot run in INT8. All levels share the
+    head and so its running mean: norms in the neck bring them to one scale (configs/_base_/gfl_320.py).
+
+    Args:
+        detector: the config of an mmdet detector; changed in place.
+
+    Raises:
+        ConfigError: the detector has no neck or no bbox_head, or one of them takes no norm.
+    """
+    from mmdet.registry import MODELS
+
+    for name in ("neck", "bbox_head"):
+        parts = detector.get(name)
+        for part in parts if isinstance(parts, (list, tuple)) else [parts]:
+            kind = None if part is None else MODELS.get(part.type)
+            if kind is None or not any("norm_cfg" in inspect.signature(base).parameters for base in kind.__mro__[:-1]):
+                raise ConfigError(
+                    f"batchnorm_head is True, but the detector's {name} is {part and part.type}; expected one that "
+                    "takes norm_cfg. Leave batchnorm_head out."
+                )
+            part.norm_cfg = dict(type="BN", requires_grad=True)
 
 
 def path_beside(path: str, config_path: str | Path) -> str:

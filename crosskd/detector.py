@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import crosskd.families  # noqa: F401  registers them
+from crosskd.backbones import TimmBackbone
 from crosskd.checkpoint import load_detector_weights
 from crosskd.heads import HeadFamily, HeadPass, check_heads_match, family_of, split_of_teacher
 from crosskd.losses import aligned_to_teacher, feature_distance
@@ -116,7 +117,9 @@ class CrossKDDetector(BaseDetector):
         """
         if self.teacher is None:
             return
-        fuse_conv_bn(self.teacher)
+        for part in self.teacher.children():
+            if not isinstance(part, TimmBackbone):  # timm's norms hold their activation, which mmcv would drop
+                fuse_conv_bn(part)
         self.teacher.requires_grad_(False)  # the new convolutions are new parameters
         for module in self.teacher.modules():
             if dtype is not None and type(module) is nn.Conv2d:

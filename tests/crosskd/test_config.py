@@ -94,6 +94,66 @@ def test_max_epochs_stretches_the_schedule() -> None:
     assert steps.param_scheduler[1].milestones == [16, 22]
 
 
+SYSTEMS = [
+    "crosskd_gfl_r50_r101_1x_coco.py",
+    "crosskd_atss_r50_r101_1x_coco.py",
+    "crosskd_fcos_r50_r101_2x_coco.py",
+    "crosskd_retinanet_r50_r101_2x_coco.py",
+]
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_batchnorm_head_gives_the_students_head_and_neck_batchnorm_and_leaves_the_teacher(name: str) -> None:
+    plain = load_config(ROOT / "configs" / name)
+    config = load_config(ROOT / "configs" / name, {"batchnorm_head": True})
+    assert config.model.teacher == plain.model.teacher
+    assert config.model.student.backbone == plain.model.student.backbone
+    with torch.device("meta"):
+        student = detector_from_config(config, load_weights=False).student
+    towers = [*student.bbox_head.cls_convs, *student.bbox_head.reg_convs]
+    for layer in [*towers, *student.neck.lateral_convs, *student.neck.fpn_convs]:
+        assert isinstance(layer.norm, torch.nn.BatchNorm2d)
+    assert len(towers) == 8
+
+
+def test_a_head_that_had_no_norms_is_trained_with_batchnorm(make_batch: Callable[..., Any]) -> None:
+    path = ROOT / "configs" / "crosskd_retinanet_r18_r50_1x_coco.py"
+    detector = detector_from_config(load_config(path, {"batchnorm_head": True}), load_weights=False).train()
+    losses = detector.loss(*make_batch([2, 1]))
+    sum(sum(values) for values in losses.values()).backward()
+    norm = detector.student.bbox_head.cls_convs[0].bn
+    assert norm.weight.grad.abs().sum() > 0
+    assert norm.num_batches_tracked == 5  # once for each level: they share the head
+
+
+def test_batchnorm_head_holds_for_a_plain_detector_and_in_the_config_of_its_run(tmp_path: Path) -> None:
+    config = load_config("mmdet::gfl/gfl_r50_fpn_1x_coco.py", {"batchnorm_head": True})
+    config.dump(tmp_path / "config.py")
+    for read in (config, load_config(tmp_path / "config.py")):
+        assert read.model.bbox_head.norm_cfg == read.model.neck.norm_cfg == dict(type="BN", requires_grad=True)
+    assert (
+        load_config("mmdet::gfl/gfl_r50_fpn_1x_coco.py", {"batchnorm_head": False}).model.neck.get("norm_cfg") is None
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "named"),
+    [
+        ("mmdet::gfl/gfl_r50_fpn_1x_coco.py", "yes", "batchnorm_head is 'yes'; expected True or False"),
+        (
+            "mmdet::detr/detr_r18_8xb2-500e_coco.py",
+            True,
+            "the detector's bbox_head is DETRHead; expected one that takes",
+        ),
+        ("mmdet::centernet/centernet_r18_8xb16-crop512-140e_coco.py", True, "the detector's neck is CTResNetNeck"),
+        ("mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py", True, "the detector's bbox_head is None"),
+    ],
+)
+def test_batchnorm_head_without_such_a_head_is_refused(name: str, value: Any, named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        load_config(name, {"batchnorm_head": value})
+
+
 def test_override_words() -> None:
     parser = argparse.ArgumentParser()
     add_override_argument(parser)

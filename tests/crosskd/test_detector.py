@@ -383,3 +383,18 @@ def test_a_teacher_that_lacks_classes_is_refused_unless_that_is_wanted(
         scores = detector.teacher._forward(inputs)[0]
     assert all(level.sigmoid()[:, [1, 4]].max() < 1e-8 for level in scores)
     assert all(torch.isfinite(value) for values in detector.loss(inputs, samples).values() for value in values)
+
+
+def test_a_timm_teacher_computes_the_same_once_prepared(configs: Any) -> None:
+    backbone = dict(_delete_=True, type="TimmBackbone", model="mobilenetv4_conv_small_050", out_indices=(1, 2, 3, 4))
+    teacher = load_config(configs / "gfl_tiny.py", {"model.backbone": backbone, "model.neck.in_channels": "backbone"})
+    config = load_config(configs / "crosskd_tiny.py")
+    config.model.teacher.model = teacher.model
+    detector = detector_from_config(config, load_weights=False).train()
+    images = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        before = detector.teacher.extract_feat(images)
+        detector.prepare_teacher()
+        after = detector.teacher.extract_feat(images)
+    for one, other in zip(before, after, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
