@@ -51,3 +51,16 @@ def keep_losses_in_float32(head: nn.Module) -> None:
             return original(*_float32(args), **_float32(kwargs))
 
     head.loss_by_feat = loss_by_feat
+    keep_boxes_in_float32(head)
+
+
+def keep_boxes_in_float32(head: nn.Module) -> None:
+    """
+    Makes a TOODHead sample its boxes in float32, also inside autocast; leaves other heads as they are.
+
+    It shifts boxes by predicted offsets, and mmcv's operator casts the boxes to the type of the offsets: in bf16 they
+    would be off by whole pixels.
+    """
+    original = getattr(head, "deform_sampling", None)
+    if original is not None:
+        head.deform_sampling = lambda boxes, offsets: original(boxes, offsets.float())

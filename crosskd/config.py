@@ -254,7 +254,7 @@ def set_classes(config: Config, class_names: tuple[str, ...]) -> None:
     visit(config.model)
 
 
-def set_data(config: Config, data: TrainingData, folder: Path) -> None:
+def set_data(config: Config, data: TrainingData, folder: Path, write: bool = True) -> None:
     """
     Points the config's loaders and evaluators at `data`, with its class names.
 
@@ -262,7 +262,7 @@ def set_data(config: Config, data: TrainingData, folder: Path) -> None:
     (`area`, `iscrowd`) that mmdet demands and many sets leave out.
     """
     files = {split: folder / f"annotations_{split}.json" for split in ("train", "val")}
-    for split, path in files.items():
+    for split, path in files.items() if write else ():
         write_json(path, coco_document_from_set(getattr(data, split)))
     for split, loader in (
         ("train", config.train_dataloader),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -10,15 +11,17 @@ import torch
 from torch import Tensor, nn
 
 import crosskd.families  # noqa: F401  registers them
+from crosskd.amp import keep_boxes_in_float32
 from crosskd.backbones import TimmBackbone
 from crosskd.checkpoint import load_detector_weights
-from crosskd.heads import HeadFamily, HeadPass, check_heads_match, family_of, split_of_teacher
+from crosskd.heads import HeadFamily, HeadPass, check_heads_match, family_of, number_of_taps, split_of_teacher
 from crosskd.losses import aligned_to_teacher, feature_distance
 from crosskd.ops import register_mmcv_ops
 from deploy.errors import ConfigError, PipelineError
 
 register_mmcv_ops()  # before mmdet is imported, which asks for them then
 from mmcv.cnn.utils import fuse_conv_bn  # noqa: E402
+from mmdet.models.dense_heads.tood_head import TaskDecomposition  # noqa: E402
 from mmdet.models.detectors.base import BaseDetector  # noqa: E402
 from mmdet.registry import MODELS  # noqa: E402
 from mmengine.config import ConfigDict  # noqa: E402
@@ -94,8 +97,7 @@ class CrossKDDetector(BaseDetector):
                 mine.feat_channels if self.split else mine.in_channels,
                 theirs.feat_channels if teacher_split else theirs.in_channels,
             )
-            count = len(self.family.tap_layers(mine, self.split)) if self.split else len(self.family.towers)
-            self.tap_adapters.extend(_adapter(*widths) for _ in range(count))
+            self.tap_adapters.extend(_adapter(*widths) for _ in range(number_of_taps(mine, self.split)))
         self.feature_adapter = _adapter(mine.in_channels, theirs.in_channels) if "pkd" in self.parts else None
 
     def train(self, mode: bool = True) -> CrossKDDetector:
@@ -117,10 +119,10 @@ class CrossKDDetector(BaseDetector):
         """
         if self.teacher is None:
             return
-        for part in self.teacher.children():
-            if not isinstance(part, TimmBackbone):  # timm's norms hold their activation, which mmcv would drop
-                fuse_conv_bn(part)
+        _fuse_norms(self.teacher)
         self.teacher.requires_grad_(False)  # the new convolutions are new parameters
+        if dtype is not None:
+            keep_boxes_in_float32(self.teacher.bbox_head)
         for module in self.teacher.modules():
             if dtype is not None and type(module) is nn.Conv2d:
                 module.to(dtype)
@@ -251,6 +253,25 @@ def _adapter(width: int, teacher_width: int) -> nn.Module:
 
 def _turned(mine: nn.Module, theirs: nn.Module) -> bool:
     return getattr(mine, "_channel_conversion", False) != getattr(theirs, "_channel_conversion", False)
+
+
+def _fuse_norms(detector: nn.Module) -> None:
+    """
+    Folds each BatchNorm into the convolution before it, but for those that mmcv would get wrong: timm's hold their
+    activation, which would be dropped; TOOD's task decompositions take a convolution's weight without its new bias.
+    """
+    places = [(parent, name, child) for parent in detector.modules() for name, child in parent.named_children()]
+    kept = [place for place in places if isinstance(place[2], (TimmBackbone, TaskDecomposition))]
+    shared = set()
+    for parent, name, child in places:
+        if isinstance(child, nn.Conv2d):  # RTMDet's levels share convolutions, each with a norm of its own
+            parent._modules[name] = copy.deepcopy(child) if child in shared else child
+            shared.add(child)
+    for parent, name, _ in kept:
+        parent._modules[name] = nn.Identity()
+    fuse_conv_bn(detector)
+    for parent, name, child in kept:
+        parent._modules[name] = child
 
 
 def _drop_teacher(_module: nn.Module, state: dict[str, Tensor], prefix: str, _metadata: Any) -> None:

@@ -229,7 +229,9 @@ def check_heads_match(student: nn.Module, teacher: nn.Module, parts: Sequence[st
             found["num_base_priors"] = head.num_base_priors
             found["reg_max"] = getattr(head, "reg_max", None)
         if "mimic" in parts:  # boxes of both are decoded from the same anchors
-            found["anchor_generator"] = repr(head.prior_generator)
+            sizes = [(1, 1)] * head.prior_generator.num_levels
+            priors = head.prior_generator.grid_priors(sizes, device="cpu")
+            found["priors"] = [level.tolist() for level in priors]
         return found
 
     mine, theirs = facts(student), facts(teacher)
@@ -248,6 +250,13 @@ def check_heads_match(student: nn.Module, teacher: nn.Module, parts: Sequence[st
                 f"model.distill.split is {split}, after which the student's towers have {layers - split} layers left, "
                 f"and the teacher's have {teacher.stacked_convs} in all; expected a split of at least "
                 f"{layers - teacher.stacked_convs}"
+            )
+        taps = [number_of_taps(student, split), number_of_taps(teacher, split_of_teacher(student, teacher, split))]
+        if taps[0] != taps[1]:
+            raise ConfigError(
+                f"bbox_head.stacked_convs is {layers} in the student and {teacher.stacked_convs} in the teacher; "
+                f"expected the same value, since a {type(teacher).__name__} reads the output of every tower layer. "
+                "Change one of the two configs."
             )
 
 
@@ -281,6 +290,12 @@ def confidence_of_teacher(head: nn.Module, teacher: Tensor, call: LossCall) -> T
     return rows_of_maps(teacher, head.cls_out_channels).amax(1).sigmoid() * ~call.ignored
 
 
+def number_of_taps(head: nn.Module, split: int) -> int:
+    """Of each level at `split`."""
+    family = family_of(head)
+    return len(family.tap_layers(head, split)) if split else len(family.towers)
+
+
 def _has_levels(tower: nn.ModuleList) -> bool:
     return len(tower) > 0 and isinstance(tower[0], nn.ModuleList)
 
@@ -299,6 +314,11 @@ def _recorded_layer(layer: nn.Module, outputs: list[Tensor], before_activation: 
         raise ConfigError(
             f"model.distill.tap is 'before_activation', but a {type(layer).__name__} of the tower has no activation "
             "of its own; use 'after_activation'"
+        )
+    if not isinstance(activation, nn.ReLU):  # the rest of the head makes up for a ReLU only
+        raise ConfigError(
+            f"model.distill.tap is 'before_activation', but the activation of a {type(layer).__name__} of the tower is "
+            f"{type(activation).__name__}; expected ReLU. Use 'after_activation'."
         )
     # A copy, since the activation may work in place.
     return activation.register_forward_pre_hook(lambda _module, args: outputs.append(args[0].clone()))

@@ -232,7 +232,8 @@ def _deform_conv(
     **other: int,
 ) -> Tensor:
     # torchvision takes the kernel's size and both numbers of groups from the shapes, and has no im2col_step.
-    return torchvision.ops.deform_conv2d(input, offset, weight, None, (dH, dW), (padH, padW), (dilationH, dilationW))
+    stride, padding, dilation = (dH, dW), (padH, padW), (dilationH, dilationW)
+    return _deform_conv2d(input, offset, weight, None, None, stride=stride, padding=padding, dilation=dilation)
 
 
 def _modulated_deform_conv(
@@ -252,9 +253,18 @@ def _modulated_deform_conv(
     **other: int,
 ) -> Tensor:
     stride, padding, dilation = (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w)
-    return torchvision.ops.deform_conv2d(
-        input, offset, weight, bias if with_bias else None, stride, padding, dilation, mask
-    )
+    bias = bias if with_bias else None
+    return _deform_conv2d(input, offset, weight, bias, mask, stride=stride, padding=padding, dilation=dilation)
+
+
+def _deform_conv2d(
+    input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, **settings: tuple[int, int]
+) -> Tensor:
+    """torchvision's operator; in float32 for bf16, of which it has no kernel."""
+    tensors = {"input": input, "offset": offset, "weight": weight, "bias": bias, "mask": mask}
+    if input.dtype == torch.bfloat16:
+        tensors = {name: None if tensor is None else tensor.float() for name, tensor in tensors.items()}
+    return torchvision.ops.deform_conv2d(**tensors, **settings).to(input.dtype)
 
 
 def _sigmoid_focal_loss(input: Tensor, target: Tensor, weight: Tensor, gamma: float, alpha: float) -> Tensor:

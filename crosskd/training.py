@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import inspect
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,15 @@ from crosskd.config import (
     overrides_from_arguments,
     set_data,
 )
+from crosskd.distributed import is_first_process, local_rank, process_count, wait_for_all
 from deploy.contract import read_sidecar, weights_of_run, write_sidecar
-from deploy.errors import CheckpointError, ConfigError
+from deploy.errors import CheckpointError, ConfigError, MissingDependencyError
 from deploy.files import sha256_of
 
 WRAPPERS = {"fp32": "OptimWrapper", "bf16": "Bf16OptimWrapper", "fp16": "AmpOptimWrapper"}
 """--precision -> mmengine's optimiser wrapper."""
+LOG_BACKENDS = {"tensorboard": "TensorboardVisBackend", "wandb": "WandbVisBackend", "mlflow": "MLflowVisBackend"}
+"""Package -> mmengine's back-end that writes to it."""
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,6 +44,40 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--epochs", type=int, help="length of the training; the schedule is stretched to it (default: the config's)"
+    )
+    group = parser.add_argument_group("optimisation")
+    group.add_argument(
+        "--accumulate",
+        type=int,
+        metavar="N",
+        help="batches to a step of the optimiser (default: the config's)",
+    )
+    group.add_argument(
+        "--clip-grad", type=float, metavar="MAX_NORM", help="limit the norm of the gradient (default: the config's)"
+    )
+    group.add_argument(
+        "--ema",
+        type=float,
+        nargs="?",
+        const=0.0002,
+        metavar="MOMENTUM",
+        help="save a moving average of the weights, in which the newest ones have the share MOMENTUM (0.0002 if not "
+        "given; at step n at least 100 / (100 + n), so that a short run forgets its beginning)",
+    )
+    group.add_argument(
+        "--auto-scale-lr",
+        action="store_true",
+        help="multiply the learning rate by images per step / the config's auto_scale_lr.base_batch_size",
+    )
+    parser.add_argument(
+        "--patience",
+        type=int,
+        default=10,
+        metavar="N",
+        help="batches in a row whose loss is not finite, which are skipped, before training ends (default: 10)",
+    )
+    parser.add_argument(
+        "--log-to", nargs="+", choices=sorted(LOG_BACKENDS), default=[], help="besides RUN_DIR/log.jsonl"
     )
     add_override_argument(parser)
 
@@ -73,39 +111,170 @@ def run_training(
         inputs: name -> file, for the sidecar: what went into the run besides its data.
 
     Raises:
-        ConfigError: the precision cannot be had on this device.
+        ConfigError: the precision cannot be had on this device, or an option does not fit the config.
         CheckpointError: --resume, and there is nothing to go on from.
+        MissingDependencyError: --log-to, and its package is not installed.
+        TrainingError: the loss was not finite for too many batches in a row.
     """
     import torch
     from mmengine.runner import Runner
 
-    from crosskd.checkpoint import latest_checkpoint
+    from crosskd.guard import accept_single_values, guard_training
+    from crosskd.teacher import check_teacher
 
-    weights = run_dir / weights_name
-    config.work_dir = str(run_dir)
-    config.resume, config.load_from = arguments.resume, None
-    if arguments.resume:
-        config.load_from = str(latest_checkpoint(run_dir))
-    config.randomness = dict(seed=arguments.seed)
     set_precision(config, detector, arguments.precision, "cuda" if torch.cuda.is_available() else "cpu")
-    set_data(config, data, run_dir)
+    set_optimisation(config, arguments)
+    set_log_backends(config, arguments.log_to)
+    set_hooks(config, arguments.ema)
+    set_processes(config)
+    set_reproducible(config, arguments.seed)
+    set_run_dir(config, run_dir, arguments.resume)
+    set_data(config, data, run_dir, write=is_first_process())
+    wait_for_all()
 
+    accept_single_values(detector)
     # The layout in which convolutions run fastest, in bf16 most of all; a sixth to a quarter of a step on a CPU.
     detector.to(memory_format=torch.channels_last)
     names = set(inspect.signature(Runner.__init__).parameters) - {"self", "model", "cfg"}
     runner = Runner(model=detector, cfg=config, **{name: config[name] for name in names if name in config})
+    details: dict[str, Any] = {}
+    if getattr(detector, "teacher", None) is not None and arguments.teacher_images:
+        details = check_teacher(config, detector, data, arguments.teacher_images, arguments.min_teacher_ap)
+    guard_training(runner.model, arguments.patience)
     runner.train()
     student = getattr(detector, "student", detector)
     config.model = config.model.get("student", config.model)
-    details = {
+    details |= {
         "seed": arguments.seed,
         "epochs": runner.max_epochs,
         "iterations": runner.iter,
+        "skipped_batches": runner.message_hub.get_info("skipped_batches", 0),
+        "processes": process_count(),
         "precision": config.optim_wrapper.type,
         "device": next(student.parameters()).device.type,
     }
-    save_run(config, student, data, weights, inputs, details)
+    weights = run_dir / weights_name
+    if is_first_process():
+        save_run(config, student, data, weights, inputs, details)
     return weights
+
+
+def set_optimisation(config: Any, arguments: argparse.Namespace) -> None:
+    """
+    Sets --accumulate, --clip-grad and --auto-scale-lr; checks --patience.
+
+    Raises:
+        ConfigError: a number is out of its range, or the config has no batch size that its learning rate is meant for.
+    """
+    if arguments.accumulate is not None:
+        if arguments.accumulate < 1:
+            raise ConfigError(f"--accumulate is {arguments.accumulate}; expected at least 1")
+        config.optim_wrapper.accumulative_counts = arguments.accumulate
+    if arguments.patience < 0:
+        raise ConfigError(f"--patience is {arguments.patience}; expected 0 or more")
+    if arguments.clip_grad is not None:
+        if not arguments.clip_grad > 0:
+            raise ConfigError(f"--clip-grad is {arguments.clip_grad}; expected a number above 0")
+        config.optim_wrapper.pop("clip_grad", None)  # all of it: a limit of another kind may be there
+        config.optim_wrapper.clip_grad = dict(max_norm=arguments.clip_grad)
+    if arguments.auto_scale_lr:
+        if "base_batch_size" not in config.get("auto_scale_lr", {}):
+            raise ConfigError(
+                "--auto-scale-lr: the config has no auto_scale_lr.base_batch_size, the batch size that its learning "
+                "rate is meant for; add it, or set optim_wrapper.optimizer.lr"
+            )
+        config.auto_scale_lr.enable = True
+        # mmengine multiplies by batch size x processes / base_batch_size and does not know of accumulation.
+        config.auto_scale_lr.base_batch_size /= config.optim_wrapper.get("accumulative_counts", 1)
+
+
+def set_log_backends(config: Any, packages: list[str]) -> None:
+    """
+    Adds mmengine's back-ends for these packages to those of the config.
+
+    Raises:
+        MissingDependencyError: one is not installed.
+    """
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise MissingDependencyError(package, f"--log-to {package}", f"pip install {package}")
+        visualizer = config.get("visualizer", dict(type="DetLocalVisualizer", name="visualizer"))
+        backends = visualizer.get("vis_backends", [dict(type="LocalVisBackend")])
+        config.visualizer = {**visualizer, "vis_backends": [*backends, dict(type=LOG_BACKENDS[package])]}
+
+
+def set_hooks(config: Any, ema_momentum: float | None) -> None:
+    """
+    Adds the hooks of `crosskd.hooks`; two take the place of mmengine's own in the config, with its arguments:
+    CheckpointHook and EMAHook.
+
+    Raises:
+        ConfigError: the momentum is out of its range.
+    """
+    from crosskd import hooks  # noqa: F401  registers them
+
+    if ema_momentum is not None and not 0 < ema_momentum < 1:
+        raise ConfigError(f"--ema is {ema_momentum}; expected a number between 0 and 1")
+    config.default_hooks = {
+        "checkpoint": dict(type="CheckpointHook", interval=1),
+        **config.get("default_hooks", {}),
+    }
+    own = [hook for hook in config.get("custom_hooks", []) if ema_momentum is None or hook["type"] != "EMAHook"]
+    if ema_momentum is not None:
+        own.append(dict(type="EMAHook", ema_type="MomentumAnnealingEMA", momentum=ema_momentum, update_buffers=True))
+    config.custom_hooks = [
+        *own,
+        dict(type="EpochSeedHook"),
+        dict(type="SameBuffersHook"),
+        dict(type="JsonLinesHook", interval=config.default_hooks.get("logger", {}).get("interval", 10)),
+    ]
+    replaced = {"CheckpointHook": "AtomicCheckpointHook", "EMAHook": "StudentEMAHook"}
+    for hook in (config.default_hooks.checkpoint, *config.custom_hooks):
+        if hook is not None:  # None switches a default hook off
+            hook["type"] = replaced.get(hook["type"], hook["type"])
+
+
+def set_processes(config: Any) -> None:
+    """Sets what mmengine needs to train in the processes that torchrun started, with GPUs or without."""
+    import torch
+
+    if process_count() == 1:
+        return
+    config.launcher = "pytorch"
+    config.model_wrapper_cfg = dict(
+        type="MMDistributedDataParallel",
+        device_ids=[local_rank()] if torch.cuda.is_available() else None,
+        broadcast_buffers=False,  # SameBuffersHook does, once an epoch
+        find_unused_parameters=config.get("find_unused_parameters", False),
+    )
+    for evaluator in (config.val_evaluator, config.test_evaluator):
+        evaluator.collect_device = "gpu"  # by messages, as gloo can too; "cpu" means by files in a common folder
+
+
+def set_reproducible(config: Any, seed: int) -> None:
+    """Sets what, with EpochSeedHook, makes every epoch draw what it would draw in a run that is not interrupted."""
+    config.randomness = dict(seed=seed)
+    loader = config.train_dataloader
+    loader.setdefault("worker_init_fn", dict(type="seed_worker"))
+    loader.persistent_workers = False  # a worker that lives on has a random state that nothing restores
+
+
+def set_run_dir(config: Any, run_dir: Path, resume: bool) -> None:
+    """
+    Points the run to its folder and, with `resume`, to its last checkpoint; clears away what a killed run left.
+
+    Raises:
+        CheckpointError: `resume`, and there is nothing to go on from.
+    """
+    from crosskd.checkpoint import latest_checkpoint
+    from crosskd.hooks import remove_leftovers
+
+    config.work_dir = str(run_dir)
+    config.resume, config.load_from = resume, str(latest_checkpoint(run_dir)) if resume else None
+    if is_first_process():
+        remove_leftovers(run_dir)
+        if not resume:  # until this run has a checkpoint there is nothing to resume, least of all an earlier run's
+            (run_dir / "last_checkpoint").unlink(missing_ok=True)
 
 
 def save_run(

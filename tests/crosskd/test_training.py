@@ -12,8 +12,19 @@ import pytest
 import torch
 
 from crosskd.config import load_config
-from crosskd.training import add_training_arguments, load_run, overrides_of, run_dir_of, set_precision
-from deploy.errors import CheckpointError, ConfigError, ContractError
+from crosskd.training import (
+    add_training_arguments,
+    load_run,
+    overrides_of,
+    run_dir_of,
+    set_hooks,
+    set_log_backends,
+    set_optimisation,
+    set_precision,
+    set_processes,
+    set_reproducible,
+)
+from deploy.errors import CheckpointError, ConfigError, ContractError, MissingDependencyError
 
 
 def _arguments(*words: str) -> argparse.Namespace:
@@ -40,7 +51,7 @@ def test_the_precision_chooses_the_wrapper_and_keeps_the_losses_in_float32(
     configs: Path, build: Callable[..., Any], precision: str | None, wrapper: str
 ) -> None:
     config, detector = load_config(configs / "crosskd_tiny.py"), build()
-    set_precision(config, detector, precision, has_gpu=True)
+    set_precision(config, detector, precision, device="cuda")
     assert config.optim_wrapper.type == wrapper
     assert ("loss_by_feat" in vars(detector.student.bbox_head)) == (precision != "fp32")
 
@@ -48,7 +59,102 @@ def test_the_precision_chooses_the_wrapper_and_keeps_the_losses_in_float32(
 def test_fp16_without_a_gpu_is_refused(configs: Path, build: Callable[..., Any]) -> None:
     config = load_config(configs / "gfl_tiny.py")
     with pytest.raises(ConfigError, match=r"fp16 needs a GPU .*; use bf16 on a CPU"):
-        set_precision(config, build("gfl_tiny.py"), "fp16", has_gpu=False)
+        set_precision(config, build("gfl_tiny.py"), "fp16", device="cpu")
+
+
+def test_accumulation_and_clipping_take_the_place_of_the_configs_own(configs: Path) -> None:
+    config = load_config(configs / "gfl_tiny.py", {"optim_wrapper.clip_grad.norm_type": 1})
+    set_optimisation(config, _arguments("c.py"))
+    assert config.optim_wrapper.clip_grad == dict(max_norm=10, norm_type=1)
+    assert "accumulative_counts" not in config.optim_wrapper
+    set_optimisation(config, _arguments("c.py", "--accumulate", "4", "--clip-grad", "2.5"))
+    assert config.optim_wrapper.clip_grad == dict(max_norm=2.5)
+    assert config.optim_wrapper.accumulative_counts == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--accumulate", "0"], "--accumulate is 0; expected at least 1"),
+        (["--clip-grad", "0"], "--clip-grad is 0.0; expected a number above 0"),
+        (["--clip-grad", "nan"], "--clip-grad is nan; expected a number above 0"),
+        (["--auto-scale-lr"], "the config has no auto_scale_lr.base_batch_size"),
+    ],
+)
+def test_an_optimisation_that_cannot_be_is_refused(words: list[str], named: str, configs: Path) -> None:
+    config = load_config(configs / "gfl_tiny.py")
+    config.pop("auto_scale_lr", None)
+    with pytest.raises(ConfigError, match=named):
+        set_optimisation(config, _arguments("c.py", *words))
+
+
+@pytest.mark.parametrize(("accumulate", "factor"), [(1, 0.25), (2, 0.5)])
+def test_the_learning_rate_is_scaled_by_the_images_of_a_step(configs: Path, accumulate: int, factor: float) -> None:
+    config = load_config(configs / "gfl_tiny.py", {"auto_scale_lr": dict(enable=False, base_batch_size=16)})
+    set_optimisation(config, _arguments("c.py", "--auto-scale-lr", "--accumulate", str(accumulate)))
+    assert config.auto_scale_lr.enable
+    assert config.train_dataloader.batch_size / config.auto_scale_lr.base_batch_size == factor  # mmengine's formula
+
+
+def test_a_log_back_end_is_added_and_a_missing_package_is_named(configs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config(configs / "gfl_tiny.py")
+    monkeypatch.setattr("importlib.util.find_spec", lambda package: package != "wandb" or None)
+    set_log_backends(config, ["tensorboard", "mlflow"])
+    types = [backend.type for backend in config.visualizer.vis_backends]
+    assert types == ["LocalVisBackend", "TensorboardVisBackend", "MLflowVisBackend"]
+    with pytest.raises(MissingDependencyError, match=r"--log-to wandb needs the package wandb.*pip install wandb"):
+        set_log_backends(config, ["wandb"])
+
+
+def test_our_hooks_take_the_place_of_mmengines_with_their_arguments(configs: Path) -> None:
+    own = [dict(type="EMAHook", momentum=0.1), dict(type="NumClassCheckHook")]
+    config = load_config(configs / "gfl_tiny.py", {"custom_hooks": own, "default_hooks.checkpoint.interval": 7})
+    set_hooks(config, None)
+    checkpoint = config.default_hooks.checkpoint
+    assert (checkpoint.type, checkpoint.interval, checkpoint.max_keep_ckpts) == ("AtomicCheckpointHook", 7, 1)
+    types = [hook.type for hook in config.custom_hooks]
+    assert types == ["StudentEMAHook", "NumClassCheckHook", "EpochSeedHook", "SameBuffersHook", "JsonLinesHook"]
+    assert config.custom_hooks[0].momentum == 0.1
+    assert config.custom_hooks[-1].interval == config.default_hooks.logger.interval
+
+
+def test_a_momentum_replaces_the_configs_average(configs: Path) -> None:
+    config = load_config(configs / "gfl_tiny.py", {"custom_hooks": [dict(type="EMAHook", momentum=0.1)]})
+    set_hooks(config, 0.01)
+    averages = [hook for hook in config.custom_hooks if hook.type == "StudentEMAHook"]
+    assert [hook.momentum for hook in averages] == [0.01]
+    for momentum in (0.0, 1.0, float("nan")):
+        with pytest.raises(ConfigError, match=r"--ema is .*; expected a number between 0 and 1"):
+            set_hooks(config, momentum)
+
+
+def test_checkpoints_that_the_config_does_not_want_are_not_written(configs: Path) -> None:
+    config = load_config(configs / "gfl_tiny.py", {"default_hooks.checkpoint": None})
+    set_hooks(config, None)
+    assert config.default_hooks.checkpoint is None
+
+
+def test_workers_do_not_outlive_an_epoch(configs: Path) -> None:
+    config = load_config(configs / "gfl_tiny.py", {"train_dataloader.persistent_workers": True})
+    set_reproducible(config, 5)
+    assert not config.train_dataloader.persistent_workers
+    assert config.train_dataloader.worker_init_fn == dict(type="seed_worker")
+    assert config.randomness == dict(seed=5)
+
+
+def test_several_processes_are_set_up_only_where_there_are_several(
+    configs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    config = load_config(configs / "gfl_tiny.py")
+    set_processes(config)
+    assert "launcher" not in config
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    set_processes(config)
+    assert (config.launcher, config.model_wrapper_cfg.device_ids) == ("pytorch", [1])
+    assert config.val_evaluator.collect_device == "gpu"
 
 
 def test_a_finished_run_is_read_back(student_run: Path) -> None:

@@ -1,0 +1,55 @@
+"""RTMDet (arXiv 2212.07784): one point a place, boxes as distances in pixels to the four sides."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from mmdet.utils import reduce_mean
+from torch import Tensor, nn
+
+from crosskd.families.retina import RetinaFamily
+from crosskd.heads import LossCall, register_family
+
+MIN_DISTANCE_PX = 0.01
+"""A side on the wrong side of its point makes a box of negative width or height, for which GIoU has no bounds."""
+
+
+@register_family("RTMDetHead", "RTMDetSepBNHead")
+class RTMDetFamily(RetinaFamily):
+    """
+    As RetinaNet. CrossKD has published nothing for RTMDet: losses and weights are ours, by analogy.
+
+    The small RTMDets predict distances without an activation, so they can be negative; both sides of the comparison
+    count them as at least MIN_DISTANCE_PX: a point is nearly always inside the box that it is for.
+
+    Where the head has an objectness branch, its classes come as the logit of the mean of both, and are compared so.
+    """
+
+    predictor = "rtm_cls"
+    default_weights: ClassVar = {"loss_cls_kd": 1.0, "loss_reg_kd": 1.0, "loss_feat_kd": 1.0}
+
+    def loss_by_outputs(
+        self, cross: Sequence[Any], teacher: Sequence[Any], calls: list[LossCall], head: nn.Module
+    ) -> dict[str, list[Tensor]]:
+        factor = positives_of_batch(calls, len(cross[0][0]), head.num_classes)
+        calls = [dataclasses.replace(call, avg_factor=factor) for call in calls]
+        cross, teacher = (
+            (classes, [level.clamp(min=MIN_DISTANCE_PX) for level in distances])
+            for classes, distances in (cross, teacher)
+        )
+        return super().loss_by_outputs(cross, teacher, calls, head)
+
+
+def positives_of_batch(calls: list[LossCall], images: int, num_classes: int) -> Tensor:
+    """
+    A scalar: positive rows, at least one per image, mean over ranks: the averaging factor of GFL and ATSS.
+
+    For heads that give their loss the factor 1 and divide by a factor of their own later.
+
+    Args:
+        calls: per level, rows by image.
+    """
+    positive = [((call.labels >= 0) & (call.labels < num_classes)).view(images, -1).sum(1) for call in calls]
+    return reduce_mean(sum(positive).clamp(min=1).sum().float())

@@ -1,0 +1,313 @@
+"""
+What runs beside the steps of every training: seeds that a resumed run repeats, checkpoints that are whole or not there,
+the log as JSON lines, and the moving average of the student's weights.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.dist import broadcast, get_rank, is_main_process
+from mmengine.fileio import LocalBackend, register_backend
+from mmengine.hooks import CheckpointHook, EMAHook, Hook
+from mmengine.model import is_model_wrapper
+from mmengine.registry import FUNCTIONS, HOOKS, MODELS
+from torch import nn
+
+from deploy.errors import CheckpointError, ConfigError
+from deploy.files import AnyPath, replacing
+
+
+def detector_of(runner: Any) -> nn.Module:
+    """The detector that `runner` trains, without the wrapper that several processes put around it."""
+    return runner.model.module if is_model_wrapper(runner.model) else runner.model
+
+
+@HOOKS.register_module()
+class EpochSeedHook(Hook):
+    """
+    Seeds Python, numpy and torch before each epoch by the run's seed, the iteration and the process.
+
+    mmengine does not restore random states, so that a resumed run would draw other augmentations. With this hook, with
+    the order of images that mmdet's sampler draws from seed and epoch, and with `seed_worker`, a run that was killed
+    and resumed ends with the weights of one that was not, bit for bit on a CPU. Two exceptions:
+
+    - Loops that count in iterations (IterBasedTrainLoop) are one long epoch. Resumed, they go on with the next images
+      of the same order, but with augmentations drawn anew.
+    - Transforms that keep a cache of earlier images (CachedMosaic, CachedMixUp) start with an empty one.
+    """
+
+    priority = "VERY_HIGH"
+
+    def before_train_epoch(self, runner: Any) -> None:
+        seed = int(np.random.SeedSequence((runner.seed, runner.iter, get_rank())).generate_state(1)[0])
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+
+
+@FUNCTIONS.register_module()
+def seed_worker(_worker: int) -> None:
+    """
+    Seeds a data loader's worker by torch's own seed for it, which is drawn from the loader's process at each epoch.
+
+    mmengine's default seeds the workers of every epoch alike: the same augmentations in each.
+    """
+    seed = torch.initial_seed() % 2**32
+    random.seed(seed)
+    np.random.seed(seed)
+
+
+def remove_leftovers(run_dir: AnyPath) -> None:
+    """Removes the temporary files of `deploy.files.replacing` that a killed run left in `run_dir`."""
+    for path in Path(run_dir).glob(".*"):
+        if path.is_file() and re.fullmatch(r"\..+\.[a-z0-9_]{8}(\.(pth|json|jsonl|py))?", path.name):
+            path.unlink()
+
+
+class AtomicBackend(LocalBackend):
+    """Files that are whole or not there; what is to be removed stays until `remove_outdated`."""
+
+    def __init__(self) -> None:
+        self.outdated: list[str] = []
+
+    def put(self, obj: bytes, filepath: AnyPath) -> None:
+        with replacing(filepath) as temporary:
+            temporary.write_bytes(obj)
+
+    def remove(self, filepath: AnyPath) -> None:
+        self.outdated.append(str(filepath))
+
+    def remove_outdated(self) -> None:
+        for path in self.outdated:
+            Path(path).unlink(missing_ok=True)
+        self.outdated.clear()
+
+
+register_backend("atomic", AtomicBackend, force=True)
+
+
+@HOOKS.register_module()
+class AtomicCheckpointHook(CheckpointHook):
+    """
+    mmengine's CheckpointHook, with a checkpoint to go on from at any moment after the first.
+
+    mmengine removes the old checkpoint, then writes the new one and `last_checkpoint` in place. Here a checkpoint is
+    written under a temporary name and renamed, then `last_checkpoint` points to it, and only then the old one goes.
+
+    A checkpoint also holds the gradients of an accumulation that is not complete (of several processes: those of the
+    first one).
+
+    Raises:
+        ConfigError: checkpoints are to go elsewhere than to the run directory, or by iterations in a loop of epochs;
+            a run is resumed in another way than it was started.
+        CheckpointError: a run is resumed from a checkpoint without the optimiser's state.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        elsewhere = [key for key in ("out_dir", "backend_args", "file_client_args") if kwargs.get(key) is not None]
+        if elsewhere:
+            raise ConfigError(
+                f"default_hooks.checkpoint.{elsewhere[0]} is {kwargs[elsewhere[0]]!r}; expected none: checkpoints lie "
+                "in the run directory, where --resume looks for them. Remove it and choose the folder with -o."
+            )
+        super().__init__(**{**kwargs, "backend_args": {"backend": "atomic"}})
+
+    def before_train(self, runner: Any) -> None:
+        if not self.by_epoch and "max_epochs" in runner.cfg.train_cfg:
+            raise ConfigError(
+                "default_hooks.checkpoint.by_epoch is False, but the loop counts in epochs, and an epoch cannot be "
+                "resumed in its middle; set it to True"
+            )
+        super().before_train(runner)
+        if is_main_process() and self.max_keep_ckpts > 0 and self.keep_ckpt_ids:
+            self._remove_forgotten(runner.work_dir)
+
+    def _remove_forgotten(self, work_dir: str) -> None:
+        """Removes what a run that was killed after writing its checkpoint had no time to remove."""
+        pattern = re.escape(self.filename_tmpl).replace(r"\{\}", r"(\d+)")
+        for path in Path(work_dir).iterdir():
+            match = re.fullmatch(pattern, path.name)
+            if match and int(match[1]) < self.keep_ckpt_ids[0]:
+                path.unlink()
+
+    def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
+        meta = checkpoint["meta"]
+        if "optimizer" not in checkpoint:
+            raise CheckpointError(
+                "the last checkpoint has no optimiser state, so the run cannot be resumed; it was saved with "
+                "default_hooks.checkpoint.save_optimizer=False"
+            )
+        if meta["seed"] != runner.seed:
+            raise ConfigError(f"the run has the seed {meta['seed']}, --seed is {runner.seed}; resume with the same")
+        averaged, averages = "ema_state_dict" in checkpoint, any(isinstance(hook, EMAHook) for hook in runner.hooks)
+        if averaged != averages:
+            raise ConfigError(
+                f"the run was started {'with' if averaged else 'without'} a moving average of the weights and is "
+                f"resumed {'with' if averages else 'without'} one; resume with the same --ema"
+            )
+        expected = meta["epoch"] * len(runner.train_dataloader)
+        if self.by_epoch and meta["iter"] != expected:
+            raise ConfigError(
+                f"the run had taken {meta['iter']} steps after {meta['epoch']} epochs; with these data, batch size and "
+                f"number of processes there would be {expected}. Resume with those that it was started with."
+            )
+        parameters = dict(detector_of(runner).named_parameters())
+        for name, gradient in checkpoint.get("gradients", {}).items():
+            parameters[name].grad = gradient
+
+    def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
+        parameters = detector_of(runner).named_parameters()
+        gradients = {name: parameter.grad.cpu() for name, parameter in parameters if parameter.grad is not None}
+        if gradients:
+            checkpoint["gradients"] = gradients
+
+    def _save_checkpoint_with_step(self, runner: Any, step: int, meta: dict[str, Any]) -> None:
+        if self.max_keep_ckpts > 0 and step not in self.keep_ckpt_ids:
+            if is_main_process() and len(self.keep_ckpt_ids) == self.max_keep_ckpts:
+                self.file_backend.remove(Path(self.out_dir) / self.filename_tmpl.format(self.keep_ckpt_ids[0]))
+            self.keep_ckpt_ids.append(step)  # it has a greatest length, and drops its oldest entry
+            runner.message_hub.update_info("keep_ckpt_ids", list(self.keep_ckpt_ids))
+        name = self.filename_tmpl.format(step)
+        self.last_ckpt = str(Path(self.out_dir) / name)
+        runner.message_hub.update_info("last_ckpt", self.last_ckpt)
+        runner.save_checkpoint(
+            self.out_dir,
+            name,
+            save_optimizer=self.save_optimizer,
+            save_param_scheduler=self.save_param_scheduler,
+            meta=meta,
+            by_epoch=self.by_epoch,
+            backend_args=self.backend_args,
+            **self.args,
+        )
+        if is_main_process():
+            with replacing(Path(runner.work_dir) / "last_checkpoint") as temporary:
+                temporary.write_text(self.last_ckpt)
+            self.file_backend.remove_outdated()
+
+    def _save_best_checkpoint(self, runner: Any, metrics: dict[str, Any]) -> None:
+        super()._save_best_checkpoint(runner, metrics)
+        self.file_backend.remove_outdated()
+
+
+@HOOKS.register_module()
+class JsonLinesHook(Hook):
+    """
+    Writes RUN_DIR/log.jsonl: a JSON document per logging interval and at each epoch's end, and one per validation.
+
+    `kind` is "train" or "val"; `epoch` and `iter` count from 1. Lines of training have `lr`, `eta_s`, `step_s`,
+    `data_s` (waiting for data, a part of the step), `loss`, each loss, `grad_norm` where gradients are clipped, and
+    `memory_mib` on a GPU; times and losses are means over the config's log window, losses those of the first process.
+    Numbers that are not finite are null. A resumed run appends, after the lines up to its checkpoint.
+
+    Args:
+        interval: iterations between two lines.
+    """
+
+    priority = "LOW"  # after the hooks that measure
+
+    def __init__(self, interval: int) -> None:
+        self.interval = interval
+
+    def before_train(self, runner: Any) -> None:
+        self.path = Path(runner.work_dir) / "log.jsonl"
+        if not is_main_process():
+            return
+        resumed = runner.iter > 0 and self.path.is_file()
+        lines = self.path.read_text(encoding="utf-8").splitlines() if resumed else []
+        with replacing(self.path) as temporary:
+            temporary.write_text(
+                "".join(f"{line}\n" for line in lines if _is_line_until(line, runner.iter)), encoding="utf-8"
+            )
+
+    def after_train_iter(
+        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: dict[str, Any] | None = None
+    ) -> None:
+        if self.every_n_inner_iters(batch_idx, self.interval) or self.end_of_epoch(runner.train_dataloader, batch_idx):
+            values, _ = runner.log_processor.get_log_after_iter(runner, batch_idx, "train")
+            names = {"time": "step_s", "data_time": "data_s", "memory": "memory_mib"}
+            renamed = {names.get(key, key): value for key, value in values.items()}
+            eta_s = runner.message_hub.get_info("eta")
+            self._write({"kind": "train", "epoch": runner.epoch + 1, "iter": runner.iter + 1, "eta_s": eta_s}, renamed)
+
+    def after_val_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
+        self._write({"kind": "val", "epoch": runner.epoch, "iter": runner.iter}, metrics or {})
+
+    def _write(self, head: dict[str, Any], values: dict[str, Any]) -> None:
+        if is_main_process():
+            document = {key: _json_value(value) for key, value in {**head, **values, **head}.items()}
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(document, allow_nan=False) + "\n")
+
+
+def _json_value(value: Any) -> Any:
+    if value is None or isinstance(value, str):
+        return value
+    number = float(value)
+    if not math.isfinite(number):
+        return None
+    return int(number) if isinstance(value, int) else number
+
+
+def _is_line_until(line: str, iteration: int) -> bool:
+    """Whether a line is whole, a killed run may leave half of one, and not of steps that a resumed run repeats."""
+    try:
+        return json.loads(line)["iter"] <= iteration
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+@HOOKS.register_module()
+class StudentEMAHook(EMAHook):
+    """
+    mmengine's EMAHook for what is kept of a run: the student, or a plain detector. A teacher is neither copied nor
+    averaged.
+
+    Validation and checkpoints' `state_dict` use the averaged weights, and the detector has them when training ends.
+    """
+
+    def before_run(self, runner: Any) -> None:
+        detector = detector_of(runner)
+        self.prefix = "student." if hasattr(detector, "student") else ""
+        self.src_model = getattr(detector, "student", detector)
+        self.ema_model = MODELS.build(self.ema_cfg, default_args=dict(model=self.src_model))
+
+    def after_train_epoch(self, runner: Any) -> None:
+        _same_everywhere(list(self.ema_model.buffers()))
+
+    def after_train(self, runner: Any) -> None:
+        self._swap_ema_parameters()
+
+    def _swap_ema_state_dict(self, checkpoint: dict[str, Any]) -> None:
+        state, averaged = checkpoint["state_dict"], checkpoint["ema_state_dict"]
+        for key in averaged:
+            if key.startswith("module."):
+                name = self.prefix + key.removeprefix("module.")
+                averaged[key], state[name] = state[name], averaged[key]
+
+
+@HOOKS.register_module()
+class SameBuffersHook(Hook):
+    """
+    Gives every process the buffers of the first one at the end of each epoch, before they are validated and saved.
+
+    Processes share gradients, and so have the same parameters, but each has BatchNorm's running statistics of its own
+    images.
+    """
+
+    def after_train_epoch(self, runner: Any) -> None:
+        _same_everywhere(list(runner.model.buffers()))
+
+
+def _same_everywhere(tensors: Sequence[torch.Tensor]) -> None:
+    for tensor in tensors:
+        broadcast(tensor)
