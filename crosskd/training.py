@@ -117,9 +117,9 @@ def run_training(
         TrainingError: the loss was not finite for too many batches in a row.
     """
     import torch
-    from mmengine.runner import Runner
 
     from crosskd.guard import accept_single_values, guard_training
+    from crosskd.runner import TrainingRunner
     from crosskd.teacher import check_teacher
 
     set_precision(config, detector, arguments.precision, "cuda" if torch.cuda.is_available() else "cpu")
@@ -135,8 +135,8 @@ def run_training(
     accept_single_values(detector)
     # The layout in which convolutions run fastest, in bf16 most of all; a sixth to a quarter of a step on a CPU.
     detector.to(memory_format=torch.channels_last)
-    names = set(inspect.signature(Runner.__init__).parameters) - {"self", "model", "cfg"}
-    runner = Runner(model=detector, cfg=config, **{name: config[name] for name in names if name in config})
+    names = set(inspect.signature(TrainingRunner.__init__).parameters) - {"self", "model", "cfg"}
+    runner = TrainingRunner(model=detector, cfg=config, **{name: config[name] for name in names if name in config})
     details: dict[str, Any] = {}
     if getattr(detector, "teacher", None) is not None and arguments.teacher_images:
         details = check_teacher(config, detector, data, arguments.teacher_images, arguments.min_teacher_ap)
