@@ -133,8 +133,6 @@ def run_training(
     wait_for_all()
 
     accept_single_values(detector)
-    # The layout in which convolutions run fastest, in bf16 most of all; a sixth to a quarter of a step on a CPU.
-    detector.to(memory_format=torch.channels_last)
     names = set(inspect.signature(TrainingRunner.__init__).parameters) - {"self", "model", "cfg"}
     runner = TrainingRunner(model=detector, cfg=config, **{name: config[name] for name in names if name in config})
     details: dict[str, Any] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -9,10 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from mmengine.runner import EpochBasedTrainLoop
+from mmdet.registry import MODELS
+from mmengine.runner import EpochBasedTrainLoop, Runner
 
 from crosskd import distill, train
+from crosskd.config import TrainingData, load_config, set_classes, set_data
+from crosskd.training import seed_everything
 from deploy.contract import read_sidecar
+from deploy.dataset import load_split
 from deploy.files import sha256_of
 
 LOADS_WITHOUT_CROSSKD = """
@@ -117,3 +122,29 @@ def test_a_bad_teacher_leaves_nothing_behind(
     assert error.startswith("error: ")
     assert named in error
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_no_distillation_is_plain_mmdet_training_weight_for_weight(
+    configs: Path, shapes_dir: Path, tmp_path: Path
+) -> None:
+    """By mmengine's own runner and nothing of ours but the data: four steps of SGD in float32, without a teacher."""
+    sgd = {"_delete_": True, "type": "OptimWrapper", "optimizer": {"type": "SGD", "lr": 0.01}}
+    plain = load_config(configs / "gfl_tiny.py", {"max_epochs": 2, "optim_wrapper": dict(sgd)})
+    data = TrainingData(*(load_split(shapes_dir, split) for split in ("train", "val")))
+    set_classes(plain, data.class_names)
+    set_data(plain, data, tmp_path)
+    plain.work_dir, plain.randomness = str(tmp_path / "plain"), dict(seed=3)
+    seed_everything(3)  # as the command does before it builds the detector
+    detector = MODELS.build(plain.model)
+    names = set(inspect.signature(Runner.__init__).parameters) - {"self", "model", "cfg"}
+    runner = Runner(model=detector, cfg=plain, **{name: plain[name] for name in names if name in plain})
+    runner.train()
+
+    words = [str(configs / "crosskd_tiny.py"), "--data", str(shapes_dir), "-o", str(tmp_path / "none"), "--epochs", "2"]
+    overrides = ["model.distill.method=none", f"optim_wrapper={sgd}"]
+    assert distill.main([*words, "--seed", "3", "--precision", "fp32", "--set", *overrides]) == 0
+    found = torch.load(tmp_path / "none" / "student.pth", weights_only=True)["state_dict"]
+    expected = runner.model.state_dict()
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-6, msg=lambda m, k=key: f"{k}: {m}")
