@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from crosskd.download import fetched_checkpoint
 from crosskd.heads import FAMILIES
 from deploy.errors import CheckpointError
 from deploy.files import AnyPath, replacing
@@ -52,15 +53,12 @@ def read_checkpoint(path: AnyPath) -> dict[str, Any]:
         CheckpointError: the file is missing, truncated, no checkpoint, or would run code when unpickled.
     """
     source = str(path)
+    if source.startswith(("http://", "https://")):
+        source = str(fetched_checkpoint(source))
     try:
         with torch.serialization.safe_globals(_allowed_globals()), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of an unusual pickle protocol, before it refuses the file
-            if source.startswith(("http://", "https://")):
-                checkpoint = torch.hub.load_state_dict_from_url(
-                    source, map_location="cpu", check_hash=True, weights_only=True
-                )
-            else:
-                checkpoint = torch.load(source, map_location="cpu", weights_only=True)
+            checkpoint = torch.load(source, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise CheckpointError(f"no such checkpoint: {source}") from error
     except pickle.UnpicklingError as error:

@@ -98,6 +98,7 @@ def local_checkpoint(teacher: Any) -> str:
     named = teacher.get("checkpoint") or "published"
     if named == "published":
         return str(published_checkpoint(teacher.get("config", "")))
+    # Here, and not as it is read, so that the sidecar has the hash of a file.
     return str(fetched_checkpoint(named)) if named.startswith(("http://", "https://")) else named
 
 

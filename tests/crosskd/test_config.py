@@ -36,7 +36,7 @@ def no_download(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any, **_kwargs: Any) -> None:
         raise AssertionError(f"building downloads {args}")
 
-    monkeypatch.setattr("torch.hub.load_state_dict_from_url", refuse)
+    monkeypatch.setattr("torch.hub.download_url_to_file", refuse)
     monkeypatch.setattr("urllib.request.urlopen", refuse)
 
 
