@@ -3,7 +3,8 @@ Makes a run directory of a detector that was trained elsewhere: `python -m cross
 DIR -o RUN_DIR`.
 
 For a teacher from mmdet's model zoo, or one that you have: nothing is trained, and every later stage takes it like a
-run of ours. Needs the training packages (torch, mmdet).
+run of ours. Of a detector that knows more classes, those of the data are taken, by name. Needs the training packages
+(torch, mmdet).
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     from crosskd.detector import detector_from_config
 
     detector = detector_from_config(config, load_weights=False)
-    load_detector_weights(detector, arguments.checkpoint)
+    load_detector_weights(detector, arguments.checkpoint, data.class_names)
     inputs = {"checkpoint": arguments.checkpoint} if Path(arguments.checkpoint).is_file() else {}
     save_run(config, detector, data, run_dir / "detector.pth", inputs, {"checkpoint": arguments.checkpoint})
     return 0

@@ -39,3 +39,19 @@ def test_another_detectors_weights_leave_nothing_behind(
     assert adopt.main(words) == 2
     assert "is not a checkpoint of this GFL" in capsys.readouterr().err
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_of_a_detector_that_knows_more_classes_those_of_the_data_are_taken(
+    configs: Path, teacher_run: Path, shapes_dir: Path, tmp_path: Path
+) -> None:
+    checkpoint = torch.load(teacher_run / "detector.pth", weights_only=True)
+    known = checkpoint["meta"]["dataset_meta"]["classes"]
+    state, more = checkpoint["state_dict"], ("house", *reversed(known))
+    bias = torch.arange(7.0)
+    rows = {"bbox_head.gfl_cls.bias": bias, "bbox_head.gfl_cls.weight": torch.randn(7, 16, 3, 3)}
+    save = {"state_dict": {**state, **rows}, "meta": {"dataset_meta": {"classes": more}}}
+    torch.save(save, tmp_path / "more.pth")
+    config = configs / "gfl_tiny_teacher.py"
+    assert adopt.main(_words(config, tmp_path / "more.pth", shapes_dir, tmp_path / "run")) == 0
+    _, detector, _ = load_run(tmp_path / "run")
+    assert detector.bbox_head.gfl_cls.bias.tolist() == [bias[more.index(name)] for name in known]
