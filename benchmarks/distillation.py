@@ -61,6 +61,8 @@ class Method:
     """Where its runs lie, without the seed: `shapes/none` for `RUNS/shapes/none-0`."""
     overrides: Tuple[str, ...]
     """What differs from the config of the data set, as `--set` of crosskd.distill wants it."""
+    options: Tuple[str, ...] = ()
+    """Of crosskd.distill, besides."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +101,7 @@ EXPERIMENTS = {
             _method("split-4", "ablations/split-4", "crosskd", "model.distill.split=4"),
             _method("before-activation", "ablations/before-activation", "crosskd",
                     "model.distill.tap=before_activation"),
+            Method("float32", "none", "ablations/float32", ("model.distill.method=crosskd",), ("--precision", "fp32")),
             _method("group-norm-none", "ablations/group-norm-none", "none", GROUP_NORM, baseline=None),
             _method("group-norm-crosskd", "ablations/group-norm-crosskd", "crosskd", GROUP_NORM,
                     baseline="group-norm-none"),
@@ -313,7 +316,7 @@ def planned_runs(experiment: Experiment, arguments: argparse.Namespace, data: Pa
             words = (
                 "crosskd.distill", config_of(experiment, "crosskd"), "--data", str(data),
                 "--teacher-checkpoint", str(teacher), "--seed", str(seed), *_epochs(arguments),
-                "--set", *method.overrides, "-o", str(folder),
+                "--set", *method.overrides, "-o", str(folder), *method.options,
             )  # fmt: skip
             runs.append(Run(method.name, seed, folder, words, folder / "student.pth"))
     return runs

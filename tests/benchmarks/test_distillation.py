@@ -307,7 +307,7 @@ def test_ablations_take_what_the_shapes_have_trained(bench):
     fake = FakeProcesses()
     result = bench("ablations", fake)
     assert fake.folders("crosskd.distill") == [
-        "split-0-0", "split-1-0", "split-2-0", "split-4-0", "before-activation-0", "group-norm-none-0",
+        "split-0-0", "split-1-0", "split-2-0", "split-4-0", "before-activation-0", "float32-0", "group-norm-none-0",
         "group-norm-crosskd-0",
     ]  # fmt: skip
     assert len(result["runs"]) == 9
