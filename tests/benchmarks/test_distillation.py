@@ -310,7 +310,7 @@ def test_ablations_take_what_the_shapes_have_trained(bench):
         "split-0-0", "split-1-0", "split-2-0", "split-4-0", "before-activation-0", "float32-0", "group-norm-none-0",
         "group-norm-crosskd-0",
     ]  # fmt: skip
-    assert len(result["runs"]) == 9
+    assert len(result["runs"]) == 10
     rows = {row["name"]: row for row in result["methods"]}
     assert rows["split-3"]["difference"]["mean"] > 0
     assert rows["group-norm-crosskd"]["baseline"] == "group-norm-none"
@@ -320,7 +320,7 @@ def test_ablations_take_what_the_shapes_have_trained(bench):
 def test_each_ablation_differs_in_one_thing_from_the_method(bench):
     data, teacher = Path("data"), Path("teacher/detector.pth")
     runs = planned_runs(EXPERIMENTS["ablations"], bench.arguments_of("ablations"), data, teacher)
-    overrides = {run.method: run.words[run.words.index("--set") + 1 : -2] for run in runs}
+    overrides = {run.method: run.words[run.words.index("--set") + 1 : run.words.index("-o")] for run in runs}
     method = "model.distill.method=crosskd"
     assert overrides["split-3"] == (method,)
     for split in (0, 1, 2, 4):
@@ -339,7 +339,7 @@ def test_every_planned_run_has_a_config_that_can_be_read(name, bench):
     teacher = teacher_run(EXPERIMENTS[name], arguments, Path("data"))
     teacher_config = load_config(teacher.words[1])
     for run in planned_runs(EXPERIMENTS[name], arguments, Path("data"), teacher.weights):
-        words = run.words[run.words.index("--set") + 1 : -2]
+        words = run.words[run.words.index("--set") + 1 : run.words.index("-o")]
         config = load_config(run.words[1], {word.partition("=")[0]: word.partition("=")[2] for word in words[:1]})
         assert config.model.distill.method == words[0].partition("=")[2]
         # The same head, so that only the backbone and the schedule are the teacher's advantage.
