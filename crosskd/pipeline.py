@@ -21,6 +21,7 @@ from crosskd.config import load_config, path_beside
 from deploy.contract import read_sidecar
 from deploy.dataset import SPLITS, load_coco, split_paths
 from deploy.errors import ConfigError, PipelineError, command
+from deploy.export import DECODERS
 from deploy.files import check_writable, read_json, sha256_of, write_json
 from deploy.trt import load_cuda, load_tensorrt
 
@@ -83,10 +84,16 @@ def planned_stages(arguments: argparse.Namespace, config: Any) -> list[Stage]:
     The stages in order.
 
     Raises:
-        ConfigError: the config is no distillation.
+        ConfigError: the config is no distillation, or its student cannot be exported.
     """
     if config.model.type != "CrossKDDetector":
         raise ConfigError(f"{arguments.config}: model.type is {config.model.type}; expected CrossKDDetector")
+    head = config.model.student.bbox_head.type
+    if head not in DECODERS:  # said before hours of training
+        raise ConfigError(
+            f"{arguments.config}: the student's head is a {head}, which can be distilled but not exported; expected "
+            f"one of {', '.join(sorted(DECODERS))}. To train it, run crosskd.distill."
+        )
     out, data, seed = Path(arguments.output), arguments.data, str(arguments.seed)
     teacher, baseline, student = out / "teacher", out / "baseline", out / "student"
     stages = [teacher_stage(arguments, config, teacher)]
