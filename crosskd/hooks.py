@@ -296,6 +296,33 @@ class StudentEMAHook(EMAHook):
 
 
 @HOOKS.register_module()
+class FreezeHeadNormsHook(Hook):
+    """
+    Trains the last part of a run with the BatchNorms of the head as they will be run: on their running statistics.
+
+    All levels of the pyramid share the head. In training each level is normalised by its own statistics, afterwards
+    all of them by one running mean, and what was learned does not fit: that can cost half of the AP. With the
+    statistics held still, the weights learn to live with them.
+
+    Args:
+        begin: share of the epochs (or iterations) after which it does so.
+    """
+
+    def __init__(self, begin: float) -> None:
+        if not 0 <= begin <= 1:
+            raise ConfigError(f"FreezeHeadNormsHook.begin is {begin!r}; expected a share of the run, 0 to 1")
+        self.begin = begin
+
+    def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
+        # Before each one, since a runner sets the training mode anew after each epoch and each validation.
+        if runner.iter >= self.begin * runner.max_iters:
+            detector = detector_of(runner)
+            for module in getattr(detector, "student", detector).bbox_head.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+
+
+@HOOKS.register_module()
 class SameBuffersHook(Hook):
     """
     Gives every process the buffers of the first one at the end of each epoch, before they are validated and saved.
