@@ -14,7 +14,7 @@ import crosskd.families  # noqa: F401  registers them
 from crosskd.amp import keep_boxes_in_float32
 from crosskd.backbones import TimmBackbone
 from crosskd.checkpoint import load_detector_weights
-from crosskd.heads import HeadFamily, HeadPass, check_heads_match, family_of, number_of_taps, split_of_teacher
+from crosskd.heads import FAMILIES, HeadFamily, HeadPass, check_heads_match, family_of, number_of_taps, split_of_teacher
 from crosskd.losses import aligned_to_teacher, feature_distance
 from crosskd.ops import register_mmcv_ops
 from deploy.errors import ConfigError, PipelineError
@@ -80,8 +80,7 @@ class CrossKDDetector(BaseDetector):
         if "ld" in self.parts and type(self.family).loss_ld is HeadFamily.loss_ld:
             self.family.loss_ld((), (), [], mine)  # raises
         self.before_activation = distill.get("tap") == "before_activation"
-        self.loss_weights = {"loss_feat_kd": 1.0, **getattr(self.family, "default_weights", {})}
-        self.loss_weights = loss_weights_of(distill, self.loss_weights)
+        self.loss_weights = loss_weights_of(distill, default_weights_of(mine))
         self._build_adapters()
         # A run's checkpoints hold what is trained. The teacher comes from its own file, also when a run is resumed.
         self._register_state_dict_hook(_drop_teacher)
@@ -236,6 +235,11 @@ def check_distill(distill: dict[str, Any]) -> None:
         raise ConfigError("model.distill.split is missing; expected the number of a tower layer, such as 3")
     if distill.get("tap", TAPS[0]) not in TAPS:
         raise ConfigError(f"model.distill.tap is {distill['tap']!r}; expected one of {', '.join(TAPS)}")
+
+
+def default_weights_of(head: nn.Module) -> dict[str, float]:
+    """Loss key -> weight: those of the head's family; PKD, which works with any head, has 1 where there is none."""
+    return getattr(FAMILIES.get(type(head).__name__), "default_weights", {"loss_feat_kd": 1.0})
 
 
 def loss_weights_of(distill: dict[str, Any], defaults: dict[str, float]) -> dict[str, float]:

@@ -252,10 +252,22 @@ def test_mimicking_reaches_the_students_own_predictors(
     assert detector.student.bbox_head.gfl_reg.weight.grad.abs().sum() > 0
 
 
+def test_pkd_alone_has_the_weight_that_it_has_beside_crosskd(
+    build: Callable[..., Any], make_batch: Callable[..., Any]
+) -> None:
+    both, alone = (build(overrides={"model.distill.method": method}) for method in ("crosskd+pkd", "pkd"))
+    alone.student.load_state_dict(both.student.state_dict())
+    alone.teacher.load_state_dict(both.teacher.state_dict())
+    batch = make_batch([3, 2])
+    first, second = (torch.stack(detector.loss(*batch)["loss_feat_kd"]) for detector in (both, alone))
+    torch.testing.assert_close(first, second)
+
+
 def test_pkd_works_with_heads_that_crosskd_cannot_split(
     build: Callable[..., Any], make_batch: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("crosskd.heads.FAMILIES", {})
+    monkeypatch.setattr("crosskd.detector.FAMILIES", {})
     detector = build(overrides={"model.distill.method": "pkd"})
     assert sum(detector.loss(*make_batch([3]))["loss_feat_kd"]) > 0
     with pytest.raises(ConfigError, match="the method 'pkd' works with any"):

@@ -19,6 +19,7 @@ from crosskd.hooks import (
     AtomicBackend,
     AtomicCheckpointHook,
     EpochSeedHook,
+    FreezeHeadNormsHook,
     JsonLinesHook,
     StudentEMAHook,
     remove_leftovers,
@@ -203,3 +204,23 @@ def test_a_plain_detector_is_averaged_as_well(build: Callable[..., Any]) -> None
     checkpoint = {"state_dict": detector.state_dict()}
     hook.before_save_checkpoint(runner, checkpoint)
     assert set(checkpoint["state_dict"]["bbox_head.gfl_cls.bias"].tolist()) == {1.5}
+
+
+def test_the_norms_of_the_head_are_held_still_after_their_share_of_the_run(
+    build: Callable[..., Any], make_batch: Callable[..., Any]
+) -> None:
+    detector = build()
+    hook = FreezeHeadNormsHook(begin=0.5)
+    norm = detector.student.bbox_head.cls_convs[0].bn
+    seen = []
+    for iteration in range(4):
+        detector.train()  # as a runner does after each validation
+        hook.before_train_iter(SimpleNamespace(model=detector, iter=iteration, max_iters=4), 0)
+        before = norm.running_mean.clone()
+        detector.loss(*make_batch([2, 1]))
+        seen.append(torch.equal(before, norm.running_mean))
+        assert detector.student.backbone.bn1.training
+        assert norm.weight.requires_grad
+    assert seen == [False, False, True, True]
+    with pytest.raises(ConfigError, match="FreezeHeadNormsHook.begin is 60; expected a share of the run, 0 to 1"):
+        FreezeHeadNormsHook(begin=60)
