@@ -222,5 +222,5 @@ def test_the_norms_of_the_head_are_held_still_after_their_share_of_the_run(
         assert detector.student.backbone.bn1.training
         assert norm.weight.requires_grad
     assert seen == [False, False, True, True]
-    with pytest.raises(ConfigError, match="FreezeHeadNormsHook.begin is 60; expected a share of the run, 0 to 1"):
+    with pytest.raises(ConfigError, match=r"FreezeHeadNormsHook.begin is 60; expected a share of the run, 0 to 1"):
         FreezeHeadNormsHook(begin=60)
