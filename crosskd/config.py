@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Config:
     """
     The config at `path`, ready to build: mmdet is registered, the schedule is stretched to the config's `max_epochs`
-    (if it has one), the student's head and neck get BatchNorm if its `batchnorm_head` is true, a teacher's own config
-    is read into `model.teacher.model`.
+    (if it has one), the student's head and neck get BatchNorm if its `batchnorm_head` is true (and the hook that goes
+    with it), a teacher's own config is read into `model.teacher.model`.
 
     Args:
         path: a file, or `mmdet::gfl/gfl_r50_fpn_1x_coco.py` for one that comes with mmdet.
@@ -74,6 +74,9 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Co
         raise ConfigError(f"batchnorm_head is {batchnorm_head!r}; expected True or False")
     if batchnorm_head:
         set_batchnorm_head(student)
+        hooks = config.get("custom_hooks", [])
+        if not any(hook["type"] == "FreezeHeadNormsHook" for hook in hooks):
+            config.custom_hooks = [*hooks, dict(type="FreezeHeadNormsHook", begin=0.6)]
     backbones.fit_to_backbone(student)
     teacher = config.model.get("teacher")
     if teacher is not None and "model" not in teacher:
@@ -126,7 +129,8 @@ def set_batchnorm_head(detector: Any) -> None:
     Gives BatchNorm to every layer of a detector's head and neck, in place of the norms that they have, if any.
 
     BatchNorm folds into the convolution before it; GroupNorm does not, and cannot run in INT8. All levels share the
-    head and so its running mean: norms in the neck bring them to one scale (configs/_base_/gfl_320.py).
+    head and so its running mean: norms in the neck bring them to one scale, and FreezeHeadNormsHook trains the last
+    part of a run on it (configs/_base_/gfl_320.py).
 
     Args:
         detector: the config of an mmdet detector; changed in place.

@@ -131,6 +131,7 @@ def test_batchnorm_head_holds_for_a_plain_detector_and_in_the_config_of_its_run(
     config.dump(tmp_path / "config.py")
     for read in (config, load_config(tmp_path / "config.py")):
         assert read.model.bbox_head.norm_cfg == read.model.neck.norm_cfg == dict(type="BN", requires_grad=True)
+        assert [hook["type"] for hook in read.custom_hooks] == ["FreezeHeadNormsHook"]
     assert (
         load_config("mmdet::gfl/gfl_r50_fpn_1x_coco.py", {"batchnorm_head": False}).model.neck.get("norm_cfg") is None
     )
