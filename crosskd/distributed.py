@@ -12,6 +12,7 @@ in a reduction, and exits with status 1.
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 from collections.abc import Iterator
 
@@ -69,6 +70,8 @@ def joined_processes() -> Iterator[None]:
             silence = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
             stack.enter_context(contextlib.redirect_stdout(silence))
         yield
+    gc.collect()  # a wrapped detector is a cycle, and its threads would abort the process if the group went before it
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 

@@ -243,7 +243,7 @@ def test_weights_that_are_not_finite_are_named(build: Callable[..., Any], optim_
 
 
 PROCESS = """
-import sys, torch
+import gc, sys, torch
 from types import SimpleNamespace
 from mmengine.logging import MessageHub
 from mmengine.model import BaseModel, MMDistributedDataParallel
@@ -292,6 +292,9 @@ try:
     train(range(9), True)
 except TrainingError as error:
     print(error)
+gc.collect()  # a wrapped detector is a cycle; what it holds of the group must go before the group
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
 """
 
 
