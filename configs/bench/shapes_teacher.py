@@ -3,5 +3,5 @@ _base_ = "./shapes_student.py"
 
 model = dict(backbone=dict(base_channels=64), neck=dict(in_channels=[64, 128, 256, 512]))
 
-max_epochs = 40
+max_epochs = 20
 train_cfg = dict(val_interval=10)
