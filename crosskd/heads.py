@@ -25,6 +25,7 @@ from crosskd.ops import register_mmcv_ops
 from deploy.errors import ConfigError
 
 register_mmcv_ops()  # before mmdet is imported, which asks for them then
+from mmdet.utils import reduce_mean  # noqa: E402
 
 Taps = list[tuple[Tensor, ...]]
 """Per level, finest first: a tap of each tower (classification, regression), each (N, C, H, W)."""
@@ -277,6 +278,19 @@ def priors_of_maps(head: nn.Module, maps: Sequence[Tensor]) -> list[Tensor]:
     sizes = [m.shape[-2:] for m in maps]
     priors = head.prior_generator.grid_priors(sizes, device=maps[0].device)
     return [level.repeat(maps[0].shape[0], 1) for level in priors]
+
+
+def positives_of_batch(labels: Sequence[Tensor], num_classes: int) -> Tensor:
+    """
+    A scalar: positive rows, at least one per image, mean over ranks: the averaging factor of GFL and ATSS.
+
+    For heads that give their loss the factor 1 and divide by a factor of their own later.
+
+    Args:
+        labels: per level (N, anchors or points of an image).
+    """
+    positive = sum(((level >= 0) & (level < num_classes)).sum(1) for level in labels)  # (N,)
+    return reduce_mean(positive.clamp(min=1).sum().float())
 
 
 def loss_of_classes(head: nn.Module, cross: Tensor, teacher: Tensor, call: LossCall) -> Tensor:

@@ -6,11 +6,10 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from mmdet.utils import reduce_mean
 from torch import Tensor, nn
 
 from crosskd.families.retina import RetinaFamily
-from crosskd.heads import LossCall, register_family
+from crosskd.heads import LossCall, positives_of_batch, register_family
 
 MIN_DISTANCE_PX = 0.01
 """A side on the wrong side of its point makes a box of negative width or height, for which GIoU has no bounds."""
@@ -33,23 +32,11 @@ class RTMDetFamily(RetinaFamily):
     def loss_by_outputs(
         self, cross: Sequence[Any], teacher: Sequence[Any], calls: list[LossCall], head: nn.Module
     ) -> dict[str, list[Tensor]]:
-        factor = positives_of_batch(calls, len(cross[0][0]), head.num_classes)
+        images = len(cross[0][0])
+        factor = positives_of_batch([call.labels.view(images, -1) for call in calls], head.num_classes)
         calls = [dataclasses.replace(call, avg_factor=factor) for call in calls]
         cross, teacher = (
             (classes, [level.clamp(min=MIN_DISTANCE_PX) for level in distances])
             for classes, distances in (cross, teacher)
         )
         return super().loss_by_outputs(cross, teacher, calls, head)
-
-
-def positives_of_batch(calls: list[LossCall], images: int, num_classes: int) -> Tensor:
-    """
-    A scalar: positive rows, at least one per image, mean over ranks: the averaging factor of GFL and ATSS.
-
-    For heads that give their loss the factor 1 and divide by a factor of their own later.
-
-    Args:
-        calls: per level, rows by image.
-    """
-    positive = [((call.labels >= 0) & (call.labels < num_classes)).view(images, -1).sum(1) for call in calls]
-    return reduce_mean(sum(positive).clamp(min=1).sum().float())

@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 import torch
 from mmdet.structures.bbox import bbox_overlaps
-from mmdet.utils import reduce_mean
 from torch import Tensor, nn
 
 from crosskd.heads import (
@@ -18,6 +17,7 @@ from crosskd.heads import (
     Taps,
     confidence_of_teacher,
     loss_of_classes,
+    positives_of_batch,
     register_family,
     rows_of_maps,
 )
@@ -69,8 +69,7 @@ class TOODFamily(HeadFamily):
         def get_targets(*args: Any, **kwargs: Any) -> Any:
             targets = original(*args, **kwargs)
             labels, weights = targets[1], targets[2]  # per level (N, anchors)
-            positive = sum(((level >= 0) & (level < head.num_classes)).sum(1) for level in labels)  # (N,)
-            factor = reduce_mean(positive.clamp(min=1).sum().float())
+            factor = positives_of_batch(labels, head.num_classes)
             calls.extend(
                 LossCall(label.reshape(-1), weight.reshape(-1), factor)
                 for label, weight in zip(labels, weights, strict=True)
