@@ -122,9 +122,9 @@ class CrossKDDetector(BaseDetector):
         self.teacher.requires_grad_(False)  # the new convolutions are new parameters
         if dtype is not None:
             keep_boxes_in_float32(self.teacher.bbox_head)
-        for module in self.teacher.modules():
-            if dtype is not None and type(module) is nn.Conv2d:
-                module.to(dtype)
+            for module in self.teacher.modules():
+                if type(module) is nn.Conv2d:
+                    module.to(dtype)
 
     def loss(self, batch_inputs: Tensor, batch_data_samples: list[Any]) -> dict[str, Any]:
         """
