@@ -4,5 +4,5 @@ _base_ = "../gfl_r18_half_320.py"
 
 model = dict(backbone=dict(base_channels=16), neck=dict(in_channels=[16, 32, 64, 128]))
 
-max_epochs = 10
+max_epochs = 5
 train_cfg = dict(val_interval=100)  # only at the end
