@@ -28,6 +28,10 @@ PACKAGES = (
 )  # fmt: skip
 RUN_WEIGHTS = ("student.pth", "detector.pth")
 """What a training leaves in its run directory: of crosskd.distill, of crosskd.train."""
+LAYOUTS = {"float32": ("N", "3", "height", "width"), "uint8": ("N", "height", "width", "3")}
+"""Type of the network's input -> its dimensions."""
+OUTPUTS = {"topk": ("boxes", "scores", "labels"), "nms": ("boxes", "scores", "labels", "images")}
+"""Kind of outputs -> what they are, in order."""
 _STARTED = time.time()
 
 
@@ -37,7 +41,7 @@ class ModelContract:
 
     input_name: str
     input_shape: Tuple[int, int, int, int]
-    """(N, 3, height, width), float32."""
+    """As `input_type` says; N is -1 where the graph takes any number of images."""
     channel_order: str
     """'rgb' or 'bgr': the order of the channels of the input, of mean, std and pad_value."""
     mean: Tuple[float, float, float]
@@ -48,11 +52,8 @@ class ModelContract:
     """Pixel value, 0 to 255, right of and below the resized image; equal to `mean` it is 0 after normalisation."""
     resize: str
     """'keep_ratio': the largest size of the same aspect ratio that fits, at the top left. 'stretch': both sides."""
-    output_names: Tuple[str, str, str]
-    """boxes (N, K, 4) float32, x1 y1 x2 y2 in pixels of the input; scores (N, K) float32; labels (N, K) integer.
-
-    Before NMS: K is the sum over the levels of the best candidates of each.
-    """
+    output_names: Tuple[str, ...]
+    """As `outputs` says. Boxes are float32, x1 y1 x2 y2 in pixels of the input; scores float32; labels integer."""
     class_names: Tuple[str, ...]
     category_ids: Tuple[int, ...]
     """The COCO category id of each label."""
@@ -60,22 +61,38 @@ class ModelContract:
     nms_iou_threshold: float
     max_detections: int
     """The most detections kept per image after NMS."""
+    input_type: str = "float32"
+    """'float32': (N, 3, height, width), normalised. 'uint8': (N, height, width, 3), pixels, normalised by the graph."""
+    outputs: str = "topk"
+    """'topk': boxes (N, K, 4), scores (N, K), labels (N, K) before NMS, the best K candidates of all levels.
+
+    'nms': boxes (D, 4), scores (D,), labels (D,) after threshold and NMS, and images (D,) integer: the index in the
+    batch that each is of. D is known only after the inference.
+    """
 
     def __post_init__(self) -> None:
         def check(good: bool, field: str, expected: str) -> None:
             if not good:
                 raise ContractError(f"model contract: {field} is {getattr(self, field)!r}; expected {expected}")
 
-        shape = self.input_shape
+        check(self.input_type in LAYOUTS, "input_type", f"one of {list(LAYOUTS)}")
+        shape, layout = self.input_shape, LAYOUTS[self.input_type]
         check(
-            len(shape) == 4 and shape[1] == 3 and min(shape) > 0, "input_shape", "(N, 3, height, width), all positive"
+            len(shape) == 4
+            and shape[layout.index("3")] == 3
+            and min(shape[1:]) > 0
+            and (shape[0] > 0 or shape[0] == -1),
+            "input_shape",
+            f"({', '.join(layout)}), all positive, or N = -1 for any",
         )
+        check(self.outputs in OUTPUTS, "outputs", f"one of {list(OUTPUTS)}")
         check(self.channel_order in ("rgb", "bgr"), "channel_order", "'rgb' or 'bgr'")
         check(self.resize in ("keep_ratio", "stretch"), "resize", "'keep_ratio' or 'stretch'")
         for field in ("mean", "std", "pad_value"):
             check(len(getattr(self, field)) == 3, field, "three numbers")
         check(min(self.std) > 0, "std", "three positive numbers")
-        check(len(self.output_names) == 3, "output_names", "three names: boxes, scores, labels")
+        expected = OUTPUTS[self.outputs]
+        check(len(self.output_names) == len(expected), "output_names", f"{len(expected)} names: {', '.join(expected)}")
         check(len(self.class_names) > 0, "class_names", "at least one name")
         check(len(self.category_ids) == len(self.class_names), "category_ids", f"{len(self.class_names)} ids")
         check(0 <= self.score_threshold < 1, "score_threshold", "0 <= threshold < 1")
@@ -84,11 +101,11 @@ class ModelContract:
 
     @property
     def input_height_px(self) -> int:
-        return self.input_shape[2]
+        return self.input_shape[LAYOUTS[self.input_type].index("height")]
 
     @property
     def input_width_px(self) -> int:
-        return self.input_shape[3]
+        return self.input_shape[LAYOUTS[self.input_type].index("width")]
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any], source: AnyPath) -> ModelContract:
@@ -99,9 +116,10 @@ class ModelContract:
             ContractError: a key is missing, unknown or of a wrong value; `source` is named.
         """
         names = {field.name for field in dataclasses.fields(cls)}
+        optional = {field.name for field in dataclasses.fields(cls) if field.default is not dataclasses.MISSING}
         if not isinstance(document, Mapping):
             raise ContractError(f"{source}: contract is {document!r}; expected an object with {sorted(names)}")
-        wrong = sorted(names ^ set(document))
+        wrong = sorted((names ^ set(document)) - (optional - set(document)))
         if wrong:
             raise ContractError(f"{source}: contract has missing or unknown keys {wrong}; expected {sorted(names)}")
         values: Dict[str, Any] = {
