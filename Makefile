@@ -5,12 +5,13 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow check bench-bccd bench-distillation bench-training-step clean
+.PHONY: help setup demo test test-slow test-bindings check bench-bccd bench-distillation bench-training-step clean
 
 help:
 	@echo "make demo        train, distil, export, quantise, measure and report on drawn images (6 to 8 minutes on 2 cores)"
 	@echo "make test        the tests that need minutes, not hours; no network, no GPU"
 	@echo "make test-slow   the long ones"
+	@echo "make test-bindings   builder and runtime against TensorRT's real bindings (downloads 6 MB once; needs g++)"
 	@echo "make check       formatting, lint, types, import rules"
 	@echo "make bench-bccd  the same job on real images: ../shared/data/bccd"
 	@echo "make bench-distillation   what each method of distillation gains, over seeds (hours; goes on where it was cut off)"
@@ -37,11 +38,16 @@ test: $(READY)
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow --timeout 5400
 
+test-bindings: $(READY)
+	$(BIN)/python -m pytest -m slow tests/deploy/test_bindings.py
+
 check: $(READY)
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/vermin --quiet --target=3.8- --no-tips --violations deploy calibration benchmarks
+	$(BIN)/python tests/tensorrt_api/check_usage.py deploy benchmarks --min 8.5
 
 bench-bccd: $(READY)
 	$(BIN)/python -m crosskd.pipeline configs/crosskd_gfl_r18_half_r34_320.py --data ../shared/data/bccd -o runs/bccd

@@ -3,8 +3,9 @@ Command: COCO accuracy of the very file that ships.
 
     python -m benchmarks.accuracy student.int8.onnx --data DIR --role onnx-int8 -o int8.accuracy.result.json
 
-An ONNX file needs onnx and onnxruntime, an engine TensorRT, a run directory the training side (in a process of its
-own); all need faster-coco-eval.
+The detections are kept beside the result, as `int8.accuracy.detections.json`. A file of COCO results of anybody's
+detector is measured in the same way. An ONNX file needs onnx and onnxruntime, an engine TensorRT, a run directory the
+training side (in a process of its own); all need faster-coco-eval.
 """
 
 from __future__ import annotations
@@ -16,8 +17,13 @@ import tempfile
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
-from benchmarks.coco import evaluate
-from benchmarks.result import write_result
+import numpy as np
+
+from benchmarks.bootstrap import ap_of_draws, matches_by_class
+from benchmarks.coco import evaluate_with_curves
+from benchmarks.detections import CocoResults, detections_path, load_results, write_detections
+from benchmarks.operating_point import best_f1, comparison, found_scores
+from benchmarks.result import check_same_data, read_result, write_result
 from benchmarks.subject import (
     Subject,
     add_arguments,
@@ -25,22 +31,21 @@ from benchmarks.subject import (
     check_arguments,
     check_fits,
     load_data,
+    load_detections_subject,
     load_subject,
     run_crosskd,
-    spread,
 )
+from benchmarks.wording import between_points, points, signed_points
 from deploy.dataset import CocoImage, CocoSet, read_image
-from deploy.errors import ConfigError, MeasurementError, command
-from deploy.files import read_json
+from deploy.errors import ConfigError, DataError, MeasurementError, command
+from deploy.files import check_writable, read_json
 from deploy.postprocess import Detections, postprocess
 from deploy.preprocess import preprocess
 from deploy.progress import progress
 from deploy.session import Session, open_session
 
-CocoResults = List[Dict[str, Any]]
-SAMPLE_IMAGES = 12
-SAMPLE_SCORE = 0.05
-SAMPLE_BOXES = 50
+BOOTSTRAP_SEED = 0
+BOOTSTRAP_DRAWS = 1000
 
 
 def detections_from_session(session: Session, data: CocoSet) -> CocoResults:
@@ -78,45 +83,45 @@ def detections_from_run_dir(run_dir: Path, data: CocoSet, limit: Optional[int]) 
         words = [str(run_dir), "--annotations", str(data.annotations_path), "--images-dir", str(data.images_dir)]
         words += ["-o", str(output)]
         run_crosskd("crosskd.predict", words + (["--limit", str(limit)] if limit is not None else []))
-        results = read_json(output, MeasurementError, "the COCO results of crosskd.predict")
-    if not isinstance(results, list):
-        raise MeasurementError(f"crosskd.predict wrote a {type(results).__name__}; expected a list of COCO results")
-    return results
+        return load_results(output)
 
 
-def samples_from_results(results: CocoResults, data: CocoSet) -> List[Dict[str, Any]]:
-    """A few images with their annotated and their detected boxes (x1 y1 x2 y2 in pixels), for the report."""
-    label_of = {category: label for label, category in enumerate(data.category_ids)}
-    return [
-        _sample(image, image.path.relative_to(data.images_dir).as_posix(), results, label_of)
-        for image in spread(data.images, SAMPLE_IMAGES)
-    ]
+def numbers_from_detections(
+    annotations: Dict[str, Any], detections: CocoResults, image_ids: Sequence[int]
+) -> Dict[str, Any]:
+    """
+    The `numbers` of a result file, but for `against`.
 
+    COCO's twelve and `per_class`, as fractions; `best_f1` and `best_f1_per_class` as `operating_point.best_f1`;
+    `found_scores`, class name -> the score at which each annotated box was found; `pr_curves`; and `bootstrap`, the AP
+    of the images as they are and of as many drawn with replacement. Results with the same seed and the same images
+    have the same draws: they are compared draw by draw.
 
-def _sample(image: CocoImage, file_name: str, results: CocoResults, label_of: Dict[int, int]) -> Dict[str, Any]:
-    found = [box for box in results if box["image_id"] == image.image_id and box["score"] >= SAMPLE_SCORE]
-    best = sorted(found, key=lambda box: -box["score"])[:SAMPLE_BOXES]
+    Raises:
+        MeasurementError: a detection is wrong, or no box is annotated.
+    """
+    numbers, curves = evaluate_with_curves(annotations, detections, image_ids)
+    matches = matches_by_class(annotations, detections, image_ids)
+    categories = sorted(annotations["categories"], key=lambda category: category["id"])
+    by_name = {category["name"]: one for category, one in zip(categories, matches)}
+    aps = ap_of_draws(matches, len(image_ids), BOOTSTRAP_DRAWS, BOOTSTRAP_SEED)
     return {
-        "file_name": file_name,
-        "width_px": image.width_px,
-        "height_px": image.height_px,
-        "annotated": [
-            {"box_xyxy": [round(value, 1) for value in box], "label": label}
-            for box, label in zip(image.boxes_xyxy.tolist(), image.labels.tolist())
-        ],
-        "detected": [
-            {
-                "box_xyxy": [round(value, 1) for value in (x, y, x + width, y + height)],
-                "label": label_of[box["category_id"]],
-                "score": round(box["score"], 4),
-            }
-            for box in best
-            for x, y, width, height in [box["bbox"]]
-        ],
+        **numbers,
+        "best_f1": best_f1(matches),
+        "best_f1_per_class": {name: best_f1([one]) for name, one in by_name.items()},
+        "found_scores": {name: found_scores(one) for name, one in by_name.items()},
+        "pr_curves": curves,
+        "bootstrap": {
+            "seed": BOOTSTRAP_SEED,
+            "ap": [None if np.isnan(ap) else round(float(ap), 6) for ap in aps],
+        },
+        "against": None,
     }
 
 
 def _detect(subject: Subject, data: CocoSet, limit: Optional[int]) -> CocoResults:
+    if subject.format == "detections":
+        return load_results(subject.path)
     if subject.is_run_dir:
         return detections_from_run_dir(subject.path, data, limit)
     with open_session(subject.path) as session:
@@ -126,34 +131,76 @@ def _detect(subject: Subject, data: CocoSet, limit: Optional[int]) -> CocoResult
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.accuracy", description="Measure the COCO accuracy of a model file."
+        prog="python -m benchmarks.accuracy",
+        description="Measure the COCO accuracy of a model file, or of a JSON file of COCO results.",
     )
     add_arguments(parser)
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N images (default: all)")
+    parser.add_argument(
+        "--against",
+        metavar="RESULT",
+        help="an accuracy result of another model, such as the teacher's, to compare with",
+    )
     return parser
 
 
 @command
 def main(argv: Optional[List[str]] = None) -> int:
-    """Measures, writes the result file and prints the numbers in points."""
+    """Measures, writes the detections and the result file, and prints the numbers in points."""
     arguments = _parser().parse_args(argv)
     role = check_arguments(arguments)
+    check_writable(detections_path(arguments.output))
     if arguments.limit is not None and arguments.limit < 1:
         raise ConfigError(f"--limit is {arguments.limit}; expected at least 1")
-    subject = load_subject(arguments.model)
-    data = load_data(arguments, check_files=True)
+    is_json = Path(arguments.model).suffix == ".json"
+    if is_json and arguments.limit is not None:
+        raise ConfigError("--limit does not go with a file of results: all of its images are measured")
+    if is_json and Path(arguments.model).resolve() == detections_path(arguments.output).resolve():
+        raise ConfigError(f"{arguments.model} would be written over; choose another --output")
+    subject = load_detections_subject(arguments.model) if is_json else load_subject(arguments.model)
+    data = load_data(arguments, check_files=not is_json)
     data = dataclasses.replace(data, images=data.images[: arguments.limit])
+    if not data.images:
+        raise DataError(f"{data.annotations_path} names no images; expected at least one")
     if data.clipped:
         print(f"{data.clipped} boxes stick out of their image: counted as annotated, as pycocotools does")
     result = begin_result("accuracy", subject, data, role, len(data.images))
+    inputs = subject.inputs(data)
+    other = None
+    if arguments.against is not None:  # read before long work
+        other = read_result(arguments.against)
+        if other["kind"] != "accuracy":
+            raise ConfigError(f"--against {arguments.against} is a {other['kind']} result; expected an accuracy result")
+        check_same_data([(arguments.against, other), (arguments.output, result)])
+        inputs["against"] = Path(arguments.against)
     detections = _detect(subject, data, arguments.limit)
     annotations = read_json(data.annotations_path, MeasurementError, "COCO annotations")
-    result["numbers"] = evaluate(annotations, detections, [image.image_id for image in data.images])
-    result["samples"] = samples_from_results(detections, data)
-    write_result(arguments.output, result, subject.inputs(data))
-    shown = ((name, value) for name, value in result["numbers"].items() if name.startswith("AP") and value is not None)
-    print(f"{role}, {len(data.images)} images: " + ", ".join(f"{name} {100 * value:.1f}" for name, value in shown))
+    numbers = numbers_from_detections(annotations, detections, [image.image_id for image in data.images])
+    if other is not None:
+        numbers["against"] = {"role": other["role"], **comparison(numbers, other["numbers"])}
+    result["numbers"] = numbers
+    result["detections"] = write_detections(arguments.output, detections)
+    write_result(arguments.output, result, inputs)
+    print(f"{role}, {len(data.images)} images: " + ", ".join(lines_from_numbers(numbers)))
     return 0
+
+
+def lines_from_numbers(numbers: Dict[str, Any]) -> List[str]:
+    """What the command prints, in points."""
+    shown = ((name, value) for name, value in numbers.items() if name.startswith("AP") and value is not None)
+    lines = [f"{name} {points(value)}" for name, value in shown]
+    best, against = numbers["best_f1"], numbers["against"]
+    if best is not None:
+        lines.append(
+            f"best F1 {best['f1']:.3f} at score {best['score']:.3f} "
+            f"(precision {best['precision']:.3f}, recall {best['recall']:.3f})"
+        )
+    if against is not None:
+        between = between_points(against["low"], against["high"])
+        lines.append(f"AP {signed_points(against['AP_difference'])} ({between}) against {against['role']}")
+        if against["lost"] is not None:
+            lines.append(f"{against['lost']} boxes lost and {against['gained']} gained against it")
+    return lines
 
 
 if __name__ == "__main__":

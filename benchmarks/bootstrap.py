@@ -76,12 +76,8 @@ def paired_ap_difference(
 def interval_from_aps(aps: Sequence[Tuple[np.ndarray, np.ndarray]], images: int, confidence: float = 0.95) -> Interval:
     """`paired_ap_difference` from what `resampled_ap` returned, with the same seed, for both of each pair."""
     differences = np.mean([first - second for first, second in aps], axis=0)
-    drawn = differences[1:][np.isfinite(differences[1:])]
-    if not drawn.size:
-        raise MeasurementError("no draw has an annotated box; expected a test set with more of them")
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(drawn, [tail, 1 - tail])
-    return Interval(float(differences[0]), float(low), float(high), confidence, int(drawn.size), images)
+    drawn = int(np.isfinite(differences[1:]).sum())
+    return Interval(*bounds_of_draws(differences, confidence), confidence, drawn, images)
 
 
 def resampled_ap(
@@ -99,11 +95,47 @@ def resampled_ap(
     Raises:
         MeasurementError: a detection is wrong, or there is no annotated box.
     """
-    draws = np.random.default_rng(seed).multinomial(
-        len(image_ids), np.full(len(image_ids), 1 / len(image_ids)), size=resamples
-    )
-    weights = np.concatenate([np.ones((1, len(image_ids)), draws.dtype), draws])
-    return ap_by_threshold(matches_by_class(annotations, detections, image_ids), weights).mean(axis=1)
+    return ap_of_draws(matches_by_class(annotations, detections, image_ids), len(image_ids), resamples, seed)
+
+
+def ap_of_draws(matches: Sequence[ClassMatches], images: int, resamples: int = 1000, seed: int = 0) -> np.ndarray:
+    """`resampled_ap` from matches that are already made."""
+    draws = np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), size=resamples)
+    weights = np.concatenate([np.ones((1, images), draws.dtype), draws])
+    return ap_by_threshold(matches, weights).mean(axis=1)
+
+
+def bounds_of_draws(values: np.ndarray, confidence: float = 0.95) -> Tuple[float, float, float]:
+    """
+    (value, low, high) of a statistic: what it is, and where `confidence` of its draws lie.
+
+    Args:
+        values: (1 + resamples,): of the sample as it is, then of each draw; NaN where it does not exist.
+
+    Raises:
+        MeasurementError: it exists for no draw.
+    """
+    drawn = values[1:][np.isfinite(values[1:])]
+    if not drawn.size:
+        raise MeasurementError("no draw has an annotated box; expected a test set with more of them")
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(drawn, [tail, 1 - tail])
+    return float(values[0]), float(low), float(high)
+
+
+def resampled_percentile(samples: Sequence[float], percentile: float, seed: int, resamples: int = 1000) -> np.ndarray:
+    """
+    (1 + resamples,), float64: a percentile of the samples as they are, then of each draw of as many with replacement.
+
+    Runs are drawn as if each stood alone; where the load drifts, the truth is less sure than these draws say.
+    """
+    values = np.asarray(samples, np.float64)
+    generator = np.random.default_rng(seed)
+    drawn = [
+        np.percentile(generator.choice(values, (min(CHUNK, resamples - start), len(values))), percentile, axis=1)
+        for start in range(0, resamples, CHUNK)
+    ]
+    return np.concatenate([[np.percentile(values, percentile)], *drawn])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +150,13 @@ class ClassMatches:
     """(T, D), bool: it lies on a crowd, and counts neither for nor against."""
     annotated: np.ndarray
     """(images,), int64: boxes to be found."""
+    scores: np.ndarray
+    """(D,), float64."""
+    found_scores: np.ndarray
+    """(boxes to be found,), float64: the score of the detection that has found each at IoU 0.5; NaN: none has.
+
+    In the order of the image ids, then of the annotation file.
+    """
 
 
 def matches_by_class(
@@ -206,28 +245,45 @@ def _class_matches(
     scores: List[np.ndarray] = []
     true: List[np.ndarray] = []
     ignored: List[np.ndarray] = []
+    found_scores: List[np.ndarray] = []
     for image_id, index in index_of.items():
-        boxes = truth.get((category, image_id), [])
+        boxes, seen = truth.get((category, image_id), []), found.get((category, image_id), [])
+        if not boxes and not seen:
+            continue
         crowd = np.array([bool(box.get("iscrowd", 0)) for box in boxes], bool)
         annotated[index] = np.count_nonzero(~crowd)
-        best = sorted(found.get((category, image_id), []), key=lambda box: -box["score"])[:MAX_DETECTIONS]
-        matched = _matched(_ious([box["bbox"] for box in best], [box["bbox"] for box in boxes], crowd), crowd)
-        true.append(matched[0])
-        ignored.append(matched[1])
+        best = sorted(seen, key=lambda box: -box["score"])[:MAX_DETECTIONS]
+        if boxes:
+            ious = _ious([box["bbox"] for box in best], [box["bbox"] for box in boxes], crowd)
+            true_here, ignored_here, finder = _matched(ious, crowd)
+        else:  # most of the images and classes of a large set: worth the shortcut
+            true_here = ignored_here = np.zeros((len(IOU_THRESHOLDS), len(best)), bool)
+            finder = np.zeros(0, np.int64)
+        scores_here = np.array([box["score"] for box in best], np.float64)
+        true.append(true_here)
+        ignored.append(ignored_here)
         indices.append(np.full(len(best), index, np.int64))
-        scores.append(np.array([box["score"] for box in best], np.float64))
-    order = np.argsort(-np.concatenate(scores), kind="stable")
+        scores.append(scores_here)
+        found_scores.append(np.append(scores_here, np.nan)[finder[~crowd]])  # -1, not found, is the NaN at the end
+    all_scores = np.concatenate([np.zeros(0), *scores])
+    order = np.argsort(-all_scores, kind="stable")
+    nothing = np.zeros((len(IOU_THRESHOLDS), 0), bool)
     return ClassMatches(
-        np.concatenate(indices)[order],
-        np.concatenate(true, axis=1)[:, order],
-        np.concatenate(ignored, axis=1)[:, order],
+        np.concatenate([np.zeros(0, np.int64), *indices])[order],
+        np.concatenate([nothing, *true], axis=1)[:, order],
+        np.concatenate([nothing, *ignored], axis=1)[:, order],
         annotated,
+        all_scores[order],
+        np.concatenate([np.zeros(0), *found_scores]),
     )
 
 
-def _matched(ious: np.ndarray, crowd: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
+def _matched(ious: np.ndarray, crowd: np.ndarray) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
     """
-    (true, ignored), (T, D), bool each: what COCO's greedy matching makes of the detections of one image and class.
+    (true, ignored, finder): what COCO's greedy matching makes of the detections of one image and class.
+
+    `true` and `ignored` are (T, D), bool; `finder` is (G,), int64: which detection has found each box at the first
+    threshold, -1 for none.
 
     Each detection in turn takes the free box that it overlaps most (of equal ones the last), or else a crowd, which any
     number may take: evaluateImg of pycocotools' cocoeval.py.
@@ -239,6 +295,7 @@ def _matched(ious: np.ndarray, crowd: np.ndarray) -> Tuple[np.ndarray, np.ndarra
     true = np.zeros((len(IOU_THRESHOLDS), len(ious)), bool)
     ignored = np.zeros_like(true)
     taken = np.zeros((len(IOU_THRESHOLDS), len(crowd)), bool)
+    finder = np.full(len(crowd), -1)
     for detection in np.flatnonzero((ious >= IOU_THRESHOLDS[0]).any(axis=1)):
         fits = ious[detection] >= IOU_THRESHOLDS[:, None]  # (T, G)
         overlap = np.where(fits & ~taken & ~crowd, ious[detection], 0.0)
@@ -247,7 +304,9 @@ def _matched(ious: np.ndarray, crowd: np.ndarray) -> Tuple[np.ndarray, np.ndarra
         taken[thresholds[hit], best[hit]] = True
         true[:, detection] = hit
         ignored[:, detection] = ~hit & (fits & crowd).any(axis=1)
-    return true, ignored
+        if hit[0]:
+            finder[best[0]] = detection
+    return true, ignored, finder
 
 
 def _ious(found_xywh: Sequence[Any], annotated_xywh: Sequence[Any], crowd: np.ndarray) -> np.ndarray:

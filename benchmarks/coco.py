@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import math
-from typing import Any, Dict, List, Mapping, Optional, Sequence
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -15,7 +17,10 @@ METRICS = (
 )  # fmt: skip
 """COCO's twelve numbers, in its order (cocodataset.org, Detection evaluation)."""
 
-Metrics = Dict[str, Optional[float]]
+CURVES = {"AP50": slice(0, 1), "AP": slice(None)}
+"""Kind of precision-recall curve -> the IoU thresholds that it is the mean of: 0.5, or all ten."""
+RECALLS = 101
+"""Points of a curve: the best precision at recall 0, 0.01 ... 1, or a higher one."""
 
 
 def evaluate(
@@ -32,8 +37,20 @@ def evaluate(
         image_ids: the images that count.
 
     Raises:
-        MeasurementError: a detection lacks a key, is not finite, or names an image or category that is not there.
+        MeasurementError: a detection lacks a key, is not finite, has a negative size, or names an image or category
+            that is not there.
         MissingDependencyError: faster-coco-eval is not installed.
+    """
+    return evaluate_with_curves(annotations, detections, image_ids)[0]
+
+
+def evaluate_with_curves(
+    annotations: Mapping[str, Any], detections: Sequence[Mapping[str, Any]], image_ids: Sequence[int]
+) -> Tuple[Dict[str, Any], Dict[str, Any]]:
+    """
+    (numbers, curves): as `evaluate`, and kind of CURVES -> `mean` and `per_class` (class name -> curve).
+
+    A curve is a list of RECALLS precisions, rounded to four digits; None where there is nothing to count.
     """
     try:
         from faster_coco_eval import COCO, COCOeval_faster
@@ -49,36 +66,67 @@ def evaluate(
         images = [image for image in annotations["images"] if image["id"] in wanted]
         return COCO({"images": images, "annotations": numbered, "categories": categories})
 
-    truth = coco([box for box in annotations["annotations"] if box["image_id"] in wanted])
-    evaluation = COCOeval_faster(truth, coco(detections), iouType="bbox")
-    evaluation.print_function = lambda *_: None
-    evaluation.evaluate()
-    evaluation.accumulate()
-    evaluation.summarize()
-    precision = evaluation.eval["precision"]  # (IoU, recall, class, area range, most detections), -1: nothing to count
+    with _no_garbage_collection():
+        truth = coco([box for box in annotations["annotations"] if box["image_id"] in wanted])
+        evaluation = COCOeval_faster(truth, coco(detections), iouType="bbox")
+        evaluation.print_function = lambda *_: None
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
     names = {category["id"]: category["name"] for category in categories}
-    per_class = {
-        names[category]: _mean(precision[:, :, index, 0, -1]) for index, category in enumerate(evaluation.params.catIds)
-    }
+    precision = evaluation.eval["precision"][:, :, :, 0, -1]  # (IoU, recall, class), -1: nothing to count
     numbers: Dict[str, Any] = {name: _known(value) for name, value in zip(METRICS, evaluation.stats)}
-    numbers["per_class"] = per_class
-    return numbers
+    numbers["per_class"] = {}
+    curves: Dict[str, Any] = {kind: {"mean": None, "per_class": {}} for kind in CURVES}
+    for index, category in enumerate(evaluation.params.catIds):
+        numbers["per_class"][names[category]] = _mean(precision[:, :, index])
+    for kind, thresholds in CURVES.items():
+        for index, category in enumerate(evaluation.params.catIds):
+            curves[kind]["per_class"][names[category]] = _curve(precision[thresholds, :, index, None])
+        curves[kind]["mean"] = _curve(precision[thresholds])
+    return numbers, curves
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """For making some hundred thousand boxes that all stay: the collector would search them again and again in vain."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def check_detections(detections: Sequence[Mapping[str, Any]], image_ids: Any, category_ids: Any) -> None:
     """Raises MeasurementError naming the first detection that is not one of these images and categories."""
     for index, box in enumerate(detections):
-        try:
-            numbers: List[float] = [*box["bbox"], box["score"]]
-            good = len(numbers) == 5 and all(map(math.isfinite, numbers))
-            good = good and box["image_id"] in image_ids and box["category_id"] in category_ids
-        except (KeyError, TypeError):
-            good = False
-        if not good:
+        fault = _fault(box, image_ids, category_ids)
+        if fault:
             raise MeasurementError(
-                f"detection {index} is {box!r:.200}; expected image_id and category_id of the annotation file, "
-                "bbox [x, y, width, height] and score, all finite. Check the model's outputs and its contract."
+                f"detection {index} is {box!r:.200}: {fault}; expected image_id and category_id of the annotation "
+                "file, bbox [x, y, width, height] in pixels and score. Check the model's outputs and its contract, or "
+                "the file's origin."
             )
+
+
+def _fault(box: Any, image_ids: Any, category_ids: Any) -> str:
+    """What is wrong with a COCO result, or nothing."""
+    try:
+        image_id, category_id, score = box["image_id"], box["category_id"], box["score"]
+        x, y, width, height = box["bbox"]
+        if not all(map(math.isfinite, (x, y, width, height, score))):
+            return "a number is not finite"
+        if width < 0 or height < 0:
+            return "its size is negative"
+        if image_id not in image_ids:
+            return f"no image that is measured has the id {image_id!r}"
+        if category_id not in category_ids:
+            return f"no category has the id {category_id!r}"
+    except (KeyError, TypeError, ValueError):
+        return "a key is missing or of a wrong type"
+    return ""
 
 
 def _annotation(number: int, box: Mapping[str, Any]) -> Dict[str, Any]:
@@ -97,6 +145,17 @@ def _annotation(number: int, box: Mapping[str, Any]) -> Dict[str, Any]:
 def _mean(precision: np.ndarray) -> Optional[float]:
     counted = precision[precision > -1]
     return float(counted.mean()) if counted.size else None
+
+
+def _curve(precision: np.ndarray) -> Optional[List[float]]:
+    """
+    The mean over thresholds and the classes that have boxes.
+
+    Args:
+        precision: (IoU, recall, class).
+    """
+    counted = precision[:, :, (precision > -1).all(axis=(0, 1))]
+    return np.round(counted.mean(axis=(0, 2)), 4).tolist() if counted.size else None
 
 
 def _known(value: float) -> Optional[float]:

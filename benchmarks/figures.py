@@ -1,25 +1,19 @@
-"""The report's pictures, as numbers that the template draws: the plot of speed against AP, and the gallery."""
+"""The report's charts, as numbers that the template draws: all places are pixels of the chart."""
 
 from __future__ import annotations
 
-import base64
 import math
-from pathlib import Path
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
-import cv2
-
-from benchmarks.subject import ROLES
-from deploy.dataset import read_image
-from deploy.errors import DataError
+import numpy as np
 
 PLOT_WIDTH_PX, PLOT_HEIGHT_PX = 600, 380
 _LEFT, _RIGHT, _TOP, _BOTTOM = 54, PLOT_WIDTH_PX - 18, 14, PLOT_HEIGHT_PX - 48
 _LETTER_WIDTH_PX, _LABEL_HEIGHT_PX = 8.6, 17  # of a wide 14 px sans-serif
-GALLERY_SIDE_PX = 480
-DRAWN_SCORE = 0.3
-COLOURS = 8
-"""How many class colours the style sheet has; further classes start again."""
+DISTRIBUTION_WIDTH_PX, DISTRIBUTION_ROW_PX = 460, 44
+CURVE_SIDE_PX = 320
+LINE_STYLES = 8
+"""How many line styles the style sheet has; further models start again."""
 
 
 class Rectangle(NamedTuple):
@@ -71,6 +65,7 @@ def plot_from_points(
         "height": PLOT_HEIGHT_PX,
         "area": Rectangle(_LEFT, _TOP, _RIGHT, _BOTTOM)._asdict(),
         "within": within,
+        "front": _path([centres[index] for index in pareto_front(points)]),
         "x_ticks": [{"px": x_px(value), "text": f"{value:g}"} for value in x_ticks],
         "y_ticks": [{"px": y_px(value), "text": f"{value:g}"} for value in y_ticks],
         "points": [
@@ -78,6 +73,85 @@ def plot_from_points(
             for point, (x, y), label in zip(points, centres, labels)
         ],
     }
+
+
+def pareto_front(points: Sequence[Mapping[str, Any]]) -> List[int]:
+    """Indices of the points than which none is both as fast and more accurate, or faster and as accurate; by speed."""
+    front: List[int] = []
+    for index in sorted(range(len(points)), key=lambda one: (points[one]["ms"], -points[one]["ap_points"])):
+        if not front or points[index]["ap_points"] > points[front[-1]]["ap_points"]:
+            front.append(index)
+    return front
+
+
+def distribution_from_samples(samples_ms: Mapping[str, Sequence[float]]) -> Optional[Dict[str, Any]]:
+    """
+    What the template draws of latencies, each against its own median; None without samples.
+
+    Per title the 5th, 25th, 50th, 75th, 95th and 99th percentile in ms and in pixels, and the longest in ms. A p99
+    beyond three medians is drawn at three.
+    """
+    if not samples_ms:
+        return None
+    names = ("p5", "p25", "p50", "p75", "p95", "p99", "max")
+    left, right = 22, DISTRIBUTION_WIDTH_PX - 26
+    rows: List[Dict[str, Any]] = []
+    for index, (title, samples) in enumerate(samples_ms.items()):
+        percentiles = np.percentile(samples, [5, 25, 50, 75, 95, 99, 100]).tolist()
+        ratios = [min(value / percentiles[2], 3.0) for value in percentiles[:-1]]
+        rows.append(
+            {
+                "title": title,
+                "y": index * DISTRIBUTION_ROW_PX + 28,
+                "ms": dict(zip(names, percentiles)),
+                "x": dict(zip(names, ratios)),
+            }
+        )
+    ticks = ticks_linear([ratio for row in rows for ratio in row["x"].values()])
+
+    def x_px(ratio: float) -> float:
+        return round(left + (ratio - ticks[0]) / (ticks[-1] - ticks[0]) * (right - left), 1)
+
+    for row in rows:
+        row["x"] = {name: x_px(ratio) for name, ratio in row["x"].items()}
+    bottom = len(rows) * DISTRIBUTION_ROW_PX + 6
+    return {
+        "width": DISTRIBUTION_WIDTH_PX,
+        "height": bottom + 44,
+        "bottom": bottom,
+        "rows": rows,
+        "ticks": [{"px": x_px(value), "text": f"{100 * value:.0f} %"} for value in ticks],
+    }
+
+
+def curves_from_precisions(precisions: Mapping[str, Optional[Sequence[float]]]) -> Dict[str, Any]:
+    """What the template draws of precision against recall: a line per title, whose style is its place among all."""
+    left, top, side = 40, 10, CURVE_SIDE_PX - 40 - 12
+
+    def place(recall: float, precision: float) -> Tuple[float, float]:
+        return round(left + recall * side, 1), round(top + (1 - precision) * side, 1)
+
+    lines = []
+    for index, (title, curve) in enumerate(precisions.items()):
+        if curve is not None:
+            recalls = np.linspace(0, 1, len(curve)).tolist()
+            path = _path([place(recall, precision) for recall, precision in zip(recalls, curve)])
+            lines.append({"title": title, "style": index % LINE_STYLES, "path": path, "mean": float(np.mean(curve))})
+    ticks = [
+        {"x": place(value, 0)[0], "y": place(0, value)[1], "text": f"{value:g}"} for value in (0, 0.25, 0.5, 0.75, 1)
+    ]
+    return {
+        "side": CURVE_SIDE_PX,
+        "height": top + side + 42,
+        "area": Rectangle(left, top, left + side, top + side)._asdict(),
+        "ticks": ticks,
+        "lines": lines,
+    }
+
+
+def _path(places: Sequence[Tuple[float, float]]) -> str:
+    """SVG's path through these places."""
+    return "M" + "L".join(f"{x:g} {y:g}" for x, y in places)
 
 
 def _text(x: float, label: Rectangle) -> Dict[str, Any]:
@@ -143,66 +217,3 @@ def _around(x: float, y: float, width: float, distance: float) -> List[Tuple[flo
         (right, beside), (left, beside), (middle, above), (middle, below),
         (right, above), (right, below), (left, above), (left, below),
     ]  # fmt: skip
-
-
-def gallery_from_samples(
-    models: Mapping[str, Sequence[Mapping[str, Any]]], images_dir: str, class_names: Sequence[str]
-) -> Tuple[List[Dict[str, Any]], List[str]]:
-    """
-    (pictures, names of images that could not be used): each picture once, as a JPEG data URI, with a panel per model.
-
-    Args:
-        models: role -> the `samples` of its accuracy result.
-    """
-    pictures, missing = [], []
-    by_name = {role: {sample["file_name"]: sample for sample in samples} for role, samples in models.items()}
-    first = next(iter(models.values()), ())
-    for sample in first:
-        name = sample["file_name"]
-        uri = _data_uri(Path(images_dir) / name, (sample["width_px"], sample["height_px"]))
-        if uri is None:
-            missing.append(name)
-            continue
-        panels = [{"title": "Annotated", "boxes": _drawn(sample["annotated"], class_names)}]
-        panels += [
-            {"title": ROLES.get(role, role), "boxes": _drawn(samples[name]["detected"], class_names)}
-            for role, samples in by_name.items()
-            if name in samples
-        ]
-        pictures.append(
-            {"name": name, "width": sample["width_px"], "height": sample["height_px"], "uri": uri, "panels": panels}
-        )
-    return pictures, missing
-
-
-def _data_uri(path: Path, wh_px: Tuple[int, int]) -> Optional[str]:
-    try:
-        image = read_image(path)
-    except DataError:
-        return None
-    if (image.shape[1], image.shape[0]) != wh_px:
-        return None  # another image of the same name
-    scale = min(1.0, GALLERY_SIDE_PX / max(wh_px))
-    small = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-    _, jpeg = cv2.imencode(".jpg", small, [cv2.IMWRITE_JPEG_QUALITY, 80])
-    return "data:image/jpeg;base64," + base64.b64encode(jpeg.tobytes()).decode("ascii")
-
-
-def _drawn(boxes: Sequence[Mapping[str, Any]], class_names: Sequence[str]) -> List[Dict[str, Any]]:
-    drawn = []
-    for box in boxes:
-        score = box.get("score")
-        if score is not None and score < DRAWN_SCORE:
-            continue
-        left, top, right, bottom = box["box_xyxy"]
-        drawn.append(
-            {
-                "x": left,
-                "y": top,
-                "width": round(right - left, 1),
-                "height": round(bottom - top, 1),
-                "colour": box["label"] % COLOURS,
-                "text": class_names[box["label"]] + ("" if score is None else f" {score:.2f}"),
-            }
-        )
-    return drawn

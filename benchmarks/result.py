@@ -4,21 +4,28 @@ Versioned result files: what was measured, of which file, on which images, where
 `accuracy` and `latency` write them, `report` reads them. The versions of the format:
 
 1: the first.
+2: every file has the hash of its own content (`content_sha256`). Accuracy: `detections` names the file beside the
+   result that holds them, in place of `samples`; `numbers` also has `best_f1`, `best_f1_per_class`, `found_scores`,
+   `pr_curves`, `bootstrap` and `against`. Latency: the stages `read`, `host_to_device` and `device_to_host`, null where
+   a runtime has none; the statistics `p95` and `max`; whether runs compare, memory, power, throughput.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
-from typing import Any, Dict, Mapping, Tuple, Union
+from typing import Any, Dict, Mapping, Sequence, Tuple, Union
 
 from benchmarks.coco import METRICS
 from deploy.contract import provenance
 from deploy.errors import MeasurementError
 from deploy.files import AnyPath, read_json, write_json
 
-RESULT_VERSION = 1
-STAGES = ("preprocess", "inference", "postprocess", "total")
-STATISTICS = ("median", "mean", "p90", "p99")
+RESULT_VERSION = 2
+STAGES = ("read", "preprocess", "host_to_device", "inference", "device_to_host", "postprocess", "total")
+"""Of a detection. `total` is all of it but for `read`, from the decoded image to the detections."""
+STATISTICS = ("median", "mean", "p90", "p95", "p99", "max")
 
 _NUMBER = (int, float)
 _NUMBER_OR_NULL = (int, float, type(None))
@@ -36,19 +43,50 @@ _COMMON: Dict[str, Any] = {
     "versions": dict,
     "created_utc": str,
 }  # fmt: skip
-_KINDS: Dict[str, Dict[str, Any]] = {
+_KINDS: Dict[str, Dict[str, Any]] = {  # a list holds the keys of an object that may also be null
     "accuracy": {
-        "numbers": {**dict.fromkeys(METRICS, _NUMBER_OR_NULL), "per_class": dict},
-        "samples": list,
+        "numbers": {
+            **dict.fromkeys(METRICS, _NUMBER_OR_NULL),
+            "per_class": dict,
+            "best_f1": (dict, type(None)),
+            "best_f1_per_class": dict,
+            "found_scores": dict,
+            "pr_curves": {"AP50": dict, "AP": dict},
+            "bootstrap": {"seed": int, "ap": list},
+            "against": (dict, type(None)),
+        },
+        "detections": {"file": str, "sha256": str, "count": int},
     },
     "latency": {
         "numbers": {
-            "summary_ms": {stage: dict.fromkeys(STATISTICS, _NUMBER) for stage in STAGES},
-            "samples_ms": dict.fromkeys(STAGES, list),
+            "summary_ms": {
+                stage: statistics if stage == "total" else [statistics]
+                for statistics in [dict.fromkeys(STATISTICS, _NUMBER)]
+                for stage in STAGES
+            },
+            "samples_ms": {**dict.fromkeys(STAGES, (list, type(None))), "total": list},
             "stable": bool,
             "spread": _NUMBER,
+            "comparable": bool,
+            "comparable_reasons": list,
             "threads": (int, type(None)),
             "description": str,
+            "warmup_runs": int,
+            "mode": str,
+            "fps": _NUMBER_OR_NULL,
+            "late_frames": (int, type(None)),
+            "memory_mib": {"host_peak": _NUMBER_OR_NULL, "device_peak": _NUMBER_OR_NULL},
+            "power": [
+                {
+                    "idle_w": _NUMBER,
+                    "load_w": _NUMBER,
+                    "energy_mj_per_inference": _NUMBER,
+                    "energy_above_idle_mj_per_inference": _NUMBER,
+                    "source": str,
+                }
+            ],
+            "power_reason": _STRING_OR_NULL,
+            "sweep": (list, type(None)),
         },
     },
 }
@@ -63,7 +101,27 @@ def write_result(path: AnyPath, result: Mapping[str, Any], inputs: Mapping[str, 
     """
     document = {"result_version": RESULT_VERSION, **provenance(inputs), **result}
     check_result(document, path)
-    write_json(path, document)
+    write_json(path, sealed(document))
+
+
+def sealed(document: Mapping[str, Any]) -> Dict[str, Any]:
+    """`document` with the hash of its content, which `check_seal` compares."""
+    return {**document, "content_sha256": _content_sha256(document)}
+
+
+def check_seal(document: Mapping[str, Any], path: AnyPath) -> None:
+    """Raises MeasurementError if the content is not what was written."""
+    recorded, found = document.get("content_sha256"), _content_sha256(document)
+    if recorded != found:
+        raise MeasurementError(
+            f"{path} was edited: the hash of its content is {found[:12]}..., content_sha256 says "
+            f"{str(recorded)[:12]}... Bring back the original, or measure again."
+        )
+
+
+def _content_sha256(document: Mapping[str, Any]) -> str:
+    content = {key: value for key, value in document.items() if key != "content_sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def read_result(path: AnyPath) -> Dict[str, Any]:
@@ -71,12 +129,13 @@ def read_result(path: AnyPath) -> Dict[str, Any]:
     The checked content of a result file.
 
     Raises:
-        MeasurementError: it is missing, truncated, of another version or kind, or lacks a key.
+        MeasurementError: it is missing, truncated, edited, of another version or kind, or lacks a key.
     """
     document = read_json(
         path, MeasurementError, "a result file of benchmarks.accuracy or benchmarks.latency; measure again"
     )
     check_result(document, path)
+    check_seal(document, path)
     return document
 
 
@@ -95,12 +154,30 @@ def check_result(document: Any, path: AnyPath) -> None:
     _check_keys(document, {**_COMMON, **_KINDS[document["kind"]]}, str(path), "")
 
 
+def check_same_data(read: Sequence[Tuple[AnyPath, Mapping[str, Any]]]) -> None:
+    """Raises MeasurementError if the results are of different annotations, classes or numbers of evaluated images."""
+    for key in ("annotations_sha256", "class_names", "images"):
+        of_kind = [pair for pair in read if key != "images" or pair[1]["kind"] == "accuracy"]
+        for path, result in of_kind[1:]:
+            first_path, first = of_kind[0]
+            if result["data"][key] != first["data"][key]:
+                raise MeasurementError(
+                    f"{path} and {first_path} differ in data.{key}: "
+                    f"{result['data'][key]!r:.80} and {first['data'][key]!r:.80}. "
+                    "Numbers from different data do not compare: measure all models on the same images."
+                )
+
+
 def _check_keys(found: Any, expected: Mapping[str, Any], path: str, prefix: str) -> None:
     for key, kind in expected.items():
         name = prefix + key
         if key not in found:
             raise MeasurementError(f"{path}: the key {name} is missing; the file was changed or cut. Measure again.")
         value = found[key]
+        if isinstance(kind, list):
+            if value is None:
+                continue
+            (kind,) = kind
         if isinstance(kind, dict):
             _check_keys(value if isinstance(value, dict) else {}, kind, path, f"{name}.")
         elif not _is_a(value, kind):

@@ -37,7 +37,7 @@ class Subject:
     weights: Path
     """The file whose hash and size count."""
     format: str
-    """'onnx', 'engine' or 'torch'."""
+    """'onnx', 'engine', 'torch', or 'detections': COCO results of a detector that is not here."""
     sidecar: Dict[str, Any]
 
     @property
@@ -80,6 +80,19 @@ def load_subject(path: str) -> Subject:
     return Subject(model, model, model.suffix[1:], read_sidecar(model))
 
 
+def load_detections_subject(path: str) -> Subject:
+    """
+    A file of COCO results, anybody's, in place of a model. It needs no sidecar: that it fits is checked box by box.
+
+    Raises:
+        MeasurementError: there is no such file.
+    """
+    model = Path(path)
+    if not model.is_file():
+        raise MeasurementError(f"no such file: {model}; expected COCO results")
+    return Subject(model, model, "detections", {"artefact": {"sha256": sha256_of(model)}})
+
+
 def load_data(arguments: argparse.Namespace, check_files: bool) -> CocoSet:
     """
     The images that the arguments name.
@@ -107,9 +120,9 @@ def check_fits(contract: ModelContract, data: CocoSet, subject: Subject) -> None
             f"{subject.path} and {data.annotations_path} differ in their classes (name: category id): the model has "
             f"{model}, the annotations {annotated}. Measure on the data set that the model was made for."
         )
-    if contract.input_shape[0] != 1:
+    if contract.input_shape[0] not in (1, -1):
         raise MeasurementError(
-            f"{subject.path} takes {contract.input_shape[0]} images at once; expected 1: export it again"
+            f"{subject.path} takes {contract.input_shape[0]} images at once; expected 1, or any number: export it again"
         )
 
 

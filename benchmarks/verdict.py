@@ -1,24 +1,38 @@
-"""Roll out or not: limits on the model that ships, judged on the rows of the report's table."""
+"""Roll out or not: limits on the model that ships, judged on what was measured and how sure that is."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
+import math
+from typing import Any, Dict, List, Mapping, Optional, Sequence
 
-from benchmarks.wording import amount, ms, points, signed_points
-from deploy.errors import MeasurementError
+from benchmarks.wording import amount, amount_between, ms, points, signed_points
+from deploy.errors import ConfigError, MeasurementError, MissingDependencyError
+from deploy.files import AnyPath
 
 Row = Dict[str, Any]
 """One model of the report: see `benchmarks.report.rows_from_groups`."""
+ROUNDING = 1e-9
+"""48.0 - 47.0 points is 1 + 1e-15 in binary."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A number with the bounds between which it lies with 95 % confidence; both are the number where none are known."""
+
+    value: float
+    low: float
+    high: float
+
+    def times(self, factor: float) -> Estimate:
+        bounds = sorted((factor * self.low, factor * self.high))
+        return Estimate(factor * self.value, *bounds)
 
 
 def latency_ms(row: Row, stage: str, statistic: str) -> Optional[float]:
-    """A statistic of a stage's latency in ms; None if it was not measured."""
-    return row["latency_ms"][stage][statistic] if row["latency_ms"] else None
-
-
-def _points(fraction: Optional[float], sign: int) -> Optional[float]:
-    return None if fraction is None else sign * 100 * fraction
+    """A statistic of a stage's latency in ms; None if it was not measured or the runtime has no such stage."""
+    summary = row["latency_ms"][stage] if row["latency_ms"] else None
+    return summary[statistic] if summary else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,10 +43,12 @@ class LimitKind:
     title: str
     unit: str
     at_most: bool
-    measure: Callable[[Row], Optional[float]]
-    """The row of the model that ships -> the number compared; None where results are missing."""
-    compares: bool = False
-    """Whether it compares with the teacher."""
+    estimate: str
+    """Which of the row's estimates is compared."""
+    needs: str
+    """What has to be measured for it."""
+    factor: float = 1.0
+    """From the estimate to the limit's unit."""
 
     @property
     def flag(self) -> str:
@@ -43,23 +59,75 @@ class LimitKind:
         return "at most" if self.at_most else "at least"
 
 
+_NEEDS_TEACHER = "the {}{{}} and of a teacher to compare it with"
 LIMITS = (
     LimitKind(
-        "max_ap_drop", "AP drop against the teacher", "points", True, lambda row: _points(row["AP_gain"], -1), True
+        "max_ap_drop", "AP drop against the teacher", "points", True, "AP_gain", _NEEDS_TEACHER.format("accuracy"), -100
     ),
-    LimitKind("min_ap", "AP", "points", False, lambda row: _points(row["AP"], 1)),
-    LimitKind("max_latency_ms", "Median latency", "ms", True, lambda row: latency_ms(row, "total", "median")),
-    LimitKind("max_p99_ms", "p99 latency", "ms", True, lambda row: latency_ms(row, "total", "p99")),
-    LimitKind("min_speedup", "Speed-up against the teacher", "times", False, lambda row: row["speedup"], True),
-)
-
-
+    LimitKind("min_ap", "AP", "points", False, "AP", "the accuracy{}", 100),
+    LimitKind("max_latency_ms", "Median latency", "ms", True, "median_ms", "the latency{}"),
+    LimitKind("max_p99_ms", "p99 latency", "ms", True, "p99_ms", "the latency{}"),
+    LimitKind(
+        "min_speedup", "Speed-up against the teacher", "times", False, "speedup", _NEEDS_TEACHER.format("latency")
+    ),
+    LimitKind("max_memory_mib", "Peak memory", "MiB", True, "memory_mib", "the latency{}, with its peak memory"),
+    LimitKind(
+        "max_energy_mj", "Energy per inference", "mJ", True, "energy_mj",
+        "the latency{}, on a device that tells its power",
+    ),
+)  # fmt: skip
 _DEMAND = {"at most": "allowed", "at least": "required"}
+
+
+def limits_from_file(path: AnyPath) -> Dict[str, float]:
+    """
+    Key of LIMITS -> number, from a TOML file of lines such as `max_ap_drop = 1.5`.
+
+    Raises:
+        ConfigError: it cannot be read, or has a key or value that is no limit.
+        MissingDependencyError: Python before 3.11 needs tomli.
+    """
+    try:
+        import tomllib  # novermin: asked for next
+    except ImportError:
+        try:
+            import tomli as tomllib
+        except ImportError as error:
+            raise MissingDependencyError("tomli", f"reading {path} with this Python", "pip install tomli") from error
+    try:
+        with open(path, "rb") as file:
+            document = tomllib.load(file)
+    except OSError as error:
+        raise ConfigError(f"cannot read {path} ({error.strerror}); expected a file of limits") from error
+    except ValueError as error:  # also what is not UTF-8
+        raise ConfigError(f"{path} is not TOML ({error}); expected lines such as: max_ap_drop = 1.5") from error
+    keys = [kind.key for kind in LIMITS]
+    for key, value in document.items():
+        if key not in keys:
+            raise ConfigError(f"{path}: {key} is no limit; expected some of {', '.join(keys)}")
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ConfigError(f"{path}: {key} is {value!r:.80}; expected a number")
+    return {key: float(value) for key, value in document.items()}
+
+
+def check_limits(allowed: Mapping[str, float]) -> None:
+    """Raises ConfigError for a number that no limit can have."""
+    for key, value in allowed.items():
+        flag = "--" + key.replace("_", "-")
+        if not math.isfinite(value):
+            raise ConfigError(f"{flag} is {value}; expected a number")
+        if key != "max_ap_drop" and value <= 0:
+            raise ConfigError(f"{flag} is {value}; expected a positive number")
+    if allowed.get("min_ap", 1) < 1:
+        raise ConfigError(
+            f"--min-ap is {allowed['min_ap']}; expected points, 1 to 100: {100 * allowed['min_ap']:g} for that fraction"
+        )
 
 
 def judge(ship: Row, allowed: Mapping[str, float]) -> List[Dict[str, Any]]:
     """
-    Each limit with what was measured and whether it holds.
+    Each limit with what was measured, its bounds, and the outcome: 'pass', 'fail' or, where the limit lies between the
+    bounds, 'cannot tell'.
 
     Args:
         allowed: key of LIMITS -> number.
@@ -71,33 +139,44 @@ def judge(ship: Row, allowed: Mapping[str, float]) -> List[Dict[str, Any]]:
     for kind in LIMITS:
         if kind.key not in allowed:
             continue
-        measured = kind.measure(ship)
-        if measured is None:
-            kinds = "accuracy" if kind.unit == "points" else "latency"
-            teacher = " and of a teacher to compare it with" if kind.compares else ""
-            raise MeasurementError(
-                f"{kind.flag} cannot be judged: it needs the {kinds} of {ship['role']!r}, which is to ship{teacher}. "
-                "Give these result files too."
-            )
-        limit = allowed[kind.key]
-        over = measured - limit if kind.at_most else limit - measured
+        known = ship["estimates"][kind.estimate]
+        if known is None:
+            needs = kind.needs.format(f" of {ship['role']!r}, which is to ship")
+            raise MeasurementError(f"{kind.flag} cannot be judged: it needs {needs}. Give these result files too.")
+        measured = Estimate(**known).times(kind.factor)
         judged.append(
             {
                 "flag": kind.flag,
                 "title": kind.title,
                 "unit": kind.unit,
                 "bound": kind.bound,
-                "allowed": limit,
-                "measured": measured,
-                "passed": over <= 1e-9,  # 48.0 - 47.0 points is 1 + 1e-15 in binary
+                "allowed": allowed[kind.key],
+                "measured": measured.value,
+                "low": measured.low,
+                "high": measured.high,
+                "outcome": outcome(measured, allowed[kind.key], kind.at_most),
             }
         )
     return judged
 
 
+def outcome(measured: Estimate, limit: float, at_most: bool) -> str:
+    """'pass' or 'fail' where both bounds are on one side of the limit, else 'cannot tell'."""
+    best, worst = (measured.low, measured.high) if at_most else (-measured.high, -measured.low)
+    most = (limit if at_most else -limit) + ROUNDING
+    return "pass" if worst <= most else "fail" if best > most else "cannot tell"
+
+
+def words_of_limit(limit: Mapping[str, Any]) -> str:
+    """One limit as a clause: what was measured, between which bounds, and what is allowed."""
+    return (
+        f"{limit['title']} is {amount(limit['measured'], limit['unit'])}{amount_between(limit)}, {limit['bound']} "
+        f"{amount(limit['allowed'], limit['unit'])} is {_DEMAND[limit['bound']]}"
+    )
+
+
 def verdict_from_limits(ship: Row, limits: Sequence[Mapping[str, Any]]) -> Dict[str, Any]:
-    """`ship`, `roll_out` (None without limits), `label` and the verdict in one `sentence`."""
-    failed = [limit for limit in limits if not limit["passed"]]
+    """`ship`, `outcome`, `roll_out` (None without limits), `label` and the verdict in one `sentence`."""
     facts = []
     if ship["AP"] is not None:
         against = f" ({signed_points(ship['AP_gain'])} against the teacher)" if ship["AP_gain"] is not None else ""
@@ -106,16 +185,22 @@ def verdict_from_limits(ship: Row, limits: Sequence[Mapping[str, Any]]) -> Dict[
         times = f", {ship['speedup']:.1f} times the teacher's speed" if ship["speedup"] is not None else ""
         facts.append(f"median {ms(latency_ms(ship, 'total', 'median'))} ms{times}")
     known = "; ".join(facts)
+    failed, unsure = ([one for one in limits if one["outcome"] == what] for what in ("fail", "cannot tell"))
     if not limits:
-        roll_out, label = None, "No limits given"
+        found, label = "no limits", "No limits given"
         sentence = f"No limits were given, so there is no verdict on {ship['title']}: {known}."
     elif failed:
-        roll_out, label = False, "Do not roll out"
-        reasons = [f"{one['title']} is {amount(one['measured'], one['unit'])}, {one['bound']} "
-                   f"{amount(one['allowed'], one['unit'])} is {_DEMAND[one['bound']]}" for one in failed]  # fmt: skip
-        sentence = f"Do not roll out {ship['title']}: {'; '.join(reasons)}."
+        found, label = "fail", "Do not roll out"
+        sentence = f"Do not roll out {ship['title']}: {'; '.join(map(words_of_limit, failed))}."
+    elif unsure:
+        found, label = "cannot tell", "Cannot tell"
+        sentence = (
+            f"It cannot be told whether to roll out {ship['title']}: {'; '.join(map(words_of_limit, unsure))}. "
+            "More test images, or more runs, narrow the bounds."
+        )
     else:
-        roll_out, label = True, "Roll out"
+        found, label = "pass", "Roll out"
         hold = "the limit holds" if len(limits) == 1 else f"all {len(limits)} limits hold"
         sentence = f"Roll out {ship['title']}: {known}; {hold}."
-    return {"ship": ship["role"], "roll_out": roll_out, "label": label, "sentence": sentence}
+    roll_out = None if found == "no limits" else found == "pass"
+    return {"ship": ship["role"], "outcome": found, "roll_out": roll_out, "label": label, "sentence": sentence}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import Any, Mapping, Optional
 
 UNKNOWN = "\N{EN DASH}"
 MINUS = "\N{MINUS SIGN}"
@@ -49,6 +49,38 @@ def percent(part: float, whole: float) -> str:
 def amount(value: float, unit: str) -> str:
     """A number of a limit: finer than the table's, so that a near miss shows as one."""
     return times(value) if unit == "times" else f"{value:.2f} {unit}"
+
+
+def amount_between(limit: Mapping[str, Any]) -> str:
+    """The bounds of a limit's number, in brackets; nothing where none are known."""
+    if limit["low"] == limit["high"]:
+        return ""
+    return f" ({limit['low']:.2f} to {limit['high']:.2f})".replace("-", MINUS)
+
+
+def between_points(low: Optional[float], high: Optional[float]) -> str:
+    """The bounds of a difference in points; nothing where none are known."""
+    return "" if low is None or high is None else f"{signed_points(low)} to {signed_points(high)}"
+
+
+def part(fraction: Optional[float]) -> str:
+    """A fraction in percent, without decimals."""
+    return UNKNOWN if fraction is None else f"{100 * fraction:.0f} %".replace("-", MINUS)
+
+
+def decimals(value: Optional[float], digits: int = 2) -> str:
+    """A plain number."""
+    return UNKNOWN if value is None else f"{value:.{digits}f}".replace("-", MINUS)
+
+
+def count(value: Optional[int]) -> str:
+    """A whole number."""
+    return UNKNOWN if value is None else str(value)
+
+
+def signed_score(value: Optional[float]) -> str:
+    """A difference of scores with its sign."""
+    return UNKNOWN if value is None else f"{value:+.2f}".replace("-", MINUS)
 
 
 def cell(text: str) -> str:

@@ -4,8 +4,8 @@ What CrossKD has to know of a dense head: how to split it at tower layer k, and 
 A dense head is two towers of convolutions (classification, regression) over each pyramid level, then predictors. The
 tap k is the output of tower layer k after its activation; tap 0 is the pyramid feature itself.
 
-A family of heads is one small class, registered by the type of the head (crosskd/families): `loss_by_outputs` and two
-constants are all that it has to write.
+A family of heads is one small class, registered by the type of the head (crosskd/families): `loss_by_outputs`, two
+constants and, to be deployed, `decode` are all that it has to write.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, TypeVar
 
@@ -22,9 +23,10 @@ from torch.nn import functional
 
 from crosskd.losses import kd_quality_focal_loss
 from crosskd.ops import register_mmcv_ops
-from deploy.errors import ConfigError
+from deploy.errors import ConfigError, ExportError
 
 register_mmcv_ops()  # before mmdet is imported, which asks for them then
+from mmdet.models.task_modules.coders import DeltaXYWHBBoxCoder  # noqa: E402
 from mmdet.utils import reduce_mean  # noqa: E402
 
 Taps = list[tuple[Tensor, ...]]
@@ -68,6 +70,8 @@ class HeadFamily:
     """Loss key -> weight, as published for the family; `loss_feat_kd` is PKD's."""
     towers: ClassVar[tuple[str, ...]] = ("cls_convs", "reg_convs")
     """The head's attributes that hold the layers of its towers: a list, or a list per level."""
+    threshold_in_graph: ClassVar[bool] = False
+    """Whether `decode` returns a factor: mmdet's score threshold then belongs before it, and so into the graph."""
 
     @contextlib.contextmanager
     def recorded_pass(
@@ -177,6 +181,28 @@ class HeadFamily:
             "distributions; expected a GFLHead. Choose another method."
         )
 
+    def decode(self, head: nn.Module, level: int, priors: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
+        """
+        Boxes (N, P, 4), x1 y1 x2 y2 in pixels, and scores (N, P, classes), 0 to 1, of a level, for deploy.export.
+
+        A third tensor, (N, P), is a factor by which mmdet multiplies the scores after it has chosen the best by the
+        scores alone.
+
+        Args:
+            priors: anchors (P, 4) or points (P, 2), pixels.
+            rows: of each kind of map, in the order in which the head's forward returns them in eval mode, (N, P,
+                channels of one anchor or point).
+        """
+        raise NotImplementedError
+
+    def traceable(self, head: nn.Module) -> nn.Module:
+        """The head, or what computes the same and takes any number of images in a traced graph."""
+        return head
+
+    def note_of_export(self, head: nn.Module) -> str:
+        """What a user has to know of how the exported model differs from mmdet's detector; empty for nothing."""
+        return ""
+
 
 FAMILIES: dict[str, HeadFamily] = {}
 """Type of head -> its family; crosskd/families fills it."""
@@ -207,6 +233,11 @@ def family_of(head: nn.Module) -> HeadFamily:
             "says how to add one; the method 'pkd' works with any."
         )
     return FAMILIES[name]
+
+
+def heads_with_decoder() -> list[str]:
+    """The types of heads that can be exported: those whose family decodes their boxes."""
+    return sorted(name for name, family in FAMILIES.items() if type(family).decode is not HeadFamily.decode)
 
 
 def check_heads_match(student: nn.Module, teacher: nn.Module, parts: Sequence[str], split: int | None = None) -> None:
@@ -278,6 +309,35 @@ def priors_of_maps(head: nn.Module, maps: Sequence[Tensor]) -> list[Tensor]:
     sizes = [m.shape[-2:] for m in maps]
     priors = head.prior_generator.grid_priors(sizes, device=maps[0].device)
     return [level.repeat(maps[0].shape[0], 1) for level in priors]
+
+
+def stride_of_level(head: nn.Module, level: int) -> float:
+    """Pixels between two neighbouring places of a level, the same along x and y."""
+    return float(head.prior_generator.strides[level][0])
+
+
+def boxes_from_sides(points: Tensor, sides: Tensor) -> Tensor:
+    """(N, P, 4) x1 y1 x2 y2 from points (P, 2) and distances to left, top, right, bottom (N, P, 4)."""
+    return torch.cat([points - sides[..., :2], points + sides[..., 2:]], dim=-1)
+
+
+def boxes_from_deltas(coder: Any, anchors: Tensor, deltas: Tensor) -> Tensor:
+    """
+    (N, P, 4) x1 y1 x2 y2 from anchors (P, 4) and deltas (N, P, 4), not clipped to the image.
+
+    Deltas are those of Faster R-CNN (arXiv 1506.01497, equation 2), scaled by the coder's means and stds.
+
+    Raises:
+        ExportError: the coder is another one.
+    """
+    if type(coder) is not DeltaXYWHBBoxCoder or coder.add_ctr_clamp:
+        raise ExportError(f"cannot export the box coder {coder}; can export DeltaXYWHBBoxCoder without add_ctr_clamp")
+    deltas = deltas * torch.tensor(coder.stds) + torch.tensor(coder.means)
+    centres, sizes = (anchors[:, :2] + anchors[:, 2:]) / 2, anchors[:, 2:] - anchors[:, :2]
+    longest = abs(math.log(16 / 1000))  # mmdet's wh_ratio_clip, beyond which a box cannot grow
+    halves = sizes * deltas[..., 2:].clamp(-longest, longest).exp() / 2
+    centres = centres + sizes * deltas[..., :2]
+    return torch.cat([centres - halves, centres + halves], dim=-1)
 
 
 def positives_of_batch(labels: Sequence[Tensor], num_classes: int) -> Tensor:

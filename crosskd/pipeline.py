@@ -21,7 +21,6 @@ from crosskd.config import load_config, path_beside
 from deploy.contract import read_sidecar
 from deploy.dataset import SPLITS, load_coco, split_paths
 from deploy.errors import ConfigError, PipelineError, command
-from deploy.export import DECODERS
 from deploy.files import check_writable, read_json, sha256_of, write_json
 from deploy.trt import load_cuda, load_tensorrt
 
@@ -86,13 +85,16 @@ def planned_stages(arguments: argparse.Namespace, config: Any) -> list[Stage]:
     Raises:
         ConfigError: the config is no distillation, or its student cannot be exported.
     """
+    import crosskd.families  # noqa: F401  registers them
+    from crosskd.heads import heads_with_decoder
+
     if config.model.type != "CrossKDDetector":
         raise ConfigError(f"{arguments.config}: model.type is {config.model.type}; expected CrossKDDetector")
     head = config.model.student.bbox_head.type
-    if head not in DECODERS:  # said before hours of training
+    if head not in heads_with_decoder():  # said before hours of training
         raise ConfigError(
-            f"{arguments.config}: the student's head is a {head}, which can be distilled but not exported; expected "
-            f"one of {', '.join(sorted(DECODERS))}. To train it, run crosskd.distill."
+            f"{arguments.config}: the student's head is a {head}, which cannot be exported; expected "
+            f"one of {', '.join(heads_with_decoder())}. To train it, run crosskd.distill."
         )
     out, data, seed = Path(arguments.output), arguments.data, str(arguments.seed)
     teacher, baseline, student = out / "teacher", out / "baseline", out / "student"
@@ -220,6 +222,8 @@ def is_up_to_date(stage: Stage) -> bool:
         made_by = [word for word in record["command"] if word != "--resume"]
         inputs = record["inputs"].values()
         same = made_by == stage.command and all(sha256_of(one["file"]) == one["sha256"] for one in inputs)
+        kept = record.get("detections")  # beside an accuracy result
+        same = same and (kept is None or sha256_of(stage.artefact.with_name(kept["file"])) == kept["sha256"])
     except (PipelineError, OSError, KeyError, TypeError, AttributeError):
         return False
     return same and (not stage.makes_run or noted_start(stage).get("config_sha256") in (None, config_sha256(stage)))

@@ -1,105 +1,225 @@
 """
-ONNX -> TensorRT engine, for this machine's GPU, checked against ONNX Runtime before it is kept.
+ONNX -> TensorRT engine, for this machine's device, checked against ONNX Runtime before it is kept.
 
     python -m deploy.build_trt student.onnx --fp16 -o student.fp16.engine
     python -m deploy.build_trt student.int8.onnx --int8 -o student.int8.engine
     python -m deploy.build_trt student.onnx --int8 --data DIR -o student.int8.engine
+    python -m deploy.build_trt student.int8.onnx --int8 --target 10.3       (only whether that version takes the graph)
 
-Needs TensorRT 10 or 11, onnx and one of cuda-python and pycuda, on the machine that will run the engine. Networks are
-strongly typed: the graph says which tensor has which precision (`deploy.precision`), so TensorRT 10, which also has
-builder flags for it, and TensorRT 11, which has none, build the same thing. Nothing falls back to another precision.
+Needs TensorRT 8.5 to 11.4, onnx and one of cuda-python and pycuda, on the machine that will run the engine; a check
+with --target needs onnx alone. The one ONNX file gives each TensorRT what it wants (`deploy.builder.recipe_for`): a
+graph whose types say everything to TensorRT 10 and 11, an FP32 graph and flags to TensorRT 8. Nothing falls back to
+another precision.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import subprocess
 import sys
 import time
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Dict, List, Mapping, NamedTuple, Optional, Sequence
 
-from deploy.contract import ModelContract, load_contract, write_sidecar
+from deploy.builder import (
+    SCALES,
+    BuildOptions,
+    Recipe,
+    build_plan,
+    check_options,
+    check_precision,
+    coverage,
+    default_timing_cache,
+    recipe_for,
+    typing_of,
+    typing_of_version,
+    write_engine,
+)
+from deploy.contract import ModelContract, load_contract, read_sidecar
 from deploy.errors import ConfigError, EngineBuildError, MissingDependencyError, command
-from deploy.files import check_writable, replacing
-from deploy.golden import TOLERANCES, check_agreement
-from deploy.session import OrtSession
-from deploy.trt import PlanSession, describe_machine, load_cuda, load_tensorrt, logger
+from deploy.files import check_writable
+from deploy.golden import TOLERANCES, check_agreement, words_of_agreement
+from deploy.session import OrtSession, Session
+from deploy.trt import PlanSession, describe_machine, load_cuda, load_tensorrt
 
 if TYPE_CHECKING:
     import onnx
 
+    from deploy.precision import TypedGraph
+
 
 @command
 def main(argv: Optional[List[str]] = None) -> int:
-    options = _parse(argv)
-    needed_for = f"building {options.output}"
+    arguments = _parse(argv)
+    _check_arguments(arguments)
+    options = options_from_arguments(arguments)
+    if arguments.target:
+        return _check_target(arguments, options)
+    machine = open_machine(arguments, options, arguments.output)
+    check_options(machine.trt, options, load_contract(arguments.model))
+    source = read_source(arguments.model, options.precision, arguments.data)
+    graph = _checked_graph(source, machine.recipe, machine.trt.__version__)
+    reference = _onnx_runtime(source.path)
+    try:
+        make_engine(
+            machine,
+            options,
+            arguments.output,
+            Graph(graph.model.SerializeToString(), graph.float_tensors, graph.kept, source.amax),
+            source.contract,
+            {"onnx": source.path},
+            _count_parameters(source.model),
+            reference,
+        )
+    finally:
+        if reference is not None:
+            reference.close()
+    return 0
+
+
+def _onnx_runtime(source: Path) -> Optional[Session]:
+    try:
+        return OrtSession(source)
+    except MissingDependencyError as error:
+        print(f"the engine is not compared with ONNX Runtime: {error}", file=sys.stderr)
+        return None
+
+
+class Machine(NamedTuple):
+    """What builds."""
+
+    trt: ModuleType
+    here: Dict[str, str]
+    """Of `deploy.trt.describe_machine`."""
+    recipe: Recipe
+    timing_cache: Optional[Path]
+    verbose: bool
+
+
+class Graph(NamedTuple):
+    """What is built from: a graph in the form of a recipe."""
+
+    model: bytes
+    float_tensors: Sequence[str]
+    kept: Mapping[str, Sequence[str]]
+    """As `deploy.precision.TypedGraph`."""
+    amax: Mapping[str, float]
+    """Of activations that have Q/DQ."""
+
+
+def open_machine(arguments: argparse.Namespace, options: BuildOptions, output: Path) -> Machine:
+    """
+    The TensorRT and the device here; both and the disk are asked for what is wanted before anything is done.
+
+    Args:
+        arguments: of `add_build_arguments`.
+
+    Raises:
+        MissingDependencyError, PipelineError: there is no TensorRT, no CUDA or no device.
+        EngineBuildError: as `recipe_for`.
+    """
+    needed_for = f"building {output}"
     trt = load_tensorrt(needed_for)
     cuda = load_cuda(needed_for)
     try:
         here = describe_machine(trt, cuda)
     finally:
         cuda.close()
-    check_strong_typing(trt)
-
-    from deploy.graph import count_parameters
-
-    for path in filter(None, (options.output, options.timing_cache)):
+    timing_cache = None if arguments.no_timing_cache else arguments.timing_cache or default_timing_cache(here)
+    for path in filter(None, (output, timing_cache)):
         check_writable(path)
-    source, model = typed_model(options.model, options.precision, options.data)
-    contract = load_contract(source)
+    return Machine(trt, here, recipe_for(options, typing_of(trt)), timing_cache, arguments.verbose)
+
+
+def make_engine(
+    machine: Machine,
+    options: BuildOptions,
+    output: Path,
+    graph: Graph,
+    contract: ModelContract,
+    inputs: Mapping[str, Path],
+    parameters: int,
+    reference: Optional[Session],
+) -> None:
+    """
+    Builds an engine, checks it, writes it with its sidecar and says what it is.
+
+    Args:
+        inputs: name -> file, for the sidecar.
+        reference: what the engine is compared with; None where there is nothing.
+
+    Raises:
+        EngineBuildError: it cannot be built, or is not right: nothing is kept.
+    """
+    trt, here, recipe, timing_cache, verbose = machine
     print(
-        f"building {options.output}: {options.precision}, TensorRT {here['tensorrt']}, {here['device']}",
-        file=sys.stderr,
+        f"building {output}: {_words(recipe, options)}, TensorRT {here['tensorrt']}, {here['device']}", file=sys.stderr
     )
     start = time.monotonic()
-    plan = build_plan(
-        trt, model.SerializeToString(), options.workspace_mib, options.opt_level, options.timing_cache, options.verbose
-    )
+    plan = build_plan(trt, graph.model, options, graph.float_tensors, graph.amax, timing_cache, verbose)
     build_s = round(time.monotonic() - start, 1)
-    golden = check_plan(trt, plan, source, contract, options.precision)
-    with replacing(options.output) as temporary:
-        temporary.write_bytes(plan)
+    found = coverage(trt, plan, options)
+    check_precision(found, options.precision)
+    golden = check_plan(trt, plan, reference, options) if reference is not None else None
     details = {
-        "precision": options.precision,
-        "parameters": count_parameters(model),
+        **dataclasses.asdict(options),
         **here,
-        "workspace_mib": options.workspace_mib,
-        "opt_level": options.opt_level,
+        **recipe._asdict(),
+        "timing_cache": None if timing_cache is None else str(timing_cache),
+        "kept_in_fp32": graph.kept if recipe.has_half else {},
+        "coverage": found,
+        "parameters": parameters,
         "build_s": build_s,
         "golden": golden,
     }
-    write_sidecar(options.output, {"onnx": source}, contract, details)
-    checked = (
-        f"{golden['matched']:.1%} of the best candidates as in ONNX Runtime"
-        if golden
-        else "NOT compared with ONNX Runtime"
-    )
-    print(f"{options.output}: {len(plan) / 2**20:.1f} MiB, built in {build_s:.0f} s, {checked}")
-    return 0
+    write_engine(output, plan, inputs, contract, details)
+    checked = words_of_agreement(golden) if golden else "NOT compared with ONNX Runtime"
+    print(f"{output}: {len(plan) / 2**20:.1f} MiB, built in {build_s:.0f} s, {checked}; {_layers(found)}")
 
 
 def _parse(argv: Optional[List[str]]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m deploy.build_trt", description="Build a TensorRT engine for this machine's GPU."
+        prog="python -m deploy.build_trt", description="Build a TensorRT engine for this machine's device."
     )
     parser.add_argument("model", type=Path, help="ONNX file with its sidecar")
-    precision = parser.add_mutually_exclusive_group()
-    precision.add_argument(
-        "--fp16", dest="precision", action="store_const", const="fp16", help="FP16 (default: FP32, without TF32)"
+    parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="data folder to calibrate on, for --int8 on a float graph, which is quantised first",
     )
-    precision.add_argument(
-        "--int8", dest="precision", action="store_const", const="int8",
-        help="INT8 where the graph has Q/DQ, FP16 elsewhere; a float graph is quantised first, which needs --data",
+    parser.add_argument("-o", "--output", type=Path, help="engine file to write, *.engine")
+    parser.add_argument(
+        "--target", metavar="VERSION",
+        help="write nothing: only check that this TensorRT (as 10.3) takes the graph; needs no TensorRT",
+    )  # fmt: skip
+    add_build_arguments(parser, "fp32")
+    return parser.parse_args(argv)
+
+
+def add_build_arguments(parser: argparse.ArgumentParser, default: str) -> None:
+    """Adds the arguments that `options_from_arguments` reads, and --no-timing-cache, --timing-cache and --verbose."""
+    precision = parser.add_mutually_exclusive_group()
+    for name, what in (
+        ("int8", "INT8 where the graph has Q/DQ, FP16 elsewhere"), ("fp16", "FP16"), ("fp32", "FP32, without TF32")
+    ):  # fmt: skip
+        note = "; the default" if name == default else ""
+        precision.add_argument(f"--{name}", dest="precision", action="store_const", const=name, help=what + note)
+    parser.set_defaults(precision=default)
+    parser.add_argument(
+        "--scales", choices=SCALES,
+        help="type of the scales of Q/DQ (default: fp16, with TensorRT 8 fp32). fp32 is for devices that refuse fp16 "
+        "ones, as Orin with TensorRT 10.16: with TensorRT 10 the rest stays FP16, with 11 it becomes FP32 and slower",
     )  # fmt: skip
     parser.add_argument(
-        "--data", type=Path, metavar="DIR", help="data folder to calibrate on, for --int8 on a float graph"
+        "--workspace-mib", type=int, metavar="N", help="most scratch memory of a layer (default: all of the device's)"
     )
-    parser.add_argument("-o", "--output", type=Path, required=True, help="engine file to write, *.engine")
     parser.add_argument(
-        "--workspace-mib", type=int, metavar="N", help="most scratch memory of a layer (default: all of the GPU's)"
-    )
+        "--shapes", type=int, nargs=3, metavar=("MIN", "OPT", "MAX"),
+        help="least, usual and largest batch, for a model that takes any number of images",
+    )  # fmt: skip
     parser.add_argument(
         "--opt-level",
         type=int,
@@ -107,57 +227,102 @@ def _parse(argv: Optional[List[str]]) -> argparse.Namespace:
         metavar="0-5",
         help="time to spend on search (default: TensorRT's, 3)",
     )
+    cache = parser.add_mutually_exclusive_group()
+    cache.add_argument(
+        "--timing-cache", type=Path, metavar="FILE",
+        help="measured kernels, read and updated: makes the next build quick (default: one in the user's cache folder "
+        "for each device, TensorRT and CUDA)",
+    )  # fmt: skip
+    cache.add_argument("--no-timing-cache", action="store_true", help="measure every kernel anew, keep nothing")
+    parser.add_argument("--dla-core", type=int, metavar="N", help="run on this DLA core of a Jetson")
     parser.add_argument(
-        "--timing-cache",
-        type=Path,
-        metavar="FILE",
-        help="measured kernels, read and updated: makes the next build quick",
+        "--gpu-fallback", action="store_true", help="let the GPU run what the DLA cannot, which else is an error"
+    )
+    parser.add_argument(
+        "--hardware-compatible", action="store_true", help="for each GPU from Ampere on; slower than for this one alone"
+    )
+    parser.add_argument(
+        "--version-compatible", action="store_true", help="for later TensorRT of the same major version too; slower"
     )
     parser.add_argument("--verbose", action="store_true", help="print all that TensorRT logs")
-    parser.set_defaults(precision="fp32")
-    options = parser.parse_args(argv)
-    if options.output.suffix != ".engine":
-        raise ConfigError(f"--output is {options.output}; expected a name that ends in .engine")
-    if options.workspace_mib is not None and options.workspace_mib <= 0:
-        raise ConfigError(f"--workspace-mib is {options.workspace_mib}; expected a positive number of MiB")
-    if options.data and options.precision != "int8":
-        raise ConfigError(f"--data is given with {options.precision}; it serves --int8 alone: leave it out")
-    return options
 
 
-def typed_model(path: Path, precision: str, data: Optional[Path]) -> Tuple[Path, onnx.ModelProto]:
+def _check_arguments(arguments: argparse.Namespace) -> None:
+    """Raises ConfigError if the flags do not go together."""
+    output = arguments.output
+    if arguments.target and output:
+        raise ConfigError(f"--output is {output}, --target {arguments.target} writes none: leave one of them out")
+    if not arguments.target and (output is None or output.suffix != ".engine"):
+        raise ConfigError(f"--output is {output}; expected a name that ends in .engine")
+    if arguments.data and arguments.precision != "int8":
+        raise ConfigError(f"--data is given with {arguments.precision}; it serves --int8 alone: leave it out")
+
+
+def options_from_arguments(arguments: argparse.Namespace) -> BuildOptions:
+    """Raises ConfigError if the flags do not go together."""
+    if arguments.workspace_mib is not None and arguments.workspace_mib <= 0:
+        raise ConfigError(f"--workspace-mib is {arguments.workspace_mib}; expected a positive number of MiB")
+    if arguments.scales and arguments.precision != "int8":
+        raise ConfigError(f"--scales is given with {arguments.precision}; it serves --int8 alone: leave it out")
+    if arguments.gpu_fallback and arguments.dla_core is None:
+        raise ConfigError("--gpu-fallback is given without --dla-core; expected both, or neither for the GPU alone")
+    if arguments.dla_core is not None and arguments.dla_core < 0:
+        raise ConfigError(f"--dla-core is {arguments.dla_core}; expected 0 or more")
+    shapes = tuple(arguments.shapes) if arguments.shapes else None
+    if shapes and not 0 < shapes[0] <= shapes[1] <= shapes[2]:
+        raise ConfigError(f"--shapes is {shapes}; expected positive batches, MIN <= OPT <= MAX")
+    same = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(BuildOptions)}
+    return BuildOptions(**{**same, "shapes": shapes})
+
+
+class Source(NamedTuple):
+    """The ONNX file that an engine is built from."""
+
+    path: Path
+    model: onnx.ModelProto
+    contract: ModelContract
+    details: Dict[str, Any]
+    """Of its sidecar."""
+
+    @property
+    def amax(self) -> Dict[str, float]:
+        """Activation that has Q/DQ -> the largest absolute value that it holds."""
+        from deploy.calibration_cache import amax_from_quantised
+
+        return amax_from_quantised(self.model)
+
+
+def read_source(path: Path, precision: str, data: Optional[Path]) -> Source:
     """
-    The ONNX file that the engine is built from, and its graph with every tensor in the type that `precision` wants.
-
-    The file is `path`, or for "int8" on a float graph what `calibration.quantize` makes of it.
+    `path`, or for "int8" on a float graph what `calibration.quantize` makes of it; checked.
 
     Raises:
         ContractError: the file does not match its sidecar or cannot be read.
-        ExportError: the graph is not valid, or its shapes are not fixed.
+        ExportError: the graph is not valid, or sizes other than the batch are not fixed.
         ConfigError: `data` is given for a graph that is quantised already.
         EngineBuildError: the graph and the precision do not go together.
     """
-    from deploy.graph import check_graph, check_static, load_onnx
-    from deploy.precision import check_symmetric_int8, half_from_float, is_quantised
+    from deploy.precision import is_quantised
 
-    load_contract(path)
-    model = load_onnx(path)
-    check_graph(model)
-    check_static(model)
-    quantised = is_quantised(model)
-    if precision != "int8":
-        if quantised:
-            raise EngineBuildError(
-                f"{path} has Q/DQ nodes; {precision} needs the float graph it was made from, or choose --int8"
-            )
-        return path, half_from_float(model) if precision == "fp16" else model
+    source = _read(path)
+    quantised = is_quantised(source.model)
+    if precision != "int8" and quantised:
+        raise EngineBuildError(
+            f"{path} has Q/DQ nodes; {precision} needs the float graph it was made from, or choose --int8"
+        )
     if quantised and data:
         raise ConfigError(f"{path} is quantised already, --data {data} would not be used: leave it out")
-    if not quantised:
-        path = quantised_file(path, data)
-        model = load_onnx(path)
-    check_symmetric_int8(model)
-    return path, half_from_float(model)
+    return _read(quantised_file(path, data)) if precision == "int8" and not quantised else source
+
+
+def _read(path: Path) -> Source:
+    from deploy.graph import check_graph, check_static, load_onnx
+
+    contract = load_contract(path)
+    model = load_onnx(path)
+    check_graph(model)
+    check_static(model, contract.input_shape[0] == -1, contract.outputs == "nms")
+    return Source(path, model, contract, read_sidecar(path)["details"])
 
 
 def quantised_file(path: Path, data: Optional[Path]) -> Path:
@@ -187,111 +352,67 @@ def quantised_file(path: Path, data: Optional[Path]) -> Path:
     return quantised
 
 
-def check_strong_typing(trt: ModuleType) -> None:
-    """Raises EngineBuildError if this TensorRT cannot take precision from the graph, as 8.x cannot."""
-    if not hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED"):
-        raise EngineBuildError(
-            f"TensorRT {trt.__version__} has no strongly typed networks; expected TensorRT 10.0 or newer: install that"
-        )
+def _checked_graph(source: Source, recipe: Recipe, version: str) -> TypedGraph:
+    """The graph in the form of the recipe, of which TensorRT `version` takes every node; prints what stays FP32."""
+    from deploy.operators import check_operators
+    from deploy.precision import typed_graph
+
+    graph = typed_graph(source.model, recipe.graph, source.details)
+    check_operators(graph.model, version)
+    if recipe.has_half:
+        for reason, names in graph.kept.items():
+            print(f"FP32, not FP16: {_some(names)} ({reason})", file=sys.stderr)
+    return graph
 
 
-def build_plan(
-    trt: ModuleType,
-    model: bytes,
-    workspace_mib: Optional[int] = None,
-    opt_level: Optional[int] = None,
-    timing_cache: Optional[Path] = None,
-    verbose: bool = False,
-) -> bytes:
+def _some(names: List[str]) -> str:
+    return ", ".join(names) if len(names) <= 4 else f"{', '.join(names[:3])} and {len(names) - 3} more"
+
+
+def _check_target(arguments: argparse.Namespace, options: BuildOptions) -> int:
+    recipe = recipe_for(options, typing_of_version(arguments.target))
+    source = read_source(arguments.model, options.precision, arguments.data)
+    graph = _checked_graph(source, recipe, arguments.target)
+    print(
+        f"{source.path}: TensorRT {arguments.target} takes its {len(graph.model.graph.node)} nodes as "
+        f"{_words(recipe, options)}, by its operator table; nothing was built"
+    )
+    return 0
+
+
+def _words(recipe: Recipe, options: BuildOptions) -> str:
+    """The precision and where TensorRT takes it from: "int8, types in the graph"."""
+    way = "types in the graph" if recipe.strongly_typed else f"FP32 graph, flags {'+'.join(recipe.flags) or 'none'}"
+    if recipe.calibrated:
+        way += ", ranges from a calibration cache"
+    elif recipe.graph == "int8_fp32_scales":
+        way += ", Q/DQ of FP32 scales" + ("" if recipe.has_half else ", FP32 around the INT8 layers")
+    return f"{options.precision}, {way}"
+
+
+def _layers(found: Dict[str, Any]) -> str:
+    if found["layers"] is None:
+        return f"precision of its layers not known: {found['reason']}"
+    counts = [f"{entry['count']} {precision}" for precision, entry in found["layers"].items() if entry["count"]]
+    return f"layers: {', '.join(counts)}"
+
+
+def _count_parameters(model: onnx.ModelProto) -> int:
+    from deploy.graph import count_parameters
+
+    return count_parameters(model)
+
+
+def check_plan(trt: ModuleType, plan: bytes, reference: Session, options: BuildOptions) -> Dict[str, float]:
     """
-    A serialised engine of the typed ONNX graph `model`.
-
-    TF32, which TensorRT has on by default, is off: what the graph calls FP32 is computed in FP32.
+    How well the engine agrees with the reference, as `check_agreement` says.
 
     Raises:
-        EngineBuildError: TensorRT refuses the graph or cannot build it; its own messages are passed on.
+        EngineBuildError: the engine's detections are not those of the reference.
     """
-    log = logger(trt)
-    log.verbose = verbose
-    log.errors.clear()
-    builder = trt.Builder(log)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, log)
-    if not parser.parse(model):
-        errors = [parser.get_error(index) for index in range(parser.num_errors)]
-        lines = [f"\n  {error.node_operator()} {error.node_name()!r}: {error.desc()}" for error in errors]
-        raise EngineBuildError(f"TensorRT {trt.__version__} cannot parse the graph:{''.join(lines)}")
-    config = builder.create_builder_config()
-    config.clear_flag(trt.BuilderFlag.TF32)
-    if workspace_mib is not None:
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_mib << 20)
-    if opt_level is not None:
-        config.builder_optimization_level = opt_level
-    if timing_cache is not None:
-        _read_timing_cache(config, timing_cache)
-    monitor = config.progress_monitor = _progress_monitor(trt)
-    plan = builder.build_serialized_network(network, config)
-    if monitor.interrupted:
-        raise KeyboardInterrupt
-    if plan is None:
-        raise EngineBuildError(f"TensorRT {trt.__version__} built no engine: {log.reasons()}")
-    if timing_cache is not None:
-        with replacing(timing_cache) as temporary:
-            temporary.write_bytes(bytes(config.get_timing_cache().serialize()))
-    return bytes(plan)
-
-
-def _read_timing_cache(config: Any, path: Path) -> None:
-    cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
-    if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
-        raise EngineBuildError(
-            f"--timing-cache {path} is broken or of another GPU, TensorRT or CUDA: remove it, or keep one per machine"
-        )
-
-
-def _progress_monitor(trt: ModuleType) -> Any:
-    class Monitor(trt.IProgressMonitor):  # type: ignore[name-defined]
-        """Prints the steps of the outermost phase; Ctrl-C ends the build at the next step."""
-
-        def __init__(self) -> None:
-            trt.IProgressMonitor.__init__(self)
-            self.steps: Dict[str, int] = {}
-            self.interrupted = False
-
-        def phase_start(self, phase_name: str, parent_phase: Optional[str], num_steps: int) -> None:
-            if not parent_phase:
-                self.steps[phase_name] = num_steps
-
-        def step_complete(self, phase_name: str, step: int) -> bool:
-            try:
-                if phase_name in self.steps:
-                    print(f"{phase_name}: {step + 1}/{self.steps[phase_name]}", file=sys.stderr, flush=True)
-            except KeyboardInterrupt:  # must not cross TensorRT's C++; its threads call this
-                self.interrupted = True
-            return not self.interrupted
-
-        def phase_finish(self, phase_name: str) -> None:
-            self.steps.pop(phase_name, None)
-
-    return Monitor()
-
-
-def check_plan(
-    trt: ModuleType, plan: bytes, source: Path, contract: ModelContract, precision: str
-) -> Optional[Dict[str, float]]:
-    """
-    How well the engine agrees with ONNX Runtime on `source`, as `check_agreement` says; None where that is missing.
-
-    Raises:
-        EngineBuildError: the engine's detections are not those of the ONNX file.
-    """
-    try:
-        reference = OrtSession(source)
-    except MissingDependencyError as error:
-        print(f"the engine is not compared with ONNX Runtime: {error}", file=sys.stderr)
-        return None
-    with PlanSession(plan, contract, trt, load_cuda("checking the engine")) as engine:
-        return check_agreement(reference, engine, TOLERANCES[precision])
+    cuda = load_cuda("checking the engine")
+    with PlanSession(plan, reference.contract, trt, cuda, options.dla_core, options.version_compatible) as engine:
+        return check_agreement(reference, engine, TOLERANCES[options.precision])
 
 
 if __name__ == "__main__":

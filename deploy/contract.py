@@ -158,7 +158,7 @@ def provenance(inputs: Mapping[str, AnyPath], command: Optional[List[str]] = Non
         inputs: name -> file. Each is recorded with its SHA-256.
         command: the words of the command; by default this process's own.
     """
-    words = command or ["python", "-m", _module_name(), *sys.argv[1:]]
+    words = command or _command_line()
     return {
         "schema_version": SCHEMA_VERSION,
         "inputs": {name: {"file": str(path), "sha256": sha256_of(path)} for name, path in inputs.items()},
@@ -169,9 +169,9 @@ def provenance(inputs: Mapping[str, AnyPath], command: Optional[List[str]] = Non
     }
 
 
-def _module_name() -> str:
+def _command_line() -> List[str]:
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return spec.name if spec else Path(sys.argv[0]).stem
+    return ["python", "-m", spec.name, *sys.argv[1:]] if spec else ["python", *sys.argv]
 
 
 def write_sidecar(

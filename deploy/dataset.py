@@ -24,6 +24,11 @@ TAIL_BYTES = 4096
 """The end of an image file is looked for in this many last bytes, so that checking a file costs two small reads."""
 ROUNDING_PX = 0.01
 """A box that leaves its image by no more was rounded, and is not counted as clipped."""
+LARGEST_IMAGE_PX = 1 << 28
+"""Larger images are not decoded: 768 MiB of pixels, more than cameras take (2026: 200 megapixels), while a file of few
+bytes may claim any size."""
+FRAME_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+"""Second bytes of the JPEG markers that a picture's size follows."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,20 +168,28 @@ def read_image(path: AnyPath) -> np.ndarray:
     """
     (height, width, 3), uint8, blue-green-red, EXIF orientation applied.
 
+    As mmcv's `imread` gives it: grey is repeated, alpha is dropped, of 16 bits the upper 8 are left.
+
     Raises:
-        DataError: the file is missing, truncated or not an image.
+        DataError: the file is missing, truncated, not an image, or larger than LARGEST_IMAGE_PX.
     """
     try:
         with Path(path).open("rb") as file:
             fault = _image_fault(file)
             file.seek(0)
-            content = np.frombuffer(file.read(), np.uint8)
+            content = file.read()
     except OSError as error:
         raise DataError(f"cannot read the image {path} ({error.strerror})") from error
     if fault:
         raise DataError(f"{path}: {fault}")
+    width, height = _size_in_header_px(content)
+    if width * height > LARGEST_IMAGE_PX:
+        raise DataError(
+            f"{path} says that it has {width} x {height} pixels; expected at most {LARGEST_IMAGE_PX / 1e6:.0f} "
+            "megapixels. Scale it down or cut it into tiles"
+        )
     try:
-        image = cv2.imdecode(content, cv2.IMREAD_COLOR)
+        image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
     except cv2.error as error:  # a size beyond OpenCV's limits, for one
         raise DataError(f"{path}: OpenCV cannot decode the image: {error}") from error
     if image is None:
@@ -303,3 +316,26 @@ def _has_jpeg_end(content: bytes) -> bool:
         marker = content[position + 1]
         position += 2 + int.from_bytes(content[position + 2 : position + 4], "big")
     return b"\xff\xd9" in content[position:]
+
+
+def _size_in_header_px(content: bytes) -> Tuple[int, int]:
+    """
+    Width and height that a JPEG, PNG or BMP claims; (0, 0) where none is found, which decoding then stumbles over.
+
+    Layouts: PNG specification 11.2.1 (IHDR); BITMAPINFOHEADER, and BITMAPCOREHEADER of 12 bytes; ITU-T T.81, B.2.2.
+    """
+    if content.startswith(b"\x89PNG"):
+        return int.from_bytes(content[16:20], "big"), int.from_bytes(content[20:24], "big")
+    if content.startswith(b"BM"):
+        side = 2 if content[14:18] == b"\x0c\0\0\0" else 4
+        width, height = content[18 : 18 + side], content[18 + side : 18 + 2 * side]
+        # Negative heights stand for rows from top to bottom.
+        return abs(int.from_bytes(width, "little", signed=True)), abs(int.from_bytes(height, "little", signed=True))
+    position = 2
+    while position + 9 <= len(content) and content[position] == 0xFF:
+        marker = content[position + 1]
+        if marker in FRAME_MARKERS:
+            height, width = content[position + 5 : position + 7], content[position + 7 : position + 9]
+            return int.from_bytes(width, "big"), int.from_bytes(height, "big")
+        position += 2 + int.from_bytes(content[position + 2 : position + 4], "big")
+    return 0, 0

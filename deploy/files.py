@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -13,6 +14,7 @@ from typing import Any, Dict, Iterator, Type, Union
 from deploy.errors import PipelineError
 
 AnyPath = Union[str, Path]
+DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 @contextlib.contextmanager
@@ -23,7 +25,7 @@ def replacing(path: AnyPath) -> Iterator[Path]:
     The suffix is that of `path`, since some writers choose the format by it.
 
     Raises:
-        PipelineError: the folder cannot be made or written.
+        PipelineError: the folder cannot be made or written, or the disk is full.
     """
     path = Path(path)
     try:
@@ -45,6 +47,10 @@ def replacing(path: AnyPath) -> Iterator[Path]:
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)  # mkstemp's 0600 would keep the file from everybody else
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno not in DISK_FAULTS:
+            raise
+        raise PipelineError(f"cannot write {path}: {error.strerror}. Is the disk full? Free some space.") from error
     finally:
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()

@@ -10,6 +10,8 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Dict, List, Optional, Tuple
 
+import numpy as np
+
 from deploy.errors import ContractError, ExportError, MissingDependencyError
 from deploy.files import AnyPath, replacing
 
@@ -23,6 +25,8 @@ LEARNT_OPS = (
     "BatchNormalization", "InstanceNormalization", "GroupNormalization", "LayerNormalization", "PRelu",
 )  # fmt: skip
 TRANSPARENT_OPS = ("Identity", "QuantizeLinear", "DequantizeLinear")
+ONNX_DOMAINS = ("", "ai.onnx")
+"""Names of the domain of ONNX's own operators."""
 
 
 def load_onnx(path: AnyPath) -> onnx.ModelProto:
@@ -40,50 +44,117 @@ def load_onnx(path: AnyPath) -> onnx.ModelProto:
     if not Path(path).is_file():
         raise ContractError(f"no such file: {path}; expected an ONNX model")
     try:
-        model = onnx.load(str(path))
-    except Exception as error:  # protobuf's DecodeError, onnx's ValidationError, OSError: no common base
+        model = onnx.load(str(path), load_external_data=False)
+    except Exception as error:  # protobuf's DecodeError, ValueError, OSError: no common base
         raise ContractError(
-            f"{path} cannot be read as ONNX ({error}); expected a whole ONNX file, with its external data if it has "
-            "any. It may be truncated: export the model again."
+            f"{path} cannot be read as ONNX ({error}); expected a whole ONNX file. It may be truncated: export the "
+            "model again."
         ) from error
     if not model.graph.node:  # an empty or cut file can still be a valid protobuf message
         raise ContractError(
-            f"{path} holds no graph; expected an ONNX model. It may be truncated: export the model again."
+            f"{path} holds no graph, or one without nodes; expected an ONNX model. It may be truncated: export the "
+            "model again."
         )
+    try:
+        onnx.load_external_data_for_model(model, str(Path(path).parent))
+    except Exception as error:  # onnx's ValidationError, OSError, ValueError
+        raise ContractError(
+            f"{path} keeps weights in other files (external data), which cannot be read ({error}); expected them "
+            "beside it, as they were exported. Copy them there, or export the model again into one file."
+        ) from error
     return model
 
 
 def check_graph(model: onnx.ModelProto) -> None:
     """
-    Raises ExportError if onnx's checker, shape inference included, finds the model invalid.
+    Raises ExportError if the model is not valid ONNX, shapes included, has operators that are not ONNX's own, or
+    weights that are no numbers.
     """
     import onnx
 
+    _check_own_operators(model)
     try:
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError) as error:
         raise ExportError(f"the graph is not valid ONNX: {error}. Export the model again.") from error
+    _check_finite(model)
 
 
-def check_static(model: onnx.ModelProto) -> None:
+def _check_own_operators(model: onnx.ModelProto) -> None:
+    from onnx import defs
+
+    for node in model.graph.node:
+        if node.domain not in ONNX_DOMAINS or not defs.has(node.op_type):
+            raise ExportError(
+                f"the node {_name(node)} has the operator {node.op_type} of the domain {node.domain!r}; expected only "
+                "ONNX's own operators (domain ''), since any other needs a plugin in every runtime. Export the model "
+                "again with that layer written in ONNX's operators, and without a deployment tool's custom ones."
+            )
+
+
+def _check_finite(model: onnx.ModelProto) -> None:
+    """Infinity is fine where it means "no limit" (Clip, masks); in weights it is not, and NaN is nowhere."""
+    import onnx
+    from onnx import numpy_helper
+
+    floating = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE)
+    learnt = learnt_tensors(model)
+    for name, tensor in {tensor.name: tensor for tensor in constants(model).values()}.items():
+        if tensor.data_type not in floating:
+            continue
+        values = numpy_helper.to_array(tensor)
+        wrong = ~np.isfinite(values) if name in learnt else np.isnan(values)
+        if wrong.any():
+            raise ExportError(
+                f"the constant {name!r} {list(values.shape)} has {np.count_nonzero(wrong)} values that are NaN or "
+                "infinite; expected numbers. The training diverged or the file is damaged: look at the checkpoint's "
+                "losses, and export an earlier one."
+            )
+
+
+def check_static(model: onnx.ModelProto, dynamic_batch: bool = False, dynamic_outputs: bool = False) -> None:
     """
     Raises ExportError if an input or output has a dimension without a number, or a node holds a subgraph (If, Loop).
+
+    Args:
+        dynamic_batch: let the first dimension of inputs and outputs be open: the batch.
+        dynamic_outputs: let the first dimension of outputs be open: with NMS in the graph their number comes from the
+            data (contract.outputs == "nms").
     """
     import onnx
 
-    for value in (*model.graph.input, *model.graph.output):
-        dimensions = [d.dim_value or d.dim_param or "?" for d in value.type.tensor_type.shape.dim]
-        if not all(isinstance(size, int) for size in dimensions):
-            raise ExportError(
-                f"the tensor {value.name} has the shape {dimensions}; expected a number for every dimension. "
-                "Export the model again with a fixed input shape."
-            )
+    for values, first_may_be_open in (
+        (model.graph.input, dynamic_batch),
+        (model.graph.output, dynamic_batch or dynamic_outputs),
+    ):
+        for value in values:
+            _check_sizes(value, first_may_be_open)
     for node in model.graph.node:
         if any(a.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS) for a in node.attribute):
             raise ExportError(
-                f"the node {node.name or node.output[0]} ({node.op_type}) holds a subgraph; expected a graph without "
-                "control flow. Export the model again by tracing."
+                f"the node {_name(node)} ({node.op_type}) holds a subgraph; expected a graph without control flow. "
+                "Export the model again by tracing."
             )
+
+
+def _check_sizes(value: onnx.ValueInfoProto, first_may_be_open: bool) -> None:
+    if not value.type.tensor_type.HasField("shape"):
+        raise ExportError(
+            f"the tensor {value.name} has no shape at all; expected a number for every dimension. "
+            "Export the model again with a fixed input shape."
+        )
+    sizes = [size.dim_value or size.dim_param or "?" for size in value.type.tensor_type.shape.dim]
+    fixed = sizes[1:] if first_may_be_open else sizes
+    if not all(isinstance(size, int) for size in fixed):
+        expected = "every dimension but the first" if first_may_be_open else "every dimension"
+        raise ExportError(
+            f"the tensor {value.name} has the shape {sizes}; expected a number for {expected}. "
+            "Export the model again with a fixed input shape."
+        )
+
+
+def _name(node: onnx.NodeProto) -> str:
+    return node.name or node.output[0]
 
 
 def save_onnx(model: onnx.ModelProto, path: AnyPath) -> None:
@@ -182,6 +253,11 @@ def count_parameters(model: onnx.ModelProto) -> int:
     Read through Identity and Q/DQ, so that a quantised model has the count of the float one, but for biases that
     integer kernels need once for every scale of their input.
     """
+    return sum(math.prod(tensor.dims) for tensor in learnt_tensors(model).values())
+
+
+def learnt_tensors(model: onnx.ModelProto) -> Dict[str, onnx.TensorProto]:
+    """Name -> constant, of the weights and biases of LEARNT_OPS, read through Identity and Q/DQ."""
     known, made_by = constants(model), producers(model)
 
     def source(name: str) -> Optional[onnx.TensorProto]:
@@ -189,7 +265,5 @@ def count_parameters(model: onnx.ModelProto) -> int:
             name = made_by[name].input[0]
         return known.get(name)
 
-    learnt = [source(name) for node in model.graph.node if node.op_type in LEARNT_OPS for name in node.input[1:]]
-    return sum(
-        math.prod(dims) for dims in {tensor.name: tensor.dims for tensor in learnt if tensor is not None}.values()
-    )
+    found = [source(name) for node in model.graph.node if node.op_type in LEARNT_OPS for name in node.input[1:]]
+    return {tensor.name: tensor for tensor in found if tensor is not None}

@@ -24,17 +24,25 @@ class Detections:
     """(n,), int64, index into the contract's class_names."""
 
 
-def postprocess(outputs: Mapping[str, np.ndarray], contract: ModelContract, prepared: Prepared) -> Detections:
+def postprocess(
+    outputs: Mapping[str, np.ndarray], contract: ModelContract, prepared: Prepared, index: int = 0
+) -> Detections:
     """
     Thresholds, clips, scales back and suppresses the candidates of one image.
 
     The order is mmdet's: clip to the resized image, divide by the scale, drop what has no size, suppress per class,
-    keep the best.
+    keep the best. Where the graph has suppressed already ('nms'), that is not done again; the graph did it before the
+    boxes were clipped to the resized image.
 
     Args:
-        outputs: as `Session.infer` returns them, of batch size one.
+        outputs: as `Session.infer` returns them.
+        prepared: of the image at `index` of the batch.
     """
-    boxes, scores, labels = (outputs[name][0] for name in contract.output_names)
+    if contract.outputs == "nms":
+        *rows, images = (outputs[name] for name in contract.output_names)
+        boxes, scores, labels = (values[images == index] for values in rows)
+    else:
+        boxes, scores, labels = (outputs[name][index] for name in contract.output_names)
     kept = scores > contract.score_threshold
     boxes, scores, labels = (
         boxes[kept].astype(np.float32),
@@ -46,7 +54,11 @@ def postprocess(outputs: Mapping[str, np.ndarray], contract: ModelContract, prep
     boxes /= np.array([*prepared.scale_xy, *prepared.scale_xy], np.float32)
     solid = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)  # what lay outside the image was clipped to nothing
     boxes, scores, labels = boxes[solid], scores[solid], labels[solid]
-    chosen = suppress(boxes, scores, labels, contract.nms_iou_threshold)[: contract.max_detections]
+    if contract.outputs == "nms":
+        chosen = np.argsort(-scores, kind="stable")
+    else:
+        chosen = suppress(boxes, scores, labels, contract.nms_iou_threshold)
+    chosen = chosen[: contract.max_detections]
     return Detections(boxes[chosen], scores[chosen], labels[chosen])
 
 

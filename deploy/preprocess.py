@@ -16,7 +16,10 @@ class Prepared:
     """A network input and what is needed to bring boxes back to the image."""
 
     input: np.ndarray
-    """(1, 3, height, width), float32, normalised, C-contiguous."""
+    """One image as the contract's `input_type` says: (1, 3, height, width) float32 or (1, height, width, 3) uint8.
+
+    C-contiguous.
+    """
     scale_xy: Tuple[float, float]
     """Input pixels per image pixel, along x and y."""
     resized_wh_px: Tuple[int, int]
@@ -26,7 +29,7 @@ class Prepared:
 
 def preprocess(image: np.ndarray, contract: ModelContract) -> Prepared:
     """
-    Resizes, pads and normalises one image.
+    Resizes and pads one image, and normalises it unless the graph does.
 
     Sizes are rounded and pixels interpolated as mmcv does it (`rescale_size`: int(size * scale + 0.5); OpenCV's
     bilinear), so that training and deployment see the same pixels.
@@ -35,19 +38,39 @@ def preprocess(image: np.ndarray, contract: ModelContract) -> Prepared:
         image: (height, width, 3), uint8, blue-green-red, as OpenCV reads it.
     """
     height, width = image.shape[:2]
-    to_wh = contract.input_width_px, contract.input_height_px
+    to_width, to_height = contract.input_width_px, contract.input_height_px
     if contract.resize == "keep_ratio":
-        scale = min(to_wh[0] / width, to_wh[1] / height)
+        scale = min(to_width / width, to_height / height)
         resized_wh = max(1, int(width * scale + 0.5)), max(1, int(height * scale + 0.5))
     else:
-        resized_wh = to_wh
+        resized_wh = to_width, to_height
     resized = image
     if resized_wh != (width, height):
         resized = cv2.resize(image, resized_wh, interpolation=cv2.INTER_LINEAR)
-    if contract.channel_order == "rgb":
-        resized = resized[..., ::-1]
+    fill = _pixels if contract.input_type == "uint8" else _normalised
+    return Prepared(
+        fill(resized, contract), (resized_wh[0] / width, resized_wh[1] / height), resized_wh, (width, height)
+    )
+
+
+def _normalised(resized: np.ndarray, contract: ModelContract) -> np.ndarray:
+    """(1, 3, height, width), float32: (pixel - mean) / std, padded right and below."""
+    height, width = resized.shape[:2]
+    tensor = np.empty((1, 3, contract.input_height_px, contract.input_width_px), np.float32)
     mean, std, pad_value = (np.array(v, np.float32) for v in (contract.mean, contract.std, contract.pad_value))
-    tensor = np.empty((1, 3, to_wh[1], to_wh[0]), np.float32)
-    tensor[:] = ((pad_value - mean) / std)[:, None, None]
-    tensor[0, :, : resized_wh[1], : resized_wh[0]] = ((resized - mean) / std).transpose(2, 0, 1)
-    return Prepared(tensor, (resized_wh[0] / width, resized_wh[1] / height), resized_wh, (width, height))
+    for channel, plane in enumerate(tensor[0]):  # one at a time, in place: ten times as fast as all three at once
+        source = 2 - channel if contract.channel_order == "rgb" else channel
+        inside = plane[:height, :width]
+        np.subtract(cv2.extractChannel(resized, source), mean[channel], out=inside)
+        inside /= std[channel]
+        plane[height:] = plane[:height, width:] = (pad_value[channel] - mean[channel]) / std[channel]
+    return tensor
+
+
+def _pixels(resized: np.ndarray, contract: ModelContract) -> np.ndarray:
+    """(1, height, width, 3), uint8: the pixels, padded right and below with the nearest integers to pad_value."""
+    if contract.channel_order == "rgb":
+        resized = cv2.cvtColor(resized, cv2.COLOR_BGR2RGB)
+    below, right = contract.input_height_px - resized.shape[0], contract.input_width_px - resized.shape[1]
+    padding = [round(value) for value in contract.pad_value]
+    return cv2.copyMakeBorder(resized, 0, below, 0, right, cv2.BORDER_CONSTANT, value=padding)[None]

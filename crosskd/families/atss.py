@@ -17,6 +17,7 @@ class ATSSFamily(RetinaFamily):
     """As RetinaNet, and binary cross entropy on the centerness of positive anchors."""
 
     predictor = "atss_cls"
+    threshold_in_graph = True
     default_weights: ClassVar = {"loss_cls_kd": 1.0, "loss_reg_kd": 1.0, "loss_centerness_kd": 1.0, "loss_feat_kd": 1.0}
 
     def loss_by_outputs(
@@ -30,3 +31,7 @@ class ATSSFamily(RetinaFamily):
             entropy = functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
             losses["loss_centerness_kd"].append((entropy * positive).sum() / call.avg_factor)
         return losses
+
+    def decode(self, head: nn.Module, level: int, priors: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
+        *rows, centerness = rows
+        return *super().decode(head, level, priors, *rows), centerness[..., 0].sigmoid()

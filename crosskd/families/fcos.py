@@ -11,7 +11,7 @@ from mmdet.structures.bbox import bbox_overlaps
 from mmdet.utils import reduce_mean
 from torch import Tensor, nn
 
-from crosskd.heads import HeadFamily, LossCall, priors_of_maps, register_family, rows_of_maps
+from crosskd.heads import HeadFamily, LossCall, boxes_from_sides, priors_of_maps, register_family, rows_of_maps
 from crosskd.losses import kd_quality_focal_loss
 
 
@@ -25,6 +25,7 @@ class FCOSFamily(HeadFamily):
     """
 
     predictor = "conv_cls"
+    threshold_in_graph = True
     default_weights: ClassVar = {"loss_cls_kd": 0.4, "loss_reg_kd": 0.75, "loss_feat_kd": 2.0}
 
     @contextlib.contextmanager
@@ -72,3 +73,7 @@ class FCOSFamily(HeadFamily):
             "loss_cls_kd": [kd_quality_focal_loss(cross_cls, teacher_cls).sum() * scale],
             "loss_reg_kd": [distance.sum() * scale],
         }
+
+    def decode(self, head: nn.Module, level: int, priors: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
+        logits, sides, centerness = rows  # sides in pixels
+        return boxes_from_sides(priors, sides), logits.sigmoid(), centerness[..., 0].sigmoid()

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from crosskd.heads import (
     HeadFamily,
     LossCall,
+    boxes_from_sides,
     confidence_of_teacher,
     loss_of_classes,
     register_family,
     rows_of_maps,
+    stride_of_level,
 )
 from crosskd.losses import distribution_kl
 
@@ -63,3 +66,11 @@ class GFLFamily(HeadFamily):
             weights.append(weight.sum())
         total = sum(weights).clamp(min=1.0)
         return [loss / total for loss in losses]
+
+    def decode(self, head: nn.Module, level: int, priors: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
+        """A side is the mean of its distribution over the bins 0 to reg_max, in strides (arXiv 2006.04388, eq. 4)."""
+        logits, distances = rows
+        bins = head.reg_max + 1
+        distribution = distances.reshape(-1, len(priors), 4, bins).softmax(-1)
+        sides = (distribution * (torch.arange(bins) * stride_of_level(head, level))).sum(-1)
+        return boxes_from_sides((priors[:, :2] + priors[:, 2:]) / 2, sides), logits.sigmoid()

@@ -21,6 +21,7 @@ class PAAFamily(ATSSFamily):
     weights are ours, by analogy.
     """
 
+    threshold_in_graph = False
     default_weights: ClassVar = {"loss_cls_kd": 1.0, "loss_reg_kd": 1.0, "loss_iou_kd": 1.0, "loss_feat_kd": 1.0}
 
     @contextlib.contextmanager
@@ -44,6 +45,20 @@ class PAAFamily(ATSSFamily):
         losses = super().loss_by_outputs(cross, teacher, call_by_level(call, cross[2]), head)
         losses["loss_iou_kd"] = losses.pop("loss_centerness_kd")
         return losses
+
+    def decode(self, head: nn.Module, level: int, priors: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
+        """The score is the root of class times IoU, by which mmdet's head also chooses, unlike ATSS's."""
+        boxes, scores, overlap = super().decode(head, level, priors, *rows)
+        return boxes, (scores * overlap[..., None]).sqrt()
+
+    def note_of_export(self, head: nn.Module) -> str:
+        if not head.with_score_voting:
+            return ""
+        return (
+            "mmdet's PAAHead averages each box after NMS with those around it (score_voting); the exported model "
+            "leaves that out: the same detections and scores, but boxes before the averaging. Compare its AP, not its "
+            "boxes, with mmdet's"
+        )
 
 
 def call_by_level(call: LossCall, maps: Sequence[Tensor]) -> list[LossCall]:

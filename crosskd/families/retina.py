@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from crosskd.heads import (
     HeadFamily,
     LossCall,
+    boxes_from_deltas,
     confidence_of_teacher,
     loss_of_classes,
     priors_of_maps,
@@ -39,3 +40,7 @@ class RetinaFamily(HeadFamily):
             distance = 1 - bbox_overlaps(boxes, target, mode="giou", is_aligned=True, eps=1e-7)  # (rows,)
             losses_reg.append((distance * confidence_of_teacher(head, teacher_cls, call)).sum() / call.avg_factor)
         return {"loss_cls_kd": losses_cls, "loss_reg_kd": losses_reg}
+
+    def decode(self, head: nn.Module, level: int, priors: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
+        logits, deltas = rows
+        return boxes_from_deltas(head.bbox_coder, priors, deltas), logits.sigmoid()

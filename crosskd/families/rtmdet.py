@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from crosskd.families.retina import RetinaFamily
-from crosskd.heads import LossCall, positives_of_batch, register_family
+from crosskd.heads import LossCall, boxes_from_sides, positives_of_batch, register_family
 
 MIN_DISTANCE_PX = 0.01
 """A side on the wrong side of its point makes a box of negative width or height, for which GIoU has no bounds."""
@@ -40,3 +40,7 @@ class RTMDetFamily(RetinaFamily):
             for classes, distances in (cross, teacher)
         )
         return super().loss_by_outputs(cross, teacher, calls, head)
+
+    def decode(self, head: nn.Module, level: int, priors: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
+        logits, sides = rows  # sides in pixels
+        return boxes_from_sides(priors, sides), logits.sigmoid()

@@ -8,18 +8,24 @@ from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
+from mmdet.models.utils import sigmoid_geometric_mean
 from mmdet.structures.bbox import bbox_overlaps
 from torch import Tensor, nn
+from torch.nn import functional
 
+from crosskd.families.deform import sampled_points
 from crosskd.heads import (
     HeadFamily,
     LossCall,
     Taps,
+    boxes_from_deltas,
+    boxes_from_sides,
     confidence_of_teacher,
     loss_of_classes,
     positives_of_batch,
     register_family,
     rows_of_maps,
+    stride_of_level,
 )
 
 PROBABILITY_MARGIN = 1e-6
@@ -93,6 +99,61 @@ class TOODFamily(HeadFamily):
             distance = 1 - bbox_overlaps(boxes, target_boxes, mode="giou", is_aligned=True, eps=1e-7)  # (rows,)
             losses_reg.append((distance * confidence_of_teacher(head, target, call)).sum() / call.avg_factor)
         return {"loss_cls_kd": losses_cls, "loss_reg_kd": losses_reg}
+
+    def decode(self, head: nn.Module, level: int, priors: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
+        probabilities, boxes = rows  # boxes in strides
+        return boxes * stride_of_level(head, level), probabilities
+
+    def traceable(self, head: nn.Module) -> nn.Module:
+        return _TraceableHead(head)
+
+    def note_of_export(self, head: nn.Module) -> str:
+        return "mmdet leaves TOODHead's boxes as they are where they reach beyond the image; deployed, they are clipped"
+
+
+class _TraceableHead(nn.Module):
+    """
+    What TOODHead.forward computes (arXiv 2108.07755, sections 3.1 and 3.2), for any number of images.
+
+    mmdet's own repeats its anchors as often as there are images in the batch with which it is traced.
+    """
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, features: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        levels = [self.level(level, maps) for level, maps in enumerate(features)]
+        return [scores for scores, _ in levels], [boxes for _, boxes in levels]
+
+    def level(self, level: int, maps: Tensor) -> tuple[Tensor, Tensor]:
+        """Probabilities (N, classes, H, W) and boxes (N, 4, H, W), in strides."""
+        head = self.head
+        outputs = []
+        for layer in head.inter_convs:
+            maps = layer(maps)
+            outputs.append(maps)
+        joined = torch.cat(outputs, 1)
+        mean = functional.adaptive_avg_pool2d(joined, (1, 1))
+        scores = sigmoid_geometric_mean(head.tood_cls(head.cls_decomp(joined, mean)), head.cls_prob_module(joined))
+        boxes = self.boxes_of_anchors(level, head.tood_reg(head.reg_decomp(joined, mean)))
+        moved = sampled_points(boxes, head.reg_offset_module(joined))
+        inverted = (moved[:, :1] > moved[:, 2:3]) | (moved[:, 1:2] > moved[:, 3:])  # (N, 1, H, W)
+        return scores, torch.where(inverted, boxes, moved)
+
+    def boxes_of_anchors(self, level: int, maps: Tensor) -> Tensor:
+        """(N, 4, H, W), in strides, before each side is taken from a place that the head chooses."""
+        head, stride = self.head, stride_of_level(self.head, level)
+        height, width = (int(side) for side in maps.shape[-2:])
+        anchors = head.prior_generator.single_level_grid_priors((height, width), level, device="cpu")  # (H * W, 4)
+        scale = head.scales[level]
+        maps = scale(maps.exp() if head.anchor_type == "anchor_free" else maps)
+        rows = maps.permute(0, 2, 3, 1).reshape(-1, height * width, 4)
+        if head.anchor_type == "anchor_free":
+            boxes = boxes_from_sides((anchors[:, :2] + anchors[:, 2:]) / 2 / stride, rows)
+        else:
+            boxes = boxes_from_deltas(head.bbox_coder, anchors, rows) / stride
+        return boxes.reshape(-1, height, width, 4).permute(0, 3, 1, 2)
 
 
 class _JoinedTaps(nn.Module):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from crosskd.families.retina import RetinaFamily
-from crosskd.heads import LossCall, register_family
+from crosskd.heads import LossCall, boxes_from_sides, register_family
 
 
 @register_family("VFNetHead")
@@ -40,6 +42,30 @@ class VFNetFamily(RetinaFamily):
         levels = zip(call.labels.split(sizes), call.label_weights.split(sizes), strict=True)
         calls = [LossCall(labels, weights, call.avg_factor) for labels, weights in levels]
         return super().loss_by_outputs(cross, teacher, calls, head)
+
+    def decode(self, head: nn.Module, level: int, priors: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
+        logits, sides = rows  # sides in pixels, refined
+        return boxes_from_sides(priors, sides), logits.sigmoid()
+
+    def traceable(self, head: nn.Module) -> nn.Module:
+        traced = copy.copy(head)  # shares every layer
+        traced.star_dcn_offset = functools.partial(_star_offset, head.dcn_base_offset)
+        return traced
+
+
+def _star_offset(base: Tensor, sides: Tensor, gradient_mul: float, stride: float) -> Tensor:
+    """
+    (N, 18, H, W): how far the nine points of a 3 x 3 kernel move, y before x, to lie on the box (arXiv 2008.13367).
+
+    As VFNetHead.star_dcn_offset, which writes channel by channel into an array, a chain of ScatterND in a graph.
+
+    Args:
+        base: (1, 18, 1, 1), the kernel's own points. sides: (N, 4, H, W), pixels.
+    """
+    left, top, right, bottom = (sides / stride).split(1, dim=1)
+    middle = left * 0  # zeros_like would be a constant, made for the batch that is traced
+    points = [side for y in (-top, middle, bottom) for x in (-left, middle, right) for side in (y, x)]
+    return torch.cat(points, dim=1) - base
 
 
 @contextlib.contextmanager

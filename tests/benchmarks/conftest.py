@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from benchmarks.coco import METRICS
-from benchmarks.latency import numbers_from_samples
-from benchmarks.result import write_result
+from benchmarks.detections import write_detections
+from benchmarks.result import STAGES, STATISTICS, write_result
 from deploy.contract import ModelContract, write_sidecar
+from deploy.files import sha256_of
 
 BOXES_XYXY = [[20.0, 10.0, 80.0, 60.0], [100.0, 40.0, 180.0, 120.0]]  # pixels of the 192 x 128 images
 CLASSES = ("disc", "star")
@@ -102,9 +103,85 @@ def sha(text):
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def detections_of(role):
+    """COCO results on the five images: the teacher finds all, others lose a box and move the rest a little."""
+    results = []
+    for image_id in range(1, 6):
+        for (x1, y1, x2, y2), category in zip(BOXES_XYXY, CATEGORY_IDS, strict=True):
+            if role == "teacher" or (image_id, category) != (2, CATEGORY_IDS[1]):
+                shift = 0.0 if role == "teacher" else 0.5
+                box = [x1 + shift, y1, x2 - x1, y2 - y1]
+                results.append({"image_id": image_id, "category_id": category, "bbox": box, "score": 0.9 - shift / 10})
+    return results
+
+
+def accuracy_numbers(role, ap):
+    """As `accuracy` writes them: draws that mostly vary alike, and one box that all but the teacher lose."""
+    common = np.random.default_rng(0).normal(0, 0.01, 200)
+    own = np.random.default_rng(int(sha(role)[:8], 16)).normal(0, 0.001, 200)
+    best = {"score": 0.5, "f1": 0.9, "precision": 0.9, "recall": 0.9, "true": 9, "false": 1, "missed": 1}
+    curve = np.round(np.linspace(1.0, 0.0, 101) * ap, 4).tolist()
+    found = [0.9, 0.9 if role == "teacher" else None, 0.9, 0.9, 0.9]
+    return {
+        **dict.fromkeys(METRICS, ap),
+        "AP_small": None,
+        "per_class": dict.fromkeys(CLASSES, ap),
+        "best_f1": best,
+        "best_f1_per_class": dict.fromkeys(CLASSES, best),
+        "found_scores": {CLASSES[0]: [0.9] * 5, CLASSES[1]: found},
+        "pr_curves": {kind: {"mean": curve, "per_class": dict.fromkeys(CLASSES, curve)} for kind in ("AP50", "AP")},
+        "bootstrap": {"seed": 0, "ap": [ap, *np.clip(ap + common + own, 0, 1).round(6).tolist()]},
+        "against": None,
+    }
+
+
+def latency_numbers(ms, spread):
+    """As `latency` writes them, of a run whose samples lie evenly within `spread` of the middle."""
+    samples = {
+        "read": [0.5] * 101,
+        "preprocess": [1.0] * 101,
+        "host_to_device": None,
+        "inference": ((ms - 2.0) * (1 + spread * np.linspace(-1, 1, 101))).tolist(),
+        "device_to_host": None,
+        "postprocess": [1.0] * 101,
+    }
+    samples["total"] = [inference + 2.0 for inference in samples["inference"]]
+    summaries = {}
+    for stage in STAGES:
+        values = samples[stage]
+        percentiles = [] if values is None else np.percentile(values, [50, 90, 95, 99]).tolist()
+        summaries[stage] = (
+            None
+            if values is None
+            else dict(
+                zip(STATISTICS, (percentiles[0], float(np.mean(values)), *percentiles[1:], max(values)), strict=True)
+            )
+        )
+    return {
+        "summary_ms": summaries,
+        "samples_ms": samples,
+        "stable": spread <= 0.1,
+        "spread": spread * 0.8,
+        "comparable": True,
+        "comparable_reasons": [],
+        "threads": 2,
+        "description": "some runtime, 2 threads",
+        "warmup_runs": 10,
+        "mode": "back-to-back",
+        "fps": None,
+        "late_frames": None,
+        "memory_mib": {"host_peak": 321.0, "device_peak": None},
+        "power": None,
+        "power_reason": "no power meter",
+        "sweep": None,
+    }
+
+
 @pytest.fixture
 def result(tmp_path):
     """Writes a result file: result("onnx-int8", ap=0.47) or result("onnx-int8", ms=12.0); `made_from` is a role."""
+
+    annotations = tmp_path / "data" / "annotations" / "instances_test.json"
 
     def make(role, ap=None, ms=None, made_from=None, spread=0.01, suffix="", **changes):
         document = {
@@ -119,8 +196,8 @@ def result(tmp_path):
                 "command": ["python", "-m", "deploy.export", f"runs/{role}"],
             },
             "data": {
-                "annotations": "data/test.json",
-                "annotations_sha256": sha("annotations"),
+                "annotations": str(annotations),
+                "annotations_sha256": sha256_of(annotations) if annotations.is_file() else sha("annotations"),
                 "images_dir": str(tmp_path / "data" / "images"),
                 "images": 5,
                 "class_names": list(CLASSES),
@@ -129,31 +206,16 @@ def result(tmp_path):
         }
         if ap is not None:
             document["kind"] = "accuracy"
-            document["numbers"] = {
-                **dict.fromkeys(METRICS, ap),
-                "AP_small": None,
-                "per_class": dict.fromkeys(CLASSES, ap),
-            }
-            box = {"box_xyxy": BOXES_XYXY[0], "label": 0}
-            document["samples"] = [
-                {
-                    "file_name": f"sub/{number}.png",
-                    "width_px": 192,
-                    "height_px": 128,
-                    "annotated": [box],
-                    "detected": [{**box, "score": 0.9}, {**box, "score": 0.1}],
-                }
-                for number in (1, 5)
-            ]
+            document["numbers"] = accuracy_numbers(role, ap)
         else:
             document["kind"] = "latency"
-            times = (ms - 2.0) * (1 + spread * np.linspace(-1, 1, 101))
-            stages = {"preprocess": [1.0] * 101, "inference": times.tolist(), "postprocess": [1.0] * 101}
-            document["numbers"] = numbers_from_samples(stages, "some runtime, 2 threads", 2)
+            document["numbers"] = latency_numbers(ms, spread)
         for key, value in changes.items():
             part, _, name = key.partition("__")
             document[part][name] = value
         path = tmp_path / f"{role}{suffix}.{document['kind']}.result.json"
+        if ap is not None:
+            document["detections"] = write_detections(path, detections_of(role))
         write_result(path, document, {})
         return path
 

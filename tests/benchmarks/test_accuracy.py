@@ -1,13 +1,19 @@
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
+import tracemalloc
 
 import pytest
 
 from benchmarks import accuracy, subject
 from benchmarks.result import read_result
-from deploy.contract import write_sidecar
+from deploy.contract import load_contract, write_sidecar
+from deploy.dataset import load_split
+from deploy.errors import MeasurementError
 from deploy.files import sha256_of
+from deploy.session import open_session
 
 
 def run(*words):
@@ -26,9 +32,18 @@ def test_an_onnx_file_that_finds_everything_has_ap_1(data_dir, detector, tmp_pat
     assert result["model"]["bytes"] == model.stat().st_size
     assert result["model"]["parameters"] == 3  # the weight of the one convolution
     assert result["data"]["images"] == 5
-    sample = result["samples"][0]
-    assert sample["file_name"] == "sub/1.png"
-    assert [box["box_xyxy"] for box in sample["detected"]] == [box["box_xyxy"] for box in sample["annotated"]]
+    numbers = result["numbers"]
+    assert numbers["best_f1"]["score"] == pytest.approx(0.9, abs=1e-6)
+    assert [numbers["best_f1"][key] for key in ("f1", "true", "false", "missed")] == [1.0, 10, 0, 0]
+    assert numbers["best_f1_per_class"]["star"]["true"] == 5
+    assert numbers["found_scores"] == {name: pytest.approx([0.9] * 5) for name in ("disc", "star")}
+    assert len(numbers["bootstrap"]["ap"]) == 1001
+    assert set(numbers["bootstrap"]["ap"]) == {1.0}
+    assert len(numbers["pr_curves"]["AP50"]["mean"]) == 101
+    assert numbers["against"] is None
+    kept = tmp_path / "fp32.detections.json"
+    assert result["detections"] == {"file": kept.name, "sha256": sha256_of(kept), "count": 10}
+    assert json.loads(kept.read_text())[0]["bbox"] == pytest.approx([20.0, 10.0, 60.0, 50.0])
     assert "AP 100.0" in capsys.readouterr().out
 
 
@@ -48,8 +63,101 @@ def test_limit_counts_only_the_first_images(data_dir, detector, tmp_path):
     assert run(detector(), *words) == 0
     result = read_result(output)
     assert result["data"]["images"] == 2
-    assert [sample["file_name"] for sample in result["samples"]] == ["sub/1.png", "sub/2.png"]
+    assert result["detections"]["count"] == 4
     assert result["numbers"]["AP"] == pytest.approx(1.0)
+
+
+def test_the_kept_detections_are_a_model_of_the_same_numbers(data_dir, detector, tmp_path, capsys):
+    """COCO results of anybody's detector go in as they are; ours are such a file."""
+    run(detector(boxes=[[20.0, 10.0, 80.0, 64.0]]), "--data", data_dir, "-o", tmp_path / "x.result.json")
+    kept = tmp_path / "x.detections.json"
+    assert run(kept, "--data", data_dir, "--role", "rival", "-o", tmp_path / "rival.result.json") == 0
+    first, second = (read_result(tmp_path / f"{name}.result.json") for name in ("x", "rival"))
+    assert second["numbers"] == first["numbers"]
+    assert (second["role"], second["model"]["format"], second["model"]["parameters"]) == ("rival", "detections", None)
+    assert second["model"]["sha256"] == sha256_of(kept)
+    assert run(kept, "--data", data_dir, "-o", tmp_path / "x.result.json") == 2
+    assert "would be written over" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('[{"image_id": 77, "category_id": 3, "bbox": [1, 2, 3, 4], "score": 0.5}]', "no image that is measured"),
+        ('[{"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}]', "no category has the id 1"),
+        ('[{"image_id": 1, "category_id": 3, "bbox": [1, 2, -3, 4], "score": 0.5}]', "its size is negative"),
+        ('[{"image_id": 1, "category_id": 3, "bbox": [1, 2, 3, 4], "score": NaN}]', "a number is not finite"),
+        ('[{"image_id": 1, "category_id": 3, "bbox": [1, 2, 3, 4]}]', "a key is missing"),
+        ("[3]", "a key is missing or of a wrong type"),
+        ('{"images": []}', "holds a dict; expected COCO results"),
+        ("[", "is not JSON"),
+    ],
+)
+def test_bad_results_of_others_are_one_message_and_no_file(data_dir, tmp_path, capsys, content, message):
+    (tmp_path / "theirs.json").write_text(content)
+    assert run(tmp_path / "theirs.json", "--data", data_dir, "-o", tmp_path / "x.result.json") == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.glob("x.*"))
+
+
+def test_no_results_of_others(data_dir, tmp_path, capsys):
+    assert run(tmp_path / "none.json", "--data", data_dir, "-o", tmp_path / "x.result.json") == 2
+    assert "no such file" in capsys.readouterr().err
+    (tmp_path / "none.json").write_text("[]")
+    words = (tmp_path / "none.json", "--data", data_dir, "-o", tmp_path / "x.result.json")
+    assert run(*words, "--limit", 2) == 2
+    assert "--limit does not go with" in capsys.readouterr().err
+    assert run(*words) == 0
+    numbers = read_result(tmp_path / "x.result.json")["numbers"]
+    assert (numbers["AP"], numbers["best_f1"], numbers["best_f1_per_class"]["disc"]) == (0.0, None, None)
+
+
+def test_against_another_result_tells_what_was_lost_and_gained(data_dir, detector, tmp_path, capsys):
+    both, one = tmp_path / "both.result.json", tmp_path / "one.result.json"
+    run(detector("both.onnx"), "--data", data_dir, "--role", "teacher", "-o", both)
+    model = detector("one.onnx", boxes=[[20.0, 10.0, 80.0, 60.0]])
+    assert run(model, "--data", data_dir, "--against", both, "-o", one) == 0
+    result = read_result(one)
+    against = result["numbers"]["against"]
+    assert against["role"] == "teacher"
+    assert [against[key] for key in ("AP_difference", "low", "high")] == pytest.approx([-0.5] * 3)
+    assert (against["lost"], against["gained"], against["score_shift"]) == (5, 0, 0.0)
+    assert against["per_class"] == {"disc": {"lost": 0, "gained": 0}, "star": {"lost": 5, "gained": 0}}
+    assert result["inputs"]["against"]["sha256"] == sha256_of(both)
+    assert "5 boxes lost and 0 gained against it" in capsys.readouterr().out
+
+
+def test_against_other_data_is_refused_before_measuring(data_dir, detector, result, tmp_path, capsys):
+    words = (detector(), "--data", data_dir, "-o", tmp_path / "x.result.json", "--against")
+    assert run(*words, result("teacher", ap=0.5, data__annotations_sha256="0" * 64)) == 2
+    assert "differ in data.annotations_sha256" in capsys.readouterr().err
+    assert run(*words, result("teacher", ms=9.0)) == 2
+    assert "expected an accuracy result" in capsys.readouterr().err
+    assert not list(tmp_path.glob("x.*"))
+
+
+def test_a_failure_while_writing_leaves_no_result(data_dir, detector, tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("benchmarks.result.write_json", fail)
+    with pytest.raises(OSError, match="disk full"):
+        run(detector(), "--data", data_dir, "-o", tmp_path / "x.result.json")
+    assert not (tmp_path / "x.result.json").exists()
+
+
+def test_memory_does_not_grow_with_the_images(data_dir, detector):
+    """Only detections stay: an image and what is computed of it are gone when the next is read."""
+    data = load_split(data_dir, "test")
+    few, many = dataclasses.replace(data, images=data.images[:2]), dataclasses.replace(data, images=data.images * 40)
+    peaks = []
+    with open_session(detector()) as session:
+        for images in (few, many):
+            tracemalloc.start()
+            accuracy.detections_from_session(session, images)
+            peaks.append(tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
+    assert peaks[1] - peaks[0] < 2e6  # 198 images more are 14 MB of pixels, 44 MB of network inputs
 
 
 @pytest.mark.parametrize(
@@ -57,7 +165,8 @@ def test_limit_counts_only_the_first_images(data_dir, detector, tmp_path):
     [
         ({"class_names": ("disc", "ring")}, (), "differ in their classes"),
         ({"category_ids": (1, 2)}, (), "differ in their classes"),
-        ({"input_shape": (2, 3, 64, 96)}, (), "takes 2 images at once"),
+        ({"input_shape": (2, 3, 64, 96)}, (), "its contract expects"),
+        ({}, ("--against", "none.json"), "cannot read none.json"),
         ({}, ("--limit", "0"), "--limit is 0"),
         ({}, ("--role", " "), "--role is empty"),
         ({}, ("--split", "val"), "instances_val.json"),
@@ -72,6 +181,15 @@ def test_bad_input_is_one_message_and_no_file(data_dir, detector, tmp_path, caps
     assert message in error
     assert error.count("error: ") == 1
     assert not output.exists()
+
+
+@pytest.mark.parametrize(("batch", "fits"), [(1, True), (-1, True), (2, False)])
+def test_a_model_takes_one_image_or_any_number(data_dir, detector, batch, fits):
+    model = detector()
+    contract = dataclasses.replace(load_contract(model), input_shape=(batch, 3, 64, 96))
+    expectation = contextlib.nullcontext() if fits else pytest.raises(MeasurementError, match="takes 2 images at once")
+    with expectation:
+        subject.check_fits(contract, load_split(data_dir, "test"), subject.load_subject(str(model)))
 
 
 def test_a_model_that_cannot_be_measured(data_dir, detector, tmp_path, capsys):
@@ -126,8 +244,11 @@ def test_a_run_directory_is_measured_by_the_training_side(run_dir, data_dir, tmp
     [
         ("import sys; sys.stderr.write('error: no such layer\\n'); sys.exit(2)", "error: no such layer"),
         ("1 / 0", "ended with status 1"),
-        ("", "expected the COCO results of crosskd.predict"),
-        ("import sys; open(sys.argv[sys.argv.index('-o') + 1], 'w').write('{}')", "expected a list of COCO results"),
+        ("", "expected COCO results"),
+        (
+            "import sys; open(sys.argv[sys.argv.index('-o') + 1], 'w').write('{}')",
+            "holds a dict; expected COCO results",
+        ),
     ],
 )
 def test_the_training_sides_failure_is_ours(run_dir, data_dir, tmp_path, capfd, program, message):
@@ -147,18 +268,3 @@ def test_samples_are_spread_best_first_and_few():
     assert subject.spread(range(100), 12)[:2] == [0, 9]
     assert subject.spread(range(100), 12)[-1] == 99
     assert subject.spread(range(3), 12) == [0, 1, 2]
-
-
-def test_samples_leave_out_low_scores_and_keep_the_best(data_dir):
-    from deploy.dataset import load_split
-
-    data = load_split(data_dir, "test")
-    results = [
-        {"image_id": 1, "category_id": 7, "bbox": [1.0, 2.0, 3.0, 4.0], "score": score / 100} for score in range(100)
-    ]
-    samples = accuracy.samples_from_results(results, data)
-    scores = [box["score"] for box in samples[0]["detected"]]
-    assert scores == [score / 100 for score in range(99, 49, -1)]
-    assert samples[0]["detected"][0] == {"box_xyxy": [1.0, 2.0, 4.0, 6.0], "label": 1, "score": 0.99}
-    assert samples[1]["detected"] == []
-    assert json.dumps(samples)

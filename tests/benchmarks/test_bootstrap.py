@@ -6,7 +6,14 @@ import time
 import numpy as np
 import pytest
 
-from benchmarks.bootstrap import ap_by_threshold, matches_by_class, paired_ap_difference, resampled_ap
+from benchmarks.bootstrap import (
+    ap_by_threshold,
+    bounds_of_draws,
+    matches_by_class,
+    paired_ap_difference,
+    resampled_ap,
+    resampled_percentile,
+)
 from benchmarks.coco import evaluate
 from deploy.errors import MeasurementError
 
@@ -160,3 +167,30 @@ def test_what_cannot_be_compared_is_refused():
         paired_ap_difference(annotations, [([{**detections[0], "image_id": 99}], detections)], ids)
     with pytest.raises(MeasurementError, match="no annotated box"):
         paired_ap_difference({**annotations, "annotations": []}, [(detections, detections)], ids)
+
+
+def test_the_bounds_of_a_median_hold_the_truth_as_often_as_they_say():
+    """95 % of the intervals of a median should hold the true one, 10; 200 of them tell that roughly."""
+    generator = np.random.default_rng(0)
+    held = []
+    for seed in range(200):
+        samples = generator.lognormal(np.log(10), 0.1, 100)
+        value, low, high = bounds_of_draws(resampled_percentile(samples, 50, seed, resamples=200))
+        assert value == pytest.approx(np.median(samples))
+        held.append(low <= 10 <= high)
+    assert 0.88 <= np.mean(held) <= 1.0
+
+
+def test_draws_of_percentiles_are_as_many_as_asked_and_never_beyond_the_samples():
+    draws = resampled_percentile([1.0, 2.0, 9.0], 99, seed=1, resamples=250)
+    assert len(draws) == 251
+    assert draws[1:].min() >= 1.0
+    assert draws.max() <= 9.0
+    assert np.array_equal(draws, resampled_percentile([1.0, 2.0, 9.0], 99, seed=1, resamples=250))
+    assert not np.array_equal(draws, resampled_percentile([1.0, 2.0, 9.0], 99, seed=2, resamples=250))
+
+
+def test_bounds_leave_out_draws_without_a_number():
+    assert bounds_of_draws(np.array([2.0, np.nan, 1.0, 3.0]), confidence=1.0) == (2.0, 1.0, 3.0)
+    with pytest.raises(MeasurementError, match="no draw"):
+        bounds_of_draws(np.array([2.0, np.nan]))

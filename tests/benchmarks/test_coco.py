@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import time
 
 import numpy as np
 import pytest
 
-from benchmarks.coco import METRICS, evaluate
+from benchmarks.coco import METRICS, evaluate, evaluate_with_curves
 from deploy.errors import MeasurementError
 
 IMAGES = 12
@@ -101,19 +102,82 @@ def test_an_annotation_of_id_zero_and_without_area_counts():
     assert evaluate(annotations, perfect, range(1, IMAGES + 1))["AP"] == pytest.approx(1.0)
 
 
+def test_curves_are_those_whose_mean_is_ap():
+    annotations, detections = random_set(0)
+    numbers, curves = evaluate_with_curves(annotations, detections, range(1, IMAGES + 1))
+    assert np.mean(curves["AP"]["mean"]) == pytest.approx(numbers["AP"], abs=1e-4)
+    assert np.mean(curves["AP50"]["mean"]) == pytest.approx(numbers["AP50"], abs=1e-4)
+    for name, ap in numbers["per_class"].items():
+        curve = curves["AP"]["per_class"][name]
+        assert len(curve) == 101
+        assert curve == sorted(curve, reverse=True)
+        assert np.mean(curve) == pytest.approx(ap, abs=1e-4)
+    annotations["annotations"] = [box for box in annotations["annotations"] if box["category_id"] != 9]
+    assert evaluate_with_curves(annotations, detections, range(1, IMAGES + 1))[1]["AP"]["per_class"]["class 9"] is None
+
+
+def many_images(count=150, classes=80):
+    """As many boxes and detections per image as COCO's own validation set has."""
+    rng = np.random.default_rng(0)
+    annotations, detections = [], []
+    for image in range(1, count + 1):
+        for category in rng.integers(1, classes + 1, 7).tolist():
+            box = [*rng.uniform(0, 300, 2).tolist(), *rng.uniform(8, 160, 2).tolist()]
+            number = {"id": len(annotations) + 1, "image_id": image, "category_id": category, "bbox": box}
+            annotations.append({**number, "area": box[2] * box[3], "iscrowd": 0})
+            detections += [
+                {**{key: number[key] for key in ("image_id", "category_id", "bbox")}, "score": score}
+                for score in rng.random(3).tolist()
+            ]
+        detections += [
+            {"image_id": image, "category_id": category, "bbox": [1.0, 2.0, 30.0, 40.0], "score": 0.1}
+            for category in rng.integers(1, classes + 1, 80).tolist()
+        ]
+    images = [{"id": image, "width": 480, "height": 480} for image in range(1, count + 1)]
+    categories = [{"id": number, "name": f"class {number}"} for number in range(1, classes + 1)]
+    return {"images": images, "annotations": annotations, "categories": categories}, detections
+
+
+def test_it_is_several_times_as_fast_as_pycocotools():
+    """At 5,000 images it is some ten times as fast; a small set on a busy machine tells less than that."""
+    pytest.importorskip("pycocotools", reason="the independent evaluator is not installed")
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    annotations, detections = many_images()
+    began = time.process_time()
+    ap = evaluate(annotations, detections, [image["id"] for image in annotations["images"]])["AP"]
+    ours = time.process_time() - began
+    began = time.process_time()
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO()
+        truth.dataset = annotations
+        truth.createIndex()
+        evaluation = COCOeval(truth, truth.loadRes([dict(box) for box in detections]), "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    theirs = time.process_time() - began
+    assert ap == pytest.approx(evaluation.stats[0], abs=1e-9)
+    assert theirs / ours > 3, (theirs, ours)
+
+
 @pytest.mark.parametrize(
-    "change",
+    ("change", "fault"),
     [
-        {"image_id": 99},
-        {"category_id": 1},
-        {"score": float("nan")},
-        {"bbox": [0, 0, 5]},
-        {"bbox": None},
-        {"score": "high"},
+        ({"image_id": 99}, "no image that is measured has the id 99"),
+        ({"category_id": 1}, "no category has the id 1"),
+        ({"score": float("nan")}, "not finite"),
+        ({"bbox": [0, 0, float("inf"), 5]}, "not finite"),
+        ({"bbox": [0, 0, -5, 5]}, "its size is negative"),
+        ({"bbox": [0, 0, 5]}, "wrong type"),
+        ({"bbox": None}, "wrong type"),
+        ({"score": "high"}, "wrong type"),
+        ({"image_id": [1]}, "wrong type"),
     ],
 )
-def test_a_wrong_detection_is_named(change):
+def test_a_wrong_detection_is_named(change, fault):
     annotations, detections = random_set(0)
     detections[3] = {**detections[3], **change}
-    with pytest.raises(MeasurementError, match="detection 3 is"):
+    with pytest.raises(MeasurementError, match=f"detection 3 is .*{fault}"):
         evaluate(annotations, detections, range(1, IMAGES + 1))

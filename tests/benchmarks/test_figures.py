@@ -1,18 +1,16 @@
 from __future__ import annotations
 
-import base64
 import itertools
 
-import cv2
-import numpy as np
 import pytest
 
 from benchmarks.figures import (
-    GALLERY_SIDE_PX,
     PLOT_HEIGHT_PX,
     PLOT_WIDTH_PX,
     Rectangle,
-    gallery_from_samples,
+    curves_from_precisions,
+    distribution_from_samples,
+    pareto_front,
     plot_from_points,
     ticks_linear,
     ticks_logarithmic,
@@ -84,36 +82,37 @@ def test_linear_ticks_enclose_the_values(values):
     assert 2 <= len(ticks) <= 9
 
 
-def sample(name, width=192, height=128, score=0.9):
-    box = {"box_xyxy": [10.0, 20.0, 30.0, 60.0], "label": 1}
-    return {
-        "file_name": name,
-        "width_px": width,
-        "height_px": height,
-        "annotated": [box],
-        "detected": [{**box, "score": score}],
-    }
+def test_the_front_is_what_no_other_beats():
+    front = pareto_front(points([10.0, 5.0, 20.0, 20.0, 5.0, 30.0], [40.0, 30.0, 45.0, 46.0, 31.0, 46.0]))
+    assert front == [4, 0, 3]  # by speed; of equal speed the better; as good but slower is beaten
+    plot = plot_from_points(points([10.0, 100.0, 50.0], [30.0, 40.0, 20.0]))
+    first, last, _ = plot["points"]
+    assert plot["front"] == f"M{first['x']:g} {first['y']:g}L{last['x']:g} {last['y']:g}"
 
 
-def test_the_gallery_shows_each_image_once_with_a_panel_per_model(tmp_path):
-    pixels = np.zeros((900, 1200, 3), np.uint8)
-    pixels[:, :600] = 255
-    cv2.imwrite(str(tmp_path / "a.png"), pixels)
-    models = {"teacher": [sample("a.png", 1200, 900)], "own": [sample("a.png", 1200, 900, score=0.1)]}
-    (picture,), missing = gallery_from_samples(models, str(tmp_path), ["disc", "star"])
-    assert missing == []
-    assert [panel["title"] for panel in picture["panels"]] == ["Annotated", "Teacher", "own"]
-    assert [len(panel["boxes"]) for panel in picture["panels"]] == [1, 1, 0]  # too low a score is not drawn
-    box = picture["panels"][1]["boxes"][0]
-    assert [box[key] for key in ("x", "y", "width", "height", "text")] == [10.0, 20.0, 20.0, 40.0, "star 0.90"]
-    jpeg = base64.b64decode(picture["uri"].partition(",")[2])
-    shown = cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR)
-    assert max(shown.shape) == GALLERY_SIDE_PX
-    assert shown[:, 100].mean() > 250
-    assert shown[:, 400].mean() < 5
+def test_a_distribution_is_drawn_against_its_own_median():
+    samples = {"fast": list(range(90, 111)), "slow": [10 * value for value in range(90, 111)], "wild": [1, 1, 1, 50]}
+    drawn = distribution_from_samples(samples)
+    fast, slow, wild = drawn["rows"]
+    assert fast["x"] == slow["x"]
+    assert (fast["ms"]["p50"], slow["ms"]["p50"], slow["ms"]["max"]) == (100, 1000, 1100)
+    assert wild["x"]["p50"] == fast["x"]["p50"]
+    order = ["p5", "p25", "p50", "p75", "p95", "p99"]
+    for row in drawn["rows"]:
+        places = [row["x"][name] for name in order]
+        assert places == sorted(places)
+        assert 0 <= places[0] <= places[-1] <= drawn["width"]
+    assert fast["y"] < slow["y"] < wild["y"] < drawn["bottom"] < drawn["height"]
+    assert distribution_from_samples({}) is None
 
 
-def test_images_that_are_missing_or_others_are_left_out(tmp_path):
-    cv2.imwrite(str(tmp_path / "small.png"), np.zeros((10, 10, 3), np.uint8))
-    models = {"teacher": [sample("none.png"), sample("small.png")]}
-    assert gallery_from_samples(models, str(tmp_path), ["disc", "star"]) == ([], ["none.png", "small.png"])
+def test_curves_go_from_no_recall_to_all_and_keep_their_style():
+    chart = curves_from_precisions({"Teacher": [1.0, 0.5, 0.0], "none": None, "ONNX": [0.25] * 101})
+    teacher, onnx = chart["lines"]
+    area = chart["area"]
+    assert teacher["path"] == (
+        f"M{area['left']} {area['top']}L{(area['left'] + area['right']) / 2:g} {(area['top'] + area['bottom']) / 2:g}"
+        f"L{area['right']} {area['bottom']}"
+    )
+    assert (teacher["style"], onnx["style"]) == (0, 2)  # the same model has the same style in every chart
+    assert (teacher["mean"], onnx["mean"]) == (0.5, 0.25)

@@ -28,7 +28,7 @@ def test_what_was_written_is_read_with_its_provenance(result):
     ("edit", "message"),
     [
         (lambda d: d.pop("result_version"), "not a result file"),
-        (lambda d: d.update(result_version=99), "result_version is 99; expected 1"),
+        (lambda d: d.update(result_version=99), "result_version is 99; expected 2"),
         (lambda d: d.update(kind="power"), "kind is 'power'"),
         (lambda d: d["model"].pop("sha256"), "the key model.sha256 is missing"),
         (lambda d: d.update(model=3), "the key model.file is missing"),
@@ -37,6 +37,11 @@ def test_what_was_written_is_read_with_its_provenance(result):
         (lambda d: d["numbers"].update(AP=True), "numbers.AP is True"),
         (lambda d: d["numbers"].update(AP=float("nan")), "numbers.AP is nan"),
         (lambda d: d.update(role=None), "role is None; expected str"),
+        (lambda d: d["numbers"].update(AP=0.6), "was edited: the hash of its content"),
+        (lambda d: d.update(role="student"), "was edited"),
+        (lambda d: d["numbers"]["per_class"].pop("disc"), "was edited"),
+        (lambda d: d.update(comment="mine"), "was edited"),
+        (lambda d: d.pop("content_sha256"), "content_sha256 says None"),
     ],
 )
 def test_a_changed_file_is_refused_with_file_and_key(result, edit, message):

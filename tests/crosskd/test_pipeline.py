@@ -110,13 +110,13 @@ def test_a_config_without_a_teacher_is_refused(configs: Path) -> None:
 
 
 def test_a_student_that_cannot_be_exported_is_refused_before_hours_of_training(tmp_path: Path) -> None:
-    config = tmp_path / "tood.py"
+    config = tmp_path / "fovea.py"
     config.write_text(
-        """_base_ = "mmdet::tood/tood_r50_fpn_1x_coco.py"
-model = dict(_delete_=True, type="CrossKDDetector", student={{_base_.model}}, distill=dict(method="crosskd", split=3),
-             teacher=dict(config="mmdet::tood/tood_r101_fpn_ms-2x_coco.py"))"""
+        """_base_ = "mmdet::foveabox/fovea_r50_fpn_4xb4-1x_coco.py"
+model = dict(_delete_=True, type="CrossKDDetector", student={{_base_.model}}, distill=dict(method="pkd"),
+             teacher=dict(config="mmdet::foveabox/fovea_r101_fpn_4xb4-1x_coco.py"))"""
     )
-    with pytest.raises(ConfigError, match=r"student's head is a TOODHead, .* not exported; expected one of .*GFLHead"):
+    with pytest.raises(ConfigError, match=r"student's head is a FoveaHead, .* be exported; expected one of .*GFLHead"):
         _planned(config)
 
 

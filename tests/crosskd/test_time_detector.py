@@ -1,48 +1,86 @@
-"""crosskd.time_detector: raw samples of the stages of a detection in torch."""
+"""crosskd.time_detector: the stages of a detection in torch, timed on request."""
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
+import cv2
 import pytest
 import torch
 
 from crosskd import time_detector
-from deploy.dataset import split_paths
+from crosskd.predict import predictor
+from crosskd.training import load_run
+from deploy.dataset import load_coco, split_paths
+
+CPU_STAGES = {"preprocess", "inference", "postprocess", "total"}
 
 
 @pytest.fixture
-def words(student_run: Path, shapes_dir: Path, tmp_path: Path) -> list[str]:
-    annotations, images_dir = split_paths(shapes_dir, "test")
-    paths = ["--annotations", str(annotations), "--images-dir", str(images_dir)]
-    return [str(student_run), *paths, "-o", str(tmp_path / "times.json")]
+def images(shapes_dir: Path) -> list[Path]:
+    return [image.path for image in load_coco(*split_paths(shapes_dir, "test")).images[:2]]
 
 
-def test_every_run_is_kept_stage_by_stage(words: list[str], tmp_path: Path) -> None:
-    threads = torch.get_num_threads()
+def test_a_line_is_answered_with_the_stages_of_a_run(
+    student_run: Path, images: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("0\n1\n2\n"))
+    threads, threads_of_opencv = torch.get_num_threads(), cv2.getNumThreads()
     try:
-        assert time_detector.main([*words, "--runs", "5", "--warmup", "2", "--threads", "1"]) == 0
+        assert time_detector.main([str(student_run), *map(str, images), "--threads", "1"]) == 0
+        assert cv2.getNumThreads() == 1
     finally:
         torch.set_num_threads(threads)
-    times = json.loads((tmp_path / "times.json").read_text())
-    assert times["samples_ms"].keys() == {"preprocess", "inference", "postprocess"}
-    assert all(len(samples) == 5 and min(samples) > 0 for samples in times["samples_ms"].values())
-    assert times["description"].endswith("CPU, 1 threads") or torch.cuda.is_available()
-    assert torch.__version__ in times["description"]
+        cv2.setNumThreads(threads_of_opencv)
+    starting, ready, *runs = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert starting == {"starting": True}
+    assert torch.__version__ in ready["description"]
+    assert ready["on_gpu"] is torch.cuda.is_available()
+    assert ready["description"].endswith("CPU, 1 threads") or ready["on_gpu"]
+    assert len(runs) == 3
+    for run in runs:
+        assert run.keys() == CPU_STAGES | ({"host_to_device", "device_to_host"} if ready["on_gpu"] else set())
+        assert min(run.values()) > 0
+        assert run["total"] == pytest.approx(sum(value for stage, value in run.items() if stage != "total"))
+
+
+def test_what_is_timed_is_the_detection_itself(
+    student_run: Path, shapes_dir: Path, images: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, detector, _ = load_run(student_run)
+    found = []
+    decode = detector.bbox_head.predict_by_feat
+    monkeypatch.setattr(
+        detector.bbox_head, "predict_by_feat", lambda *args, **more: found.append(decode(*args, **more)) or found[-1]
+    )
+    detect, _, _ = time_detector.detection_of(config, detector, [cv2.imread(str(path)) for path in images], None)
+    detect(3)  # the second of two images
+    timed = found[-1][0]
+    expected = predictor(config, detector)(load_coco(*split_paths(shapes_dir, "test")).images[1])
+    assert timed.scores.tolist() == pytest.approx(expected[1])
+    assert timed.bboxes.tolist() == [pytest.approx(box, abs=1e-3) for box in expected[0]]
 
 
 @pytest.mark.parametrize(
-    ("flags", "named"),
+    ("words", "named"),
     [
-        (["--runs", "0"], "--runs 0 --warmup 20: expected at least 1 and 0"),
-        (["--warmup", "-1"], "--runs 200 --warmup -1"),
         (["--threads", "0"], "--threads is 0; expected at least 1"),
+        (["nope.png"], "cannot read the image nope.png"),
     ],
 )
-def test_bad_numbers_are_refused(
-    words: list[str], flags: list[str], named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_bad_input_is_refused_before_torch_starts(
+    student_run: Path, images: list[Path], words: list[str], named: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert time_detector.main([*words, *flags]) == 2
-    assert named in capsys.readouterr().err
-    assert not any(tmp_path.iterdir())
+    assert time_detector.main([str(student_run), str(images[0]), *words]) == 2
+    captured = capsys.readouterr()
+    assert named in captured.err
+    assert captured.out == ""
+
+
+def test_a_folder_that_is_no_run_is_refused(
+    tmp_path: Path, images: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert time_detector.main([str(tmp_path), str(images[0])]) == 2
+    assert "expected one: the folder of a finished run" in capsys.readouterr().err

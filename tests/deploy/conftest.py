@@ -2,14 +2,18 @@
 A small detector as ONNX, and stand-ins for tensorrt and CUDA that run it.
 
 The stand-in engine is the parsed ONNX graph on ONNX Runtime, and its device memory is host memory, so that everything
-above the bindings is real. test_trt.py compares its names and signatures with those of the real bindings.
+above the bindings is real. test_bindings.py compares its names and signatures with those of the real bindings.
 """
 
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import enum
+import itertools
+import json
 import sys
+import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, Callable, Dict, List, Optional, Tuple
@@ -190,19 +194,101 @@ def detector_file(tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
+SMALL_OUTPUTS = {
+    "topk": "float[{batch},3,4] boxes, float[{batch},3] scores, int64[{batch},3] labels",
+    "nms": "float[D,4] boxes, float[D] scores, int64[D] labels, int64[D] images",
+}
+SMALL_BODIES = {
+    "topk": """
+        boxes = ReduceMax <axes=[3], keepdims=0> (x)
+        scores = ReduceMax <axes=[2], keepdims=0> (boxes)
+        labels = ArgMax <axis=2, keepdims=0> (boxes)""",
+    "nms": """
+        least = Constant <value_float=0.5> ()
+        zero = Constant <value_int=0> ()
+        one = Constant <value_int=1> ()
+        high = Greater (x, least)
+        where = NonZero (high)
+        places = Transpose <perm=[1, 0]> (where)
+        boxes = Cast <to=1> (places)
+        scores = GatherND (x, places)
+        labels = Gather <axis=0> (where, one)
+        images = Gather <axis=0> (where, zero)""",
+}
+"""Graphs with the outputs of a detector. `nms` finds every value above a half: its place as a box, its channel."""
+
+
+@pytest.fixture
+def small_file(tmp_path: Path) -> Callable[..., Path]:
+    """`small_file(outputs, batch=2, input_type="float32")` -> ONNX file, with its sidecar; batch -1 is dynamic."""
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+
+    def write(outputs: str, batch: int = 2, input_type: str = "float32") -> Path:
+        size, is_uint8 = "N" if batch == -1 else str(batch), input_type == "uint8"
+        model = onnx.parser.parse_model(
+            f"""<ir_version: 8, opset_import: ["" : 17]>
+            small ({"uint8" if is_uint8 else "float"}[{size},{"4,4,3" if is_uint8 else "3,4,4"}] pixels)
+                => ({SMALL_OUTPUTS[outputs].format(batch=size)}) {{
+                floats = Cast <to=1> (pixels)
+                x = Transpose <perm={[0, 3, 1, 2] if is_uint8 else [0, 1, 2, 3]}> (floats)
+                {SMALL_BODIES[outputs]}
+            }}"""
+        )
+        path = tmp_path / f"{outputs}.onnx"
+        onnx.save(model, str(path))
+        contract = dataclasses.replace(
+            CONTRACT,
+            input_name="pixels",
+            input_shape=(batch, 4, 4, 3) if is_uint8 else (batch, 3, 4, 4),
+            input_type=input_type,
+            outputs=outputs,
+            output_names=("boxes", "scores", "labels", "images")[: 4 if outputs == "nms" else 3],
+        )
+        write_sidecar(path, {}, contract)
+        return path
+
+    return write
+
+
 # tensorrt -------------------------------------------------------------------------------------------------------------
+
+
+def layers_json(plan: bytes, major: int) -> str:
+    """What the inspector of that TensorRT says of a graph built as it is: each node a layer, a pair before it INT8."""
+    import onnx
+
+    graph = onnx.shape_inference.infer_shapes(onnx.load_from_string(plan)).graph
+    kinds = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    kinds.update((value.name, value.type.tensor_type.elem_type) for value in (*graph.input, *graph.value_info))
+    words = {onnx.TensorProto.FLOAT: "FP32", onnx.TensorProto.FLOAT16: "FP16 format", onnx.TensorProto.INT64: "Int64"}
+    integers = {name for node in graph.node if node.op_type == "DequantizeLinear" for name in node.output}
+    layers = []
+    for node in graph.node:
+        inputs = []
+        for name in filter(None, node.input):
+            word = "Int8 format" if name in integers else words.get(kinds.get(name, 0), "Bool")
+            split = {"Format": "Row major linear", "DataType": word}
+            inputs.append({"Name": name, **({"Format/Datatype": f"Row major linear {word}"} if major < 11 else split)})
+        kind = "CaskConvolution" if node.op_type == "Conv" else "Reformat" if node.op_type == "Cast" else node.op_type
+        layers.append({"Name": node.name or node.output[0], "LayerType": kind, "Inputs": inputs, "Outputs": []})
+    return json.dumps({"Layers": layers, "Bindings" if major < 11 else "I/O Tensors": []})
 
 
 def tensorrt_stand_in(version: str) -> ModuleType:
     """
     A module with the part of tensorrt that is used here, as `version` has it.
 
-    Its `test` says what was done (flags, config, ...) and what shall go wrong (parser_errors, build_error, shift_px).
+    Its `test` says what was done (flags, config, network, ...) and what shall go wrong (parser_errors, build_error,
+    shift_px) or be otherwise (dla_cores, takes_cache, inspector: what the inspector says of any engine).
     """
     major = int(version.split(".")[0])
     trt: Any = ModuleType("tensorrt")
     trt.__version__ = version
-    trt.test = test = SimpleNamespace(flags=None, config=None, parser_errors=[], build_error="", shift_px=0.0)
+    trt.test = test = SimpleNamespace(
+        flags=None, config=None, parser_errors=[], build_error="", shift_px=0.0, network=None, parser_flags=[],
+        dla_cores=0, takes_cache=True, inspector=None,
+    )  # fmt: skip
 
     class ILogger:
         class Severity(enum.Enum):
@@ -225,16 +311,52 @@ def tensorrt_stand_in(version: str) -> ModuleType:
         def serialize(self) -> memoryview:
             return memoryview(self._content + b"+")
 
-    class IBuilderConfig:
+    class IOptimizationProfile:
         def __init__(self) -> None:
-            self.builder_optimization_level = 3
-            self.progress_monitor: Any = None
+            self._shapes: Dict[str, Any] = {}
+
+        def set_shape(self, input: str, min: Any, opt: Any, max: Any) -> None:
+            self._shapes[input] = (min, opt, max)
+
+    class IInt8EntropyCalibrator2:
+        def __init__(self) -> None:
+            self._is_initialised = True
+
+    class IBuilderConfig:
+        builder_optimization_level = 3
+        hardware_compatibility_level: Any = None
+        profiling_verbosity: Any = None
+        default_device_type: Any = None
+        DLA_core = -1
+        progress_monitor: Any = None
+        int8_calibrator: Any = None
+
+        def __init__(self) -> None:
             self._cleared: List[Any] = []
+            self._flags: List[Any] = []
             self._pools: Dict[Any, int] = {}
             self._cache: Optional[ITimingCache] = None
+            self._profiles: List[Any] = []
+            self._calibration_profile: Any = None
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            if not name.startswith("_") and not hasattr(type(self), name):
+                raise AttributeError(f"as pybind11: IBuilderConfig of TensorRT {version} has no {name}")
+            object.__setattr__(self, name, value)
 
         def clear_flag(self, flag: Any) -> None:
             self._cleared.append(flag)
+
+        def set_flag(self, flag: Any) -> None:
+            self._flags.append(flag.name)
+
+        def add_optimization_profile(self, profile: IOptimizationProfile) -> int:
+            self._profiles.append(profile)
+            return len(self._profiles) - 1
+
+        def set_calibration_profile(self, profile: IOptimizationProfile) -> bool:
+            self._calibration_profile = profile
+            return True
 
         def set_memory_pool_limit(self, pool: Any, pool_size: int) -> None:
             self._pools[pool] = pool_size
@@ -249,18 +371,78 @@ def tensorrt_stand_in(version: str) -> ModuleType:
         def get_timing_cache(self) -> Optional[ITimingCache]:
             return self._cache
 
+    class ITensor:
+        def __init__(self, name: str, shape: Tuple[int, ...], dtype: Any) -> None:
+            self.name, self.shape, self.dtype = name, shape, dtype
+
+    class ILayer:
+        precision: Any = None
+
+        def __init__(self, inputs: List[ITensor], outputs: List[ITensor]) -> None:
+            self._inputs, self._outputs = inputs, outputs
+            self._output_types: Dict[int, Any] = {}
+            self.num_inputs, self.num_outputs = len(inputs), len(outputs)
+
+        def get_input(self, index: int) -> ITensor:
+            return self._inputs[index]
+
+        def get_output(self, index: int) -> ITensor:
+            return self._outputs[index]
+
+        def set_output_type(self, index: int, dtype: Any) -> None:
+            self._output_types[index] = dtype
+
     class INetworkDefinition:
+        """One layer for each node, but two for a Softmax, as the real parser makes several of some nodes."""
+
         def __init__(self) -> None:
             self._model = b""
+            self._layers: List[ILayer] = []
+            self._inputs: List[ITensor] = []
+            self.num_layers = self.num_inputs = 0
+
+        def get_layer(self, index: int) -> ILayer:
+            return self._layers[index]
+
+        def get_input(self, index: int) -> ITensor:
+            return self._inputs[index]
+
+        def _parse(self, model: bytes) -> None:
+            import onnx
+
+            graph = onnx.shape_inference.infer_shapes(onnx.load_from_string(model)).graph
+            tensors, long = {}, getattr(trt.DataType, "INT64", trt.DataType.INT32)
+            for value in (*graph.input, *graph.value_info, *graph.output):
+                kind = value.type.tensor_type
+                dtype = trt.DataType.FLOAT if kind.elem_type == onnx.TensorProto.FLOAT else long
+                sizes = tuple(size.dim_value if size.HasField("dim_value") else -1 for size in kind.shape.dim)
+                tensors[value.name] = ITensor(value.name, sizes, dtype)
+            for node in graph.node:
+                inputs, outputs = (
+                    [tensors[name] for name in names if name in tensors] for names in (node.input, node.output)
+                )
+                if node.op_type == "Softmax":
+                    name = f"(Unnamed Layer* {len(self._layers)}) [Shuffle]_output"
+                    between = ITensor(name, inputs[0].shape, trt.DataType.FLOAT)
+                    self._layers.append(ILayer(inputs, [between]))
+                    inputs = [between]
+                self._layers.append(ILayer(inputs, outputs))
+            self._model, self._inputs = model, [tensors[value.name] for value in graph.input]
+            self.num_layers, self.num_inputs = len(self._layers), len(self._inputs)
 
     class Builder:
         def __init__(self, logger: ILogger) -> None:
             check_base(logger)
             self._logger = logger
+            self.num_DLA_cores = test.dla_cores
 
         def create_network(self, flags: int = 0) -> INetworkDefinition:
             test.flags = flags
-            return INetworkDefinition()
+            test.network = INetworkDefinition()
+            return test.network
+
+        def create_optimization_profile(self) -> IOptimizationProfile:
+            return IOptimizationProfile()
 
         def create_builder_config(self) -> IBuilderConfig:
             test.config = IBuilderConfig()
@@ -271,6 +453,15 @@ def tensorrt_stand_in(version: str) -> ModuleType:
                 self._logger.log(ILogger.Severity.WARNING, "something else")
                 self._logger.log(ILogger.Severity.ERROR, test.build_error)
                 return None
+            calibrator = getattr(config, "int8_calibrator", None)
+            if calibrator is not None:
+                check_base(calibrator)
+                test.cache = calibrator.read_calibration_cache()
+                if not test.takes_cache and not calibrator.get_batch(["images"]):
+                    self._logger.log(ILogger.Severity.ERROR, "no calibration data")
+                    return None
+            if major < 10:
+                return memoryview(network._model)
             check_base(config.progress_monitor)
             config.progress_monitor.phase_start("Building Engine", None, 1)
             config.progress_monitor.phase_start("Timing", "Building Engine", 5)
@@ -284,6 +475,9 @@ def tensorrt_stand_in(version: str) -> ModuleType:
     class ParserError:
         def __init__(self, operator: str, name: str, text: str) -> None:
             self._values = operator, name, text
+
+        def node(self) -> int:
+            return 7
 
         def node_operator(self) -> str:
             return self._values[0]
@@ -301,88 +495,185 @@ def tensorrt_stand_in(version: str) -> ModuleType:
             self.num_errors = len(test.parser_errors)
 
         def parse(self, model: bytes, path: Optional[str] = None) -> bool:
-            self._network._model = model
+            self._network._parse(model)
             return not test.parser_errors
+
+        def set_flag(self, flag: Any) -> None:
+            test.parser_flags.append(flag.name)
 
         def get_error(self, index: int) -> ParserError:
             return ParserError(*test.parser_errors[index])
 
+    class EngineInspector:
+        def __init__(self, engine: ICudaEngine) -> None:
+            self._engine = engine
+
+        def get_engine_information(self, format: Any) -> str:
+            return layers_json(self._engine._plan, major) if test.inspector is None else test.inspector
+
+    test.cuda = None  # the stand-in for CUDA, once it is there
+    test.profile = (1, 2, 4)  # fewest, usual and most images of a dynamic batch
+    test.most_rows = 100  # the bound of an output whose size depends on the data
+    test.context_error = test.run_error = test.capture_error = ""
+    test.runtime = test.context = None  # the last of each
+
+    class IOutputAllocator:
+        def __init__(self) -> None:
+            self._is_initialised = True
+
     class IExecutionContext:
         def __init__(self, engine: ICudaEngine) -> None:
             self._engine = engine
+            self._shapes: Dict[str, Tuple[int, ...]] = {}
             self._addresses: Dict[str, int] = {}
+            self._allocators: Dict[str, Any] = {}
+            self._runs = 0  # without those of a CUDA graph
+
+        def set_input_shape(self, name: str, shape: Tuple[int, ...]) -> bool:
+            fewest, _, most = self._engine.get_tensor_profile_shape(name, 0)
+            self._shapes[name] = shape
+            return all(low <= size <= high for low, size, high in zip(fewest, shape, most, strict=True))
+
+        def get_tensor_shape(self, name: str) -> Tuple[int, ...]:
+            if name in self._shapes:
+                return self._shapes[name]
+            # Names of sizes: the input's first is the batch, any other depends on the data.
+            sizes, batch = self._engine._sizes[name], self._engine._sizes[self._engine.get_tensor_name(0)][0]
+            known = {batch: self._shapes[self._engine.get_tensor_name(0)][0]} if self._shapes else {}
+            return tuple(size if isinstance(size, int) else known.get(size, -1) for size in sizes)
+
+        def get_max_output_size(self, name: str) -> int:
+            sizes = (size if size >= 0 else test.most_rows for size in self.get_tensor_shape(name))
+            return int(np.prod(list(sizes))) * self._engine._dtype(name).itemsize
 
         def set_tensor_address(self, name: str, memory: int) -> bool:
             self._addresses[name] = memory
             return name in self._engine._tensors
 
+        def set_output_allocator(self, name: str, output_allocator: IOutputAllocator) -> bool:
+            check_base(output_allocator)
+            self._allocators[name] = output_allocator
+            return name in self._engine._tensors
+
         def execute_async_v3(self, stream_handle: int) -> bool:
-            feed = {
-                name: np.ctypeslib.as_array(
-                    (ctypes.c_float * int(np.prod(shape))).from_address(self._addresses[name])
-                ).reshape(shape)
-                for name, (is_input, shape, _) in self._engine._tensors.items()
-                if is_input
-            }
-            names = [name for name, (is_input, _, _) in self._engine._tensors.items() if not is_input]
-            for name, values in zip(names, self._engine._session.run(names, feed), strict=True):
+            if test.cuda is not None and test.cuda.captured is not None:
+                if test.capture_error:
+                    self._engine._logger.log(ILogger.Severity.ERROR, test.capture_error)
+                    return False
+                test.cuda.captured.append(self._run)
+                return True
+            if test.run_error:
+                self._engine._logger.log(ILogger.Severity.ERROR, test.run_error)
+                return False
+            self._runs += 1
+            return self._run()
+
+        def _run(self) -> bool:
+            name, *names = self._engine._tensors
+            shape, dtype = self.get_tensor_shape(name), self._engine._dtype(name)
+            memory = (ctypes.c_char * (int(np.prod(shape)) * dtype.itemsize)).from_address(self._addresses[name])
+            found = self._engine._session.run(names, {name: np.frombuffer(memory, dtype).reshape(shape)})
+            for name, values in zip(names, found, strict=True):
+                values = np.ascontiguousarray(values, self._engine._dtype(name))
                 if name == "boxes":
-                    values = values + np.float32(test.shift_px)
-                ctypes.memmove(self._addresses[name], values.ctypes.data, values.nbytes)
+                    values = values + values.dtype.type(test.shift_px)
+                address = self._addresses[name]
+                if name in self._allocators:
+                    allocator, size = self._allocators[name], max(1, values.nbytes)
+                    if major < 10:
+                        address = allocator.reallocate_output(name, address, size, 256)
+                    else:
+                        address = allocator.reallocate_output_async(name, address, size, 256, 77)
+                    if not address:
+                        return False
+                    allocator.notify_shape(name, values.shape)
+                ctypes.memmove(address, values.ctypes.data, values.nbytes)
             return True
 
     class ICudaEngine:
-        def __init__(self, plan: bytes) -> None:
-            self._session = unoptimised_session(bytes(plan))
-            kinds = {"tensor(float)": trt.DataType.FLOAT, "tensor(int64)": trt.DataType.INT64}
-            inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
-            self._tensors = {io.name: (io in inputs, tuple(io.shape), kinds[io.type]) for io in [*inputs, *outputs]}
+        def __init__(self, plan: bytes, logger: ILogger) -> None:
+            self._plan, self._logger = bytes(plan), logger
+            self._session = unoptimised_session(self._plan)
+            kinds = {"tensor(float)": "FLOAT", "tensor(uint8)": "UINT8", "tensor(int64)": "INT64"}
+            if major < 10:
+                kinds["tensor(int64)"] = "INT32"
+            ios = [*self._session.get_inputs(), *self._session.get_outputs()]
+            self._tensors = {io.name: trt.DataType[kinds[io.type]] for io in ios}  # the input first
+            self._sizes = {io.name: tuple(io.shape) for io in ios}
             self.num_io_tensors = len(self._tensors)
+
+        def _dtype(self, name: str) -> np.dtype:
+            kinds = {"FLOAT": np.float32, "UINT8": np.uint8, "INT32": np.int32, "INT64": np.int64}
+            return np.dtype(kinds[self._tensors[name].name])
 
         def get_tensor_name(self, index: int) -> str:
             return list(self._tensors)[index]
 
         def get_tensor_shape(self, name: str) -> Tuple[int, ...]:
-            return self._tensors[name][1]
+            return tuple(size if isinstance(size, int) else -1 for size in self._sizes[name])
 
         def get_tensor_dtype(self, name: str) -> Any:
-            return self._tensors[name][2]
+            return self._tensors[name]
 
-        def create_execution_context(self) -> IExecutionContext:
-            return IExecutionContext(self)
+        def get_tensor_profile_shape(self, name: str, profile_index: int) -> List[Tuple[int, ...]]:
+            return [(size, *self._sizes[name][1:]) for size in test.profile]
+
+        def create_execution_context(self) -> Optional[IExecutionContext]:
+            if test.context_error:
+                self._logger.log(ILogger.Severity.ERROR, test.context_error)
+                return None
+            test.context = IExecutionContext(self)
+            return test.context
+
+        def create_engine_inspector(self) -> EngineInspector:
+            return EngineInspector(self)
 
     class Runtime:
         def __init__(self, logger: ILogger) -> None:
             check_base(logger)
             self._logger = logger
+            self.num_DLA_cores, self.DLA_core = test.dla_cores, -1
+            if not version.startswith("8.5"):
+                self.engine_host_code_allowed = False
+            test.runtime = self
 
         def deserialize_cuda_engine(self, serialized_engine: bytes) -> Optional[ICudaEngine]:
-            if not serialized_engine:
-                self._logger.log(ILogger.Severity.ERROR, "the plan is empty")
+            try:
+                return ICudaEngine(serialized_engine, self._logger)
+            except Exception as error:  # ONNX Runtime raises a dozen types
+                self._logger.log(ILogger.Severity.ERROR, f"no plan: {error}")
                 return None
-            return ICudaEngine(serialized_engine)
 
     creation = {8: {"EXPLICIT_BATCH": 0}, 10: {"EXPLICIT_BATCH": 0, "STRONGLY_TYPED": 1}, 11: {"STRONGLY_TYPED": 0}}[
         major
     ]
     trt.NetworkDefinitionCreationFlag = enum.IntEnum("NetworkDefinitionCreationFlag", creation)
-    flags = {"TF32": 6} if major == 11 else {"FP16": 0, "INT8": 1, "TF32": 6}
-    trt.BuilderFlag = enum.IntEnum("BuilderFlag", flags)
+    is_8_5 = version.startswith("8.5")
+    flags = ["TF32", "GPU_FALLBACK"]
+    flags += [] if major == 11 else ["FP16", "INT8", "OBEY_PRECISION_CONSTRAINTS"]
+    flags += [] if is_8_5 else ["VERSION_COMPATIBLE"]
+    trt.BuilderFlag = enum.IntEnum("BuilderFlag", flags, start=0)
+    trt.DeviceType = enum.Enum("DeviceType", ["GPU", "DLA"])
+    trt.ProfilingVerbosity = enum.Enum("ProfilingVerbosity", ["LAYER_NAMES_ONLY", "DETAILED", "NONE"])
+    trt.LayerInformationFormat = enum.Enum("LayerInformationFormat", ["ONELINE", "JSON"])
     trt.MemoryPoolType = enum.Enum("MemoryPoolType", ["WORKSPACE"])
-    trt.DataType = enum.Enum("DataType", ["FLOAT", "INT64"])
-    trt.nptype = lambda trt_type: {trt.DataType.FLOAT: np.float32, trt.DataType.INT64: np.int64}[trt_type]
+    trt.DataType = enum.Enum("DataType", ["FLOAT", "HALF", "INT8", "INT32", "UINT8", *(["INT64"] * (major >= 10))])
     for part in (
-        ILogger,
-        IProgressMonitor,
-        ITimingCache,
-        IBuilderConfig,
-        INetworkDefinition,
-        Builder,
-        ParserError,
-        OnnxParser,
-    ):
+        ILogger, IProgressMonitor, IInt8EntropyCalibrator2, ITimingCache, IOptimizationProfile, IBuilderConfig, ITensor,
+        ILayer, INetworkDefinition, Builder, ParserError, OnnxParser, EngineInspector,
+    ):  # fmt: skip
         setattr(trt, part.__name__, part)
-    for part in (IExecutionContext, ICudaEngine, Runtime):
+    if is_8_5:
+        del IBuilderConfig.builder_optimization_level, IBuilderConfig.hardware_compatibility_level, OnnxParser.set_flag
+    else:
+        trt.HardwareCompatibilityLevel = enum.Enum("HardwareCompatibilityLevel", ["NONE", "AMPERE_PLUS"])
+        trt.OnnxParserFlag = enum.Enum("OnnxParserFlag", ["NATIVE_INSTANCENORM"])
+    if major < 10:
+        del IBuilderConfig.progress_monitor, ParserError.node_name, ParserError.node_operator, trt.IProgressMonitor
+    if major == 11:
+        del IBuilderConfig.int8_calibrator, IBuilderConfig.set_calibration_profile, trt.IInt8EntropyCalibrator2
+        del ILayer.precision, ILayer.set_output_type
+    for part in (IOutputAllocator, IExecutionContext, ICudaEngine, Runtime):
         setattr(trt, part.__name__, part)
     return trt
 
@@ -393,6 +684,7 @@ def fake_tensorrt(monkeypatch: pytest.MonkeyPatch, fake_cuda: Any) -> Callable[[
 
     def install(version: str) -> Any:
         trt = tensorrt_stand_in(version)
+        trt.test.cuda = fake_cuda
         monkeypatch.setitem(sys.modules, "tensorrt", trt)
         return trt
 
@@ -405,6 +697,8 @@ def fake_tensorrt(monkeypatch: pytest.MonkeyPatch, fake_cuda: Any) -> Callable[[
 class Status(enum.IntEnum):
     cudaSuccess = 0
     cudaErrorMemoryAllocation = 2
+    cudaErrorIllegalAddress = 700
+    cudaErrorStreamCaptureUnsupported = 900
 
 
 class Copy(enum.Enum):
@@ -412,11 +706,22 @@ class Copy(enum.Enum):
     cudaMemcpyDeviceToHost = 2
 
 
+class Capture(enum.Enum):
+    cudaStreamCaptureModeThreadLocal = 1
+
+
 def cuda_python_stand_in() -> ModuleType:
-    """`cuda.bindings.runtime` on host memory; `memory` has what is allocated, `full` makes the next allocation fail."""
+    """
+    `cuda.bindings.runtime` on host memory.
+
+    `memory` has what is allocated, `handles` what was created and lives; `full` makes the next of either fail,
+    `capture_fails` the next capture. `captured` is what the stream records during a capture, else None.
+    """
     runtime: Any = ModuleType("cuda.bindings.runtime")
     runtime.memory, runtime.freed, runtime.full = {}, [], False
+    runtime.handles, runtime.captured, runtime.capture_fails, runtime.launches = {}, None, False, 0
     runtime.cudaError_t, runtime.cudaMemcpyKind, runtime.cudaStreamNonBlocking = Status, Copy, 1
+    runtime.cudaStreamCaptureMode = Capture
 
     def allocate(size: int) -> Tuple[Any, ...]:
         if runtime.full:
@@ -433,6 +738,7 @@ def cuda_python_stand_in() -> ModuleType:
 
     def copy(target: int, source: int, count: int, kind: Copy, stream: int) -> Tuple[Any, ...]:
         assert stream == 77
+        assert runtime.captured is None
         device = target if kind is Copy.cudaMemcpyHostToDevice else source
         assert device in runtime.memory
         ctypes.memmove(target, source, count)
@@ -446,8 +752,53 @@ def cuda_python_stand_in() -> ModuleType:
     runtime.cudaGetDeviceProperties = lambda device: (Status.cudaSuccess, properties)
     runtime.cudaRuntimeGetVersion = lambda: (Status.cudaSuccess, 13000)
     runtime.cudaDriverGetVersion = lambda: (Status.cudaSuccess, 13010)
-    runtime.cudaStreamCreateWithFlags = lambda flags: (Status.cudaSuccess, 77)
-    runtime.cudaStreamSynchronize = runtime.cudaStreamDestroy = lambda stream: (Status.cudaSuccess,)
+
+    def create(value: Any) -> Tuple[Any, ...]:
+        if runtime.full:
+            return Status.cudaErrorMemoryAllocation, None
+        handle = 77 if value == "stream" else 1000 + next(numbers)
+        runtime.handles[handle] = value
+        return Status.cudaSuccess, handle
+
+    def destroy(handle: int) -> Tuple[Any, ...]:
+        del runtime.handles[handle]
+        return (Status.cudaSuccess,)
+
+    def record(event: int, stream: int) -> Tuple[Any, ...]:
+        assert runtime.captured is None
+        runtime.handles[event] = time.perf_counter()
+        return (Status.cudaSuccess,)
+
+    def begin(stream: int, mode: Capture) -> Tuple[Any, ...]:
+        runtime.captured = []
+        return (Status.cudaSuccess,)
+
+    def end(stream: int) -> Tuple[Any, ...]:
+        steps, runtime.captured = runtime.captured, None
+        if runtime.capture_fails:
+            return Status.cudaErrorStreamCaptureUnsupported, None
+        return create(steps)
+
+    def launch(graph: int, stream: int) -> Tuple[Any, ...]:
+        runtime.launches += 1
+        for step in runtime.handles[graph]:
+            step()
+        return (Status.cudaSuccess,)
+
+    numbers = itertools.count()
+    runtime.cudaStreamCreateWithFlags = lambda flags: create("stream")
+    runtime.cudaEventCreate = lambda: create(None)
+    runtime.cudaGraphInstantiateWithFlags = lambda graph, flags: create(runtime.handles[graph])
+    runtime.cudaStreamDestroy = runtime.cudaEventDestroy = destroy
+    runtime.cudaGraphDestroy = runtime.cudaGraphExecDestroy = destroy
+    runtime.cudaEventRecord, runtime.cudaGraphLaunch = record, launch
+    runtime.cudaEventElapsedTime = lambda start, end: (
+        Status.cudaSuccess,
+        1e3 * (runtime.handles[end] - runtime.handles[start]),
+    )
+    runtime.cudaStreamBeginCapture, runtime.cudaStreamEndCapture = begin, end
+    runtime.cudaGetLastError = lambda: (Status.cudaSuccess,)
+    runtime.cudaStreamSynchronize = lambda stream: (Status.cudaSuccess,)
     return runtime
 
 

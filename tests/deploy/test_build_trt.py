@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,14 +14,24 @@ import pytest
 from deploy import build_trt
 from deploy.build_trt import main
 from deploy.contract import sidecar_path, write_sidecar
+from deploy.errors import MissingDependencyError
 from deploy.golden import noise_input
+from deploy.precision import BEHIND
 from deploy.session import OrtSession
 from deploy.trt import TrtSession
 
 onnx = pytest.importorskip("onnx")
 File = Callable[..., Path]
 Install = Callable[[str], Any]
-VERSIONS = ("10.3.0", "11.4.0.106")
+VERSIONS = ("8.5.3", "8.6.1", "10.3.0", "11.4.0.106")
+
+
+@pytest.fixture(autouse=True)
+def cache_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where timing caches go, instead of the user's folder."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder / "crosskd" / "timing"
 
 
 def left_over(folder: Path) -> List[str]:
@@ -32,30 +43,30 @@ def left_over(folder: Path) -> List[str]:
 def test_builds_checks_and_runs(
     version: str, precision: str, detector_file: File, fake_tensorrt: Install, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    trt = fake_tensorrt(version)
+    fake_tensorrt(version)
     source = detector_file("mini.onnx", np.int8 if precision == "int8" else None)
     engine = source.parent / "student.engine"
     words = [] if precision == "fp32" else [f"--{precision}"]
-    assert main([str(source), *words, "-o", str(engine), "--workspace-mib", "64", "--opt-level", "5"]) == 0
+    assert main([str(source), *words, "-o", str(engine), "--workspace-mib", "64"]) == 0
 
-    assert trt.test.flags == 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
-    config = trt.test.config
-    assert config._cleared == [trt.BuilderFlag.TF32]
-    assert config._pools == {trt.MemoryPoolType.WORKSPACE: 64 << 20}
-    assert config.builder_optimization_level == 5
-    types = {tensor.name: tensor.data_type for tensor in onnx.load_from_string(engine.read_bytes()).graph.initializer}
-    half = [name for name, kind in types.items() if kind == onnx.TensorProto.FLOAT16]
-    assert bool(half) == (precision != "fp32")
+    by_flags = version.startswith("8") and precision != "fp32"
+    graph = onnx.load_from_string(engine.read_bytes())
+    types = {tensor.name: tensor.data_type for tensor in graph.graph.initializer}
+    assert (onnx.TensorProto.FLOAT16 in types.values()) == (precision != "fp32" and not by_flags)
     document = json.loads(sidecar_path(engine).read_text())
     assert document["inputs"]["onnx"]["file"] == str(source)
     details = document["details"]
     assert (details["precision"], details["tensorrt"], details["device"]) == (precision, version, "Stand-in GPU")
     assert (details["compute_capability"], details["cuda_runtime"], details["cuda_driver"]) == ("8.7", "13.0", "13.1")
+    assert (details["strongly_typed"], bool(details["flags"])) == (not version.startswith("8"), by_flags)
+    assert (details["workspace_mib"], details["opt_level"], details["version_compatible"]) == (64, None, False)
     assert details["golden"]["matched"] > 0.9
+    assert (details["coverage"]["layers"]["int8"]["count"] > 0) == (precision == "int8")
+    reasons = details["kept_in_fp32"]
+    assert (BEHIND in reasons) == (precision != "fp32")
     shown = capsys.readouterr()
-    assert "Building Engine: 1/1" in shown.err
-    assert "Timing" not in shown.err
-    assert "as in ONNX Runtime" in shown.out
+    assert ("FP32, not FP16: " in shown.err) == (precision != "fp32")
+    assert "as in ONNX Runtime; layers: " in shown.out
     with TrtSession(engine) as session:
         found = session.infer({"images": noise_input(session.contract, 9)})
     assert found["boxes"].dtype == np.float32
@@ -105,7 +116,11 @@ def test_without_onnx_runtime_the_missing_check_is_told(
 ) -> None:
     fake_tensorrt("11.4.0.106")
     source, engine = detector_file("mini.onnx"), tmp_path / "student.engine"
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+
+    def missing(path: Path) -> None:
+        raise MissingDependencyError("onnxruntime", f"running {path.name}", "pip install onnxruntime")
+
+    monkeypatch.setattr(build_trt, "OrtSession", missing)  # the stand-in itself needs the package
     assert main([str(source), "-o", str(engine)]) == 0
     assert "NOT compared with ONNX Runtime" in capsys.readouterr().out
     assert json.loads(sidecar_path(engine).read_text())["details"]["golden"] is None
@@ -123,6 +138,9 @@ def test_interruption_writes_nothing(
 
         def flush(self) -> None:
             pass
+
+        def isatty(self) -> bool:
+            return False
 
     monkeypatch.setattr(sys, "stderr", Terminal())
     assert main([str(detector_file("mini.onnx")), "-o", str(tmp_path / "student.engine")]) == 130
@@ -151,6 +169,22 @@ def test_a_foreign_timing_cache_is_refused(
     assert main(words) == 2
     assert "timing.cache is broken or of another GPU" in capsys.readouterr().err
     assert cache.read_bytes() == b"foreign"
+    assert main([*words[:-2], "--no-timing-cache"]) == 0
+
+
+def test_by_default_the_timing_cache_is_the_devices(
+    detector_file: File, fake_tensorrt: Install, tmp_path: Path, cache_folder: Path
+) -> None:
+    fake_tensorrt("10.3.0")
+    words = [str(detector_file("mini.onnx")), "-o", str(tmp_path / "student.engine")]
+    assert main([*words, "--no-timing-cache"]) == 0
+    assert not cache_folder.exists()
+    for content in (b"+", b"++"):
+        assert main(words) == 0
+        (cache,) = cache_folder.iterdir()
+        assert cache.name == "Stand-in-GPU-tensorrt10.3.0-cuda13.0.cache"
+        assert cache.read_bytes() == content
+    assert json.loads(sidecar_path(tmp_path / "student.engine").read_text())["details"]["timing_cache"] == str(cache)
 
 
 def test_int8_of_a_float_graph_calibrates_first(
@@ -187,6 +221,13 @@ def test_int8_of_a_float_graph_calibrates_first(
         ("mini.onnx", np.uint8, ["--int8"], "quantised for target onnxruntime"),
         ("mini.onnx", None, ["--fp16", "--data", "cells"], "--data is given with fp16"),
         ("mini.onnx", None, ["--workspace-mib", "0"], "--workspace-mib is 0; expected a positive number"),
+        ("mini.onnx", None, ["--fp16", "--scales", "fp32"], "--scales is given with fp16"),
+        ("mini.onnx", None, ["--fp16", "--gpu-fallback"], "--gpu-fallback is given without --dla-core"),
+        ("mini.onnx", None, ["--fp16", "--dla-core", "-1"], "--dla-core is -1; expected 0 or more"),
+        ("mini.onnx", None, ["--fp16", "--dla-core", "0"], "finds 0 DLA cores"),
+        ("mini.onnx", None, ["--shapes", "1", "4", "2"], "--shapes is (1, 4, 2); expected positive batches"),
+        ("mini.onnx", None, ["--shapes", "1", "2", "4"], "takes 1 image(s) at a time"),
+        ("mini.onnx", None, ["--target", "10.3"], "--target 10.3 writes none: leave one of them out"),
     ],
 )
 def test_graph_and_precision_must_go_together(
@@ -219,12 +260,128 @@ def test_bad_files(
     assert "truncated" in message(str(source), "-o", str(engine))
 
 
-def test_tensorrt_8_is_refused(
+def test_fp32_scales_keep_the_graph_and_say_what_is_around(
     detector_file: File, fake_tensorrt: Install, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    source, engine = detector_file("mini.onnx", np.int8), tmp_path / "student.engine"
+    for version, words in (
+        ("10.16.1.11", "FP32 graph, flags FP16+INT8, Q/DQ of FP32 scales,"),
+        ("11.4.0.106", "types in the graph, Q/DQ of FP32 scales, FP32 around the INT8 layers,"),
+    ):
+        fake_tensorrt(version)
+        assert main([str(source), "--int8", "--scales", "fp32", "-o", str(engine)]) == 0
+        assert f"int8, {words} TensorRT" in capsys.readouterr().err
+        assert engine.read_bytes() == source.read_bytes()  # the stand-in's engine is the graph that it was given
     fake_tensorrt("8.6.1")
-    assert main([str(detector_file("mini.onnx")), "-o", str(tmp_path / "student.engine")]) == 2
-    assert "TensorRT 8.6.1 has no strongly typed networks; expected TensorRT 10.0 or newer" in capsys.readouterr().err
+    assert main([str(source), "--int8", "--scales", "fp16", "-o", str(engine)]) == 2
+    assert "TensorRT 8.6.1 does not have --scales fp16; expected TensorRT 10.0 or newer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("input_type", ["float32", "uint8"])
+def test_any_number_of_images(
+    input_type: str, small_file: File, fake_tensorrt: Install, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    trt, engine = fake_tensorrt("10.3.0"), tmp_path / "student.engine"
+    source = small_file("topk", -1, input_type)
+    assert main([str(source), "-o", str(engine)]) == 2
+    assert "takes any number of images, --shapes is missing" in capsys.readouterr().err
+    assert main([str(source), "--shapes", "1", "2", "4", "-o", str(engine)]) == 0
+    (profile,) = trt.test.config._profiles
+    rest = (4, 4, 3) if input_type == "uint8" else (3, 4, 4)
+    assert list(profile._shapes.values()) == [tuple((batch, *rest) for batch in (1, 2, 4))]
+    details = json.loads(sidecar_path(engine).read_text())["details"]
+    assert details["shapes"] == [1, 2, 4]
+    assert details["golden"]["matched"] == 1.0
+    with TrtSession(engine) as session:
+        assert session.batch_limits == (1, 4)
+
+
+def test_ranges_seen_in_calibration_keep_a_node_in_fp32(
+    detector_file: File, fake_tensorrt: Install, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_tensorrt("11.4.0.106")
+    source, engine = detector_file("mini.onnx", np.int8), tmp_path / "student.engine"
+    node = [node for node in onnx.load(source).graph.node if node.op_type == "Conv"][1]
+    write_sidecar(source, {}, OrtSession(source).contract, {"ranges": {node.output[0]: [-90000.0, 3.0]}})
+    assert main([str(source), "--int8", "-o", str(engine)]) == 0
+    reason = f"FP16 ends at 65504, the activation {node.output[0]} reached 90000"
+    kept = json.loads(sidecar_path(engine).read_text())["details"]["kept_in_fp32"]
+    assert node.name in kept[reason]
+    assert f"({reason})" in capsys.readouterr().err
+
+
+def test_an_int8_engine_without_int8_is_not_kept(
+    detector_file: File, fake_tensorrt: Install, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trt, source = fake_tensorrt("10.3.0"), detector_file("mini.onnx", np.int8)
+    inputs = [{"Name": "x", "Format/Datatype": "Half"}]
+    layer = {"Name": "conv", "LayerType": "CaskConvolution", "Inputs": inputs, "Outputs": []}
+    trt.test.inspector = json.dumps({"Layers": [layer], "Bindings": []})
+    assert main([str(source), "--int8", "-o", str(tmp_path / "student.engine")]) == 2
+    assert "the engine has no INT8 layer, so it was not kept" in capsys.readouterr().err
+    assert left_over(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("precision", "version"), [("fp32", "8.5"), ("fp16", "10.3"), ("int8", "8.6"), ("int8", "11.1")]
+)
+def test_a_target_is_checked_without_tensorrt(
+    precision: str, version: str, detector_file: File, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    for name in ("tensorrt", "cuda", "cuda.bindings", "pycuda", "pycuda.driver", "onnxruntime"):
+        monkeypatch.setitem(sys.modules, name, None)
+    source = detector_file("mini.onnx", np.int8 if precision == "int8" else None)
+    words = [] if precision == "fp32" else [f"--{precision}"]
+    assert main([str(source), *words, "--target", version]) == 0
+    assert f"TensorRT {version} takes its" in capsys.readouterr().out
+    assert left_over(tmp_path) == []
+    assert main([str(source), *words, "--target", "new"]) == 2
+    assert "'new' is no version of TensorRT" in capsys.readouterr().err
+
+
+def test_what_a_target_lacks_is_said_before_a_build(
+    detector_file: File, fake_tensorrt: Install, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trt = fake_tensorrt("8.6.1")
+    source = detector_file("mini.onnx")
+    model = onnx.load(source)
+    model.opset_import[0].version = 18
+    for node in model.graph.node:  # whose axes are inputs from opset 18 on
+        if node.op_type == "ReduceMean":
+            model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([2, 3]), "axes"))
+            node.input.append("axes")
+            del node.attribute[[attribute.name for attribute in node.attribute].index("axes")]
+    onnx.save(model, source)
+    write_sidecar(source, {}, OrtSession(detector_file("mini.other.onnx")).contract)
+    for words in (["-o", str(tmp_path / "student.engine")], ["--target", "8.6.1"]):
+        assert main([str(source), "--fp16", *words]) == 2
+        assert "opset 18; expected at most 17" in capsys.readouterr().err
+    assert trt.test.network is None
+    assert main([str(source), "--fp16", "--target", "10.3"]) == 0
+
+
+@pytest.mark.parametrize("which", ["student.engine", "student.engine.json"])
+def test_a_full_disk_leaves_nothing(
+    which: str, detector_file: File, fake_tensorrt: Install, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    fake_cuda: Any, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    fake_tensorrt("10.3.0")
+    source, replace = detector_file("mini.onnx"), os.replace
+
+    def full(temporary: Any, path: Any) -> None:
+        if Path(path).name == which:
+            raise OSError(28, "No space left on device")
+        replace(temporary, path)
+
+    monkeypatch.setattr(os, "replace", full)
+    assert main([str(source), "-o", str(tmp_path / "student.engine")]) == 2
+    error = capsys.readouterr().err
+    assert f"{tmp_path / which}" in error
+    assert "No space left on device. Is the disk full?" in error
+    assert left_over(tmp_path) == []
+    assert not fake_cuda.memory
 
 
 @pytest.mark.parametrize("missing", ["tensorrt", "cuda-python"])
@@ -253,15 +410,10 @@ def test_help_imports_nothing_heavy() -> None:
     root = Path(__file__).resolve().parents[2]
     found = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True)
     for flag in (
-        "--fp16",
-        "--int8",
-        "--data",
-        "--output",
-        "--workspace-mib",
-        "--opt-level",
-        "--timing-cache",
-        "--verbose",
-    ):
+        "--fp16", "--int8", "--data", "--output", "--target", "--scales", "--workspace-mib", "--shapes", "--opt-level",
+        "--timing-cache", "--no-timing-cache", "--dla-core", "--gpu-fallback", "--hardware-compatible",
+        "--version-compatible", "--verbose",
+    ):  # fmt: skip
         assert flag in found.stdout
     assert found.stdout.splitlines()[-1] == "[]"
 

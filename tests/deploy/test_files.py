@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from pathlib import Path
@@ -79,3 +80,14 @@ def test_read_json_raises_the_error_of_the_caller(tmp_path: Path) -> None:
         read_json(path, DataError, "anything")
     with pytest.raises(DataError, match="cannot read"):
         read_json(tmp_path, DataError, "anything")
+
+
+def test_a_full_disk_is_a_pipeline_error_and_leaves_nothing(tmp_path: Path) -> None:
+    def fill() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(PipelineError, match=r"No space left on device\. Is the disk full"), replacing(tmp_path / "a"):
+        fill()
+    assert os.listdir(tmp_path) == []
+    with pytest.raises(FileNotFoundError), replacing(tmp_path / "a"):  # another's fault keeps its own name
+        (tmp_path / "missing").read_bytes()

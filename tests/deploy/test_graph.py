@@ -57,14 +57,42 @@ def test_text_is_not_onnx(tmp_path):
         graph.load_onnx(path)
 
 
-def test_missing_external_data_is_refused(model, tmp_path):
-    path = tmp_path / "small.onnx"
+def test_a_graph_without_nodes_is_refused(model, tmp_path):
+    del model.graph.node[:]
+    onnx.save(model, tmp_path / "empty.onnx")
+    with pytest.raises(ContractError, match=r"empty\.onnx holds no graph, or one without nodes"):
+        graph.load_onnx(tmp_path / "empty.onnx")
+
+
+@pytest.fixture
+def with_external_data(model, tmp_path):
+    """An ONNX file whose weight is in small.data beside it."""
     model.graph.initializer[0].CopyFrom(numpy_helper.from_array(np.ones((3, 2, 1, 1), np.float32), "weight"))
+    path = tmp_path / "small.onnx"
     onnx.save(model, path, save_as_external_data=True, location="small.data", size_threshold=0)
-    graph.load_onnx(path)
-    (tmp_path / "small.data").unlink()
-    with pytest.raises(ContractError, match="external data"):
-        graph.load_onnx(path)
+    return path
+
+
+def test_external_data_is_read(with_external_data):
+    weight = graph.initializers(graph.load_onnx(with_external_data))["weight"]
+    np.testing.assert_array_equal(numpy_helper.to_array(weight), np.ones((3, 2, 1, 1), np.float32))
+
+
+def test_missing_external_data_is_refused(with_external_data):
+    with_external_data.with_suffix(".data").unlink()
+    with pytest.raises(
+        ContractError,
+        match=r"small\.onnx keeps weights in other files \(external data\), which cannot.*"
+        r"small\.data",
+    ):
+        graph.load_onnx(with_external_data)
+
+
+def test_truncated_external_data_is_refused(with_external_data):
+    data = with_external_data.with_suffix(".data")
+    data.write_bytes(data.read_bytes()[:10])
+    with pytest.raises((ContractError, ExportError), match=r"external data|not valid ONNX: .*weight"):
+        graph.check_graph(graph.load_onnx(with_external_data))
 
 
 def test_valid_static_graph_passes(model):
@@ -78,11 +106,95 @@ def test_invalid_graph_is_refused(model):
         graph.check_graph(model)
 
 
-@pytest.mark.parametrize("value", ["input", "output"])
-def test_dynamic_shape_is_refused(model, value):
-    tensor = getattr(model.graph, value)[0]
-    tensor.type.tensor_type.shape.dim[0].dim_param = "batch"
-    with pytest.raises(ExportError, match=rf"tensor {tensor.name} has the shape \['batch', "):
+CUSTOM = '<ir_version: 8, opset_import: ["" : 17, "mmdeploy" : 1]> g (float[1] x) => (float[1] y) { y = %s (x) }'
+
+
+@pytest.mark.parametrize(("operator", "domain"), [("mmdeploy.Nms", "mmdeploy"), ("EfficientNMS_TRT", "")])
+def test_custom_operators_are_refused(operator, domain):
+    name = operator.split(".")[-1]
+    with pytest.raises(
+        ExportError, match=f"the node y has the operator {name} of the domain '{domain}'; expected only"
+    ):
+        graph.check_graph(parser.parse_model(CUSTOM % operator))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_weights_that_are_no_numbers_are_refused(model, value):
+    weight = np.array([1, 2, value, 4, value, 6], np.float32).reshape(3, 2, 1, 1)
+    model.graph.initializer[0].CopyFrom(numpy_helper.from_array(weight, "weight"))
+    with pytest.raises(ExportError, match=r"constant 'weight' \[3, 2, 1, 1\] has 2 values that are NaN or infinite"):
+        graph.check_graph(model)
+
+
+def test_weights_are_looked_at_through_quantisers_and_identity():
+    text = """<ir_version: 8, opset_import: ["" : 17]> g (float[1, 1, 2, 2] x) => (float[1, 1, 2, 2] y)
+    <float[1, 1, 1, 1] w = {1}, float s = {0.5}, int8 z = {0}>
+    { i = Identity (w) q = QuantizeLinear (i, s, z) d = DequantizeLinear (q, s, z) y = Conv (x, d) }"""
+    model = parser.parse_model(text)
+    graph.check_graph(model)
+    model.graph.initializer[0].CopyFrom(numpy_helper.from_array(np.full((1, 1, 1, 1), np.inf, np.float32), "w"))
+    with pytest.raises(ExportError, match="constant 'w'"):
+        graph.check_graph(model)
+
+
+@pytest.mark.parametrize(("value", "refused"), [(np.inf, False), (np.nan, True)])
+def test_a_limit_may_be_infinite_but_not_nan(value, refused):
+    model = parser.parse_model(
+        """<ir_version: 8, opset_import: ["" : 17]> g (float[1] x) => (float[1] y) { y = Clip (x, , top) }"""
+    )
+    model.graph.initializer.append(numpy_helper.from_array(np.float32(value), "top"))
+    if refused:
+        with pytest.raises(ExportError, match="constant 'top'"):
+            graph.check_graph(model)
+    else:
+        graph.check_graph(model)
+
+
+def sized(x, y):
+    """A model with these shapes of its input and output."""
+    return parser.parse_model(
+        f"""<ir_version: 8, opset_import: ["" : 17]> g (float[{x}] x) => (float[{y}] y) {{ y = Relu (x) }}"""
+    )
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "options"),
+    [
+        ("1, 3, 8, 8", "1, 3, 8, 8", {}),
+        ("N, 3, 8, 8", "N, 3, 8, 8", {"dynamic_batch": True}),
+        ("1, 3, 8, 8", "1, 3, 8, 8", {"dynamic_batch": True, "dynamic_outputs": True}),
+        ("1, 3, 8, 8", "found, 4", {"dynamic_outputs": True}),
+        ("N, 3, 8, 8", "found, 4", {"dynamic_batch": True, "dynamic_outputs": True}),
+    ],
+)
+def test_shapes_that_are_allowed(x, y, options):
+    graph.check_static(sized(x, y), **options)
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "options", "words"),
+    [
+        ("N, 3, 8, 8", "1, 3", {}, r"tensor x has the shape \['N', 3, 8, 8\]; expected a number for every dimension\."),
+        ("1, 3, 8, 8", "N, 3", {}, r"tensor y has the shape \['N', 3\]"),
+        ("N, 3, 8, 8", "found, 4", {"dynamic_outputs": True}, "tensor x has"),
+        (
+            "N, 3, H, W",
+            "N, 4",
+            {"dynamic_batch": True},
+            r"tensor x .*'H', 'W'\]; expected a number for every .* but the",
+        ),
+        ("1, 3, 8, 8", "N, K", {"dynamic_batch": True}, "tensor y has"),
+        ("1, 3, 8, 8", "1, K", {"dynamic_outputs": True}, "tensor y has"),
+    ],
+)
+def test_shapes_that_are_refused(x, y, options, words):
+    with pytest.raises(ExportError, match=words):
+        graph.check_static(sized(x, y), **options)
+
+
+def test_a_tensor_without_any_shape_is_refused(model):
+    model.graph.output[0].type.tensor_type.ClearField("shape")
+    with pytest.raises(ExportError, match="tensor y has no shape at all"):
         graph.check_static(model)
 
 

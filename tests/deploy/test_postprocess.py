@@ -102,3 +102,33 @@ def test_overlaps_are_judged_in_the_original_image() -> None:
 def test_an_image_without_detections_gives_empty_arrays() -> None:
     found = postprocess(_outputs([[0, 0, 10, 10]], [0.1], [0]), CONTRACT, PREPARED)
     assert (found.boxes_xyxy.shape, found.scores.shape, found.labels.shape) == ((0, 4), (0,), (0,))
+
+
+def test_the_image_at_an_index_of_the_batch() -> None:
+    outputs = _outputs([[0, 0, 10, 10]], [0.9], [0])
+    others = _outputs([[20, 0, 30, 10]], [0.8], [1])
+    batch = {name: np.concatenate([values, others[name]]) for name, values in outputs.items()}
+    for index, (label, left) in enumerate([(0, 0), (1, 40)]):
+        found = postprocess(batch, CONTRACT, PREPARED, index)
+        assert found.labels.tolist() == [label]
+        assert found.boxes_xyxy[0, 0] == left
+
+
+def test_detections_of_nms_in_the_graph_are_only_mapped_back_sorted_and_cut() -> None:
+    contract = dataclasses.replace(
+        CONTRACT, outputs="nms", output_names=("dets", "confidence", "classes", "images"), input_shape=(-1, 3, 100, 200)
+    )
+    outputs = {
+        # The first two overlap and stay: they were judged. The third lies in the padding, the fourth is of image 0.
+        "dets": np.float32([[0, 0, 50, 50], [0, 0, 50, 52], [165, 0, 190, 50], [5, 5, 9, 9], [10, 0, 170, 50]]),
+        "confidence": np.float32([0.5, 0.6, 0.9, 0.95, 0.7]),
+        "classes": np.array([0, 0, 1, 1, 1], np.int32),
+        "images": np.array([1, 1, 1, 0, 1], np.int32),
+    }
+    found = postprocess(outputs, contract, PREPARED, 1)
+    np.testing.assert_array_equal(found.scores, np.float32([0.7, 0.6, 0.5]))
+    np.testing.assert_array_equal(found.boxes_xyxy, [[20, 0, 320, 200], [0, 0, 100, 208], [0, 0, 100, 200]])
+    assert found.labels.tolist() == [1, 0, 0]
+    few = postprocess(outputs, dataclasses.replace(contract, max_detections=1), PREPARED, 1)
+    assert few.scores.tolist() == found.scores[:1].tolist()
+    assert len(postprocess(outputs, contract, PREPARED, 2).scores) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import sys
 from collections.abc import Iterator
@@ -36,14 +37,22 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def test_the_page_has_the_files_that_it_speaks_of() -> None:
-    assert len(BLOCKS) == 4
-    assert list(FILES) == ["fovea_family.py", "crosskd_fovea_r50_r101_1x_coco.py", "check_fovea.py"]
+    assert len(BLOCKS) == 5
+    names = ["fovea_family.py", "crosskd_fovea_r50_r101_1x_coco.py", "check_fovea.py", "check_fovea_export.py"]
+    assert list(FILES) == names
 
 
 def test_the_head_of_the_page_is_a_new_one_and_passes_the_pages_check(folder: Path) -> None:
     assert "FoveaHead" not in FAMILIES
     exec(compile((folder / "check_fovea.py").read_text(), "check_fovea.py", "exec"), {"__name__": "check_fovea"})
     assert type(FAMILIES["FoveaHead"]).__name__ == "FoveaFamily"
+
+
+def test_the_head_of_the_page_can_be_exported(folder: Path) -> None:
+    importlib.import_module("fovea_family")
+    code = compile((folder / "check_fovea_export.py").read_text(), "check_fovea_export.py", "exec")
+    exec(code, {"__name__": "check_fovea_export"})
+    assert (folder / "fovea.onnx").is_file()
 
 
 def test_a_subclass_joins_the_family_of_its_parent(folder: Path) -> None:
@@ -57,6 +66,9 @@ def test_the_files_and_names_that_the_page_mentions_are_there() -> None:
     for name in re.findall(r"`(\w+\.py)`", PAGE.partition("less regular")[2]):
         assert (ROOT / "crosskd" / "families" / name).is_file(), name
     family = type(FAMILIES["GFLHead"])
-    for name in ("towers", "tap_layers", "rest_of_head", "recorded_assignment", "outputs_as_in_eval", "loss_ld"):
+    for name in (
+        "towers", "tap_layers", "rest_of_head", "recorded_assignment", "outputs_as_in_eval", "loss_ld",
+        "decode", "threshold_in_graph", "traceable", "note_of_export",
+    ):  # fmt: skip
         assert f"`{name}`" in PAGE
         assert hasattr(family, name)

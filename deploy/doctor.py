@@ -1,0 +1,263 @@
+"""
+Command: what is installed here, which commands will work, and what to install for the others.
+
+    python -m deploy.doctor [--json]
+
+Needs nothing but Python, and never fails. What runs networks is really loaded, ONNX Runtime's providers each with a
+network of one node; of the training packages, which take long to load, only the installed version is read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import dataclasses
+import importlib
+import importlib.util
+import json
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Optional, Tuple
+
+from deploy.errors import MissingDependencyError, command
+
+TORCH = ("torch", "torchvision", "mmdet", "mmcv", "mmengine")
+TRAINING = ("numpy", "opencv", *TORCH)
+ENGINE = ("tensorrt", "cuda binding", "gpu")
+COMMANDS: Dict[str, Tuple[str, ...]] = {
+    "crosskd.adopt": TRAINING,
+    "crosskd.distill": TRAINING,
+    "crosskd.pipeline": (*TRAINING, "onnx", "onnxruntime", "onnxslim", "faster-coco-eval", "jinja2"),
+    "crosskd.predict": TRAINING,
+    "crosskd.shapes": ("numpy", "opencv"),
+    "crosskd.time_detector": TRAINING,
+    "crosskd.time_training": TRAINING,
+    "crosskd.train": TRAINING,
+    "deploy.export": (*TRAINING, "onnx", "onnxruntime", "onnxslim"),
+    "deploy.build_trt": ("numpy", "onnx", *ENGINE),
+    "deploy.build_trt --target VERSION": ("numpy", "onnx"),
+    "deploy.build_trt --int8 --data": ("numpy", "opencv", "onnx", "onnxruntime", *ENGINE),
+    "deploy.bundle": ("numpy", "onnx", "onnxruntime"),
+    "deploy.detect MODEL.onnx": ("numpy", "opencv", "onnxruntime"),
+    "deploy.detect MODEL.engine": ("numpy", "opencv", *ENGINE),
+    "calibration.quantize": ("numpy", "opencv", "onnx", "onnxruntime"),
+    "benchmarks.accuracy MODEL.onnx": ("numpy", "opencv", "onnx", "onnxruntime", "faster-coco-eval"),
+    "benchmarks.accuracy MODEL.engine": ("numpy", "opencv", "faster-coco-eval", *ENGINE),
+    "benchmarks.distillation": (*TRAINING, "faster-coco-eval"),
+    "benchmarks.latency MODEL.onnx": ("numpy", "opencv", "onnx", "onnxruntime"),
+    "benchmarks.latency MODEL.engine": ("numpy", "opencv", *ENGINE),
+    "benchmarks.report": ("numpy", "opencv", "jinja2"),
+    "benchmarks.session_overhead": ("numpy", "onnxruntime"),
+    "benchmarks.training_step": TRAINING,
+}
+"""Command, with what it is given where that matters -> what it needs."""
+TO_DO = {
+    **dict.fromkeys(TORCH, "pip install 'crosskd[train]'"),
+    "opencv": "pip install opencv-python-headless",
+    "tensorrt": "pip install tensorrt-cu13 (Jetson: part of JetPack, seen with python -m venv --system-site-packages)",
+    "cuda binding": "pip install cuda-python (or pycuda)",
+    "gpu": "an NVIDIA GPU and its driver: see what nvidia-smi says",
+}
+"""What brings what is missing; of what is not named here, `pip install` of its own name."""
+DISTRIBUTIONS = {
+    "mmdet": ("onedl-mmdetection", "mmdet"),
+    "mmcv": ("onedl-mmcv", "mmcv", "mmcv-lite"),
+    "mmengine": ("onedl-mmengine", "mmengine"),
+}
+"""Module -> the packages that may bring it; of the others that of the same name."""
+IDENTITY = (
+    b'\x08\x08:7\n\x10\n\x01x\x12\x01y"\x08Identity\x12\x01gZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01'
+    b"b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\x11"
+)
+"""An ONNX file, made with onnx.helper: y = Identity(x), one float, opset 17, so that onnx itself is not needed."""
+
+Found = Tuple[str, str]
+"""Version, and what else there is to say."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One thing that was looked for."""
+
+    version: Optional[str]
+    """None where it is not here, or does not work."""
+    note: str
+
+
+@command
+def main(argv: Optional[List[str]] = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m deploy.doctor", description="Say what is installed, and which commands will work here."
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    arguments = parser.parse_args(argv)
+    found = {name: _finding(probe) for name, probe in probes().items()}
+    missing = {
+        label: [name for name in needs if found[name].version is None]
+        for label, needs in COMMANDS.items()
+        if _is_here(label.split()[0])
+    }
+    if arguments.json:
+        commands = {label: {"works": not names, "to_do": to_do(names)} for label, names in missing.items()}
+        document = {"found": {name: dataclasses.asdict(one) for name, one in found.items()}, "commands": commands}
+        print(json.dumps(document, indent=1))
+        return 0
+    print("Found here:")
+    for name, one in found.items():
+        print(f"  {name:<18} {', '.join(filter(None, (one.version or '-', one.note)))}")
+    print("\nCommands, each python -m ...:")
+    for label, names in missing.items():
+        verdict = f"no, {', '.join(names)} missing. Do: {'; '.join(to_do(names))}" if names else "works"
+        print(f"  {label:<34} {verdict}")
+    return 0
+
+
+def probes() -> Dict[str, Callable[[], Found]]:
+    """Name -> a function that looks for it, and raises where it is not here or does not work."""
+    installed = {name: _installed_probe(name) for name in (*TORCH, "onnxslim", "faster-coco-eval", "jinja2")}
+    return {
+        "python": lambda: (platform.python_version(), platform.platform()),
+        "jetson": _jetson,
+        "driver": _driver,
+        "cuda binding": _cuda_binding,
+        "gpu": _gpu,
+        "tensorrt": _tensorrt,
+        "onnxruntime": _onnxruntime,
+        "onnx": lambda: _imported("onnx"),
+        "numpy": lambda: _imported("numpy"),
+        "opencv": lambda: _imported("cv2"),
+        **installed,
+    }
+
+
+def to_do(names: List[str]) -> List[str]:
+    """What to do for what is missing, each once."""
+    return list(dict.fromkeys(TO_DO.get(name, f"pip install {name}") for name in names))
+
+
+def _finding(probe: Callable[[], Found]) -> Finding:
+    try:
+        version, note = probe()
+    except Exception as error:  # a broken installation raises anything, and is what this command is run for
+        return Finding(None, " ".join(str(error).split()) or type(error).__name__)
+    return Finding(version, note)
+
+
+def _is_here(module: str) -> bool:
+    """Whether this copy of the project has the command: a board may have a part of it."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ImportError:
+        return False
+
+
+def _imported(module: str) -> Found:
+    return str(importlib.import_module(module).__version__), ""
+
+
+def _installed_probe(name: str) -> Callable[[], Found]:
+    def probe() -> Found:
+        version = _installed_version(DISTRIBUTIONS.get(name, (name,)))
+        if version is None:
+            raise ImportError("not installed")
+        return version, ""
+
+    return probe
+
+
+def _installed_version(packages: Tuple[str, ...]) -> Optional[str]:
+    """Of the first of the packages that is installed; nothing is imported."""
+    for package in packages:
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def _jetson() -> Found:
+    """The version of JetPack's L4T, from the first line of its file: "# R36 (release), REVISION: 4.3, ..."."""
+    try:
+        words = Path("/etc/nv_tegra_release").read_text(encoding="utf-8").split()
+    except OSError:
+        raise RuntimeError("not a Jetson") from None
+    release, revision = words[1].lstrip("R"), words[words.index("REVISION:") + 1].rstrip(",")
+    query = ["dpkg-query", "--show", "--showformat=${Version}", "nvidia-jetpack"]
+    done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
+    board = Path("/proc/device-tree/model").read_text(encoding="utf-8").strip("\0\n ")
+    return f"L4T {release}.{revision}", f"JetPack {done.stdout or 'not installed as a package'}, {board}"
+
+
+def _driver() -> Found:
+    """The NVIDIA driver, asked itself, without any package."""
+    driver = ctypes.CDLL("libcuda.so.1")
+    version = ctypes.c_int()
+    status = driver.cuInit(0) or driver.cuDriverGetVersion(ctypes.byref(version))
+    if status:
+        raise RuntimeError(f"libcuda.so.1 is here, and answers with error {status} (CUresult in CUDA's cuda.h)")
+    return f"CUDA {version.value // 1000}.{version.value % 1000 // 10}", _kernel_driver()
+
+
+def _kernel_driver() -> str:
+    """Of a PC; a Jetson's is part of L4T."""
+    try:
+        return Path("/proc/driver/nvidia/version").read_text(encoding="utf-8").splitlines()[0]
+    except OSError:
+        return ""
+
+
+def _cuda_binding() -> Found:
+    from deploy.trt import load_cuda
+
+    try:
+        load_cuda("running engines").close()
+    except MissingDependencyError:
+        raise
+    except Exception:  # the binding is here; what is wrong with the GPU has a line of its own
+        pass
+    return _installed_version(("cuda-python", "cuda-bindings", "pycuda")) or "of unknown version", ""
+
+
+def _gpu() -> Found:
+    from deploy.trt import load_cuda
+
+    cuda = load_cuda("running engines")
+    try:
+        found = cuda.describe()
+    finally:
+        cuda.close()
+    return (
+        found["device"],
+        f"compute capability {found['compute_capability']}, CUDA {found['cuda_runtime']}, driver for CUDA "
+        f"{found['cuda_driver']}",
+    )
+
+
+def _tensorrt() -> Found:
+    from deploy.trt import load_tensorrt
+
+    trt: Any = load_tensorrt("building and running engines")
+    if not hasattr(trt.IExecutionContext, "execute_async_v3"):
+        raise RuntimeError(f"TensorRT {trt.__version__} is here; expected 8.5 or newer")
+    return trt.__version__, ""
+
+
+def _onnxruntime() -> Found:
+    """Of each provider that this build has, whether it runs a network: its libraries may be missing."""
+    onnxruntime = importlib.import_module("onnxruntime")
+    onnxruntime.set_default_logger_severity(4)  # what does not load is said below
+    words = []
+    for provider in onnxruntime.get_available_providers():
+        try:
+            loads = provider in onnxruntime.InferenceSession(IDENTITY, providers=[provider]).get_providers()
+        except Exception:
+            loads = False
+        words.append(f"{provider} {'loads' if loads else 'does NOT load'}")
+    return onnxruntime.__version__, "; ".join(words)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
