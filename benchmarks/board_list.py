@@ -110,12 +110,23 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
 
 
-def _is_word(pattern: "re.Pattern[str]") -> Callable[[Any], bool]:
+def _is_word(pattern: re.Pattern[str]) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, str) and pattern.fullmatch(value) is not None
 
 
 def _is_line(value: Any) -> bool:
     return isinstance(value, str) and value != "" and value.isprintable()
+
+
+def _is_list_of_precisions(value: Any) -> bool:
+    known = isinstance(value, list) and all(isinstance(one, str) and one in SOURCE_OF for one in value)
+    return known and 0 < len(value) == len(set(value))
+
+
+def _is_environment(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        VARIABLE.fullmatch(name) and (text == "" or _is_line(text)) for name, text in value.items()
+    )
 
 
 CHECKS: Dict[str, Tuple[Callable[[Any], bool], str]] = {
@@ -127,17 +138,8 @@ CHECKS: Dict[str, Tuple[Callable[[Any], bool], str]] = {
     "known_hosts": (_is_line, "a file with host keys, as ssh keeps in ~/.ssh/known_hosts"),
     "folder": (lambda value: _is_line(value) and value.startswith(("/", "~/")), "a path that starts with / or ~/"),
     "python": (_is_line, "a command or a path on the board"),
-    "precisions": (
-        lambda value: isinstance(value, list) and value != [] and all(isinstance(one, str) and one in SOURCE_OF for one in value)
-        and len(set(value)) == len(value),
-        f"a list of some of {', '.join(SOURCE_OF)}",
-    ),
+    "precisions": (_is_list_of_precisions, f"a list of some of {', '.join(SOURCE_OF)}"),
     "timeout_s": (_is_number, "a positive number of seconds"),
-    "environment": (
-        lambda value: isinstance(value, dict)
-        and all(VARIABLE.fullmatch(name) and isinstance(text, str) and (text == "" or _is_line(text))
-                for name, text in value.items()),
-        "a table of names and strings",
-    ),
-}  # fmt: skip
+    "environment": (_is_environment, "a table of names and strings"),
+}
 """Key of a [[board]] -> whether a value will do, and what is expected."""

@@ -1,19 +1,23 @@
 """
 SSH to a board, as `benchmarks.fleet` needs it: files there and back, and one command at a time, each with a deadline.
 
-Keys alone are tried, of the agent, of key files and as ~/.ssh/config says (which may also name a ProxyJump); the host
-key is always compared with known hosts. The package is asyncssh (EPL-2.0, used as it is): it knows ProxyJump, its
-calls can be ended at a deadline, and it needs `cryptography` alone.
+Keys alone are tried: of the agent, of key files, as ~/.ssh/config says. It may also name a ProxyJump, whose host key is
+looked up as it says; that of the board is always compared with known hosts, whatever it says.
+
+The package is asyncssh (EPL-2.0, used as it is): it reads ~/.ssh/config, its calls can be ended at a deadline, and it
+needs little more than `cryptography`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import posixpath
 import shlex
+import time
 from pathlib import Path
-from typing import Any, AsyncIterator, Awaitable, Dict, Iterator, List, Mapping, Optional, Tuple, TypeVar
+from typing import Any, AsyncIterator, Awaitable, List, Mapping, Optional, TypeVar
 
 from benchmarks.board_list import Board
 from deploy.errors import MeasurementError, MissingDependencyError
@@ -21,11 +25,12 @@ from deploy.errors import MeasurementError, MissingDependencyError
 CONNECT_S = 30.0
 KEEPALIVE_S = 15.0
 """A board that answers none of three such questions has gone."""
+CLOSE_S = 3.0
 GRACE_S = 30.0
 """What the board gets, after its own deadline for a command, to end it and to say so."""
 KILL_AFTER_S = 10
-ENDED_LATE = (124, 137)
-"""Status of coreutils' `timeout`: ended by TERM, or by the KILL that follows; busybox's gives the signal's, 143."""
+ENDED_LATE = (124, 137, 143)
+"""Status of `timeout` after its limit: coreutils' after TERM, both after KILL, busybox's after TERM."""
 KNOWN_HOSTS = ("~/.ssh/known_hosts", "/etc/ssh/ssh_known_hosts")
 MOST_OUTPUT = 1 << 20
 """Bytes of a command's output that are kept, the last ones."""
@@ -55,56 +60,55 @@ async def connected(board: Board) -> AsyncIterator[Remote]:
     Yields the open connection to `board`.
 
     Raises:
-        BoardError: it does not answer, its host key is not the known one, or it takes none of our keys; or what is
-            done inside fails.
+        BoardError: it does not answer, its host key is not the known one, or it takes none of our keys.
     """
-    import asyncssh
-
-    known = _KnownHosts(board)
-    given = {"port": board.port, "username": board.user, "client_keys": board.key and [str(board.key)]}
+    connection = await _connect(board)
     try:
-        with _explained(f"no connection to {board.host}", CONNECT_S):
-            connection = await asyncio.wait_for(
-                asyncssh.connect(
-                    board.host,
-                    **{name: value for name, value in given.items() if value is not None},
-                    known_hosts=known.match,
-                    preferred_auth=["publickey"],
-                    password_auth=False,
-                    kbdint_auth=False,
-                    gss_auth=False,
-                    gss_kex=False,
-                    host_based_auth=False,
-                    keepalive_interval=KEEPALIVE_S,
-                ),
-                CONNECT_S,
-            )
-    except asyncssh.HostKeyNotVerifiable as error:
-        raise BoardError(known.words()) from error
-    except asyncssh.PermissionDenied as error:
-        raise BoardError(
-            f"{board.host} takes none of our keys ({_printable(error)}); put the public key into its authorized_keys "
-            "(ssh-copy-id), and see that boards.toml names its user and key, or that ssh-add -l lists the key"
-        ) from error
-    except asyncssh.KeyEncryptionError as error:
-        raise BoardError(_OF_KEY.format(board.key or "a key", error)) from error
-    except asyncssh.KeyImportError as error:
-        raise BoardError(_OF_KEY.format(board.key or "a key", error)) from error
-    except ValueError as error:  # of ~/.ssh/config
-        raise BoardError(f"no connection to {board.host}: {_printable(error)}; see ~/.ssh/config") from error
-    try:
-        with _explained("no files can be sent (SFTP)", CONNECT_S):
-            sftp = await asyncio.wait_for(connection.start_sftp_client(), CONNECT_S)
-            home = await asyncio.wait_for(sftp.realpath("."), CONNECT_S)
-        yield Remote(board, connection, sftp, str(home))
+        sftp = await _within(CONNECT_S, "no files can be sent (SFTP)", connection.start_sftp_client())
+        home = await _within(CONNECT_S, "no home folder", sftp.realpath("."))
+        yield Remote(board, connection, sftp, home)
     finally:
         connection.close()
-        with contextlib.suppress(asyncio.TimeoutError, OSError, asyncssh.Error):
-            await asyncio.wait_for(connection.wait_closed(), GRACE_S / 10)
+        with contextlib.suppress(BoardError):
+            await _within(CLOSE_S, "not closed", connection.wait_closed())
         connection.abort()
 
 
-_OF_KEY = "{} cannot be used: {}; load a key that has a passphrase into the agent (ssh-add), and leave out `key`"
+async def _connect(board: Board) -> Any:
+    import asyncssh
+
+    known = _KnownHosts(board)
+    given = {"port": board.port, "username": board.user, "client_keys": [str(board.key)] if board.key else None}
+    connecting = asyncssh.connect(
+        board.host,
+        **{name: value for name, value in given.items() if value is not None},
+        known_hosts=known.match,
+        preferred_auth=["publickey"],
+        password_auth=False,
+        kbdint_auth=False,
+        gss_auth=False,
+        gss_kex=False,
+        host_based_auth=False,
+        agent_forwarding=False,
+        x11_forwarding=False,
+        keepalive_interval=KEEPALIVE_S,
+    )
+    try:
+        return await _within(CONNECT_S, f"no connection to {board.host}", connecting)
+    except ValueError as error:  # a key that cannot be read, or ~/.ssh/config
+        raise BoardError(
+            f"no connection to {board.host}: {printable(str(error))}. See {board.key or '~/.ssh/config'}; a key that "
+            "has a passphrase goes into the agent (ssh-add), and `key` is left out"
+        ) from error
+    except BoardError as error:
+        if isinstance(error.__cause__, asyncssh.HostKeyNotVerifiable):
+            raise BoardError(known.words(error)) from error
+        if isinstance(error.__cause__, asyncssh.PermissionDenied):
+            raise BoardError(
+                f"{error}, none of our keys will do; put the public key into its authorized_keys (ssh-copy-id), and "
+                "see that boards.toml names its user and key, or that ssh-add -l lists the key"
+            ) from error
+        raise
 
 
 class _KnownHosts:
@@ -113,7 +117,7 @@ class _KnownHosts:
     def __init__(self, board: Board) -> None:
         files = [board.known_hosts] if board.known_hosts else [Path(name).expanduser() for name in KNOWN_HOSTS]
         self._files = [str(path) for path in files if path.is_file()]
-        self._host, self._is_known = board.host, False
+        self._host, self._is_known = "", False
 
     def match(self, host: str, address: str, port: Optional[int]) -> Any:
         """What asyncssh asks of `known_hosts`: the host, and its port if that is not 22."""
@@ -124,14 +128,16 @@ class _KnownHosts:
         self._is_known = bool(found[0])
         return found
 
-    def words(self) -> str:
+    def words(self, error: BoardError) -> str:
         """What to do about a host key that is not the known one."""
+        if not self._host:  # the board was not reached
+            return f"{error}, which is a ProxyJump; connect once with ssh, and compare the fingerprint"
         files = ", ".join(self._files) or "known hosts (there is no such file)"
         if self._is_known:
             return (
-                f"the host key of {self._host} is not the one in {files}: the board was set up anew, or another machine "
-                f"answers in its place. Find out which; in the first case ssh-keygen -R '{self._host}', then connect "
-                "once with ssh and compare the fingerprint"
+                f"the host key of {self._host} is not the one in {files}: the board was set up anew, or another "
+                f"machine answers in its place. Find out which; in the first case ssh-keygen -R '{self._host}', then "
+                "connect once with ssh and compare the fingerprint"
             )
         return (
             f"the host key of {self._host} is not in {files}; connect once with ssh, and compare the fingerprint with "
@@ -160,9 +166,7 @@ class Remote:
         Raises:
             BoardError: the connection is lost, it takes longer than the board's timeout_s, or its disk is full.
         """
-        with _explained("upload", self.board.timeout_s):
-            return await asyncio.wait_for(self._upload(local, remote), self.board.timeout_s)
-        raise AssertionError("_explained raises")
+        return await _within(self.board.timeout_s, "upload", self._upload(local, remote))
 
     async def _upload(self, local: Path, remote: str) -> bool:
         if await self._sftp.exists(remote):
@@ -179,16 +183,12 @@ class Remote:
 
     async def read(self, path: str, most: int) -> Optional[bytes]:
         """
-        The content of a file; None if there is none.
+        The content of a file, at most the first `most` bytes; None if there is none.
 
         Raises:
-            BoardError: it has over `most` bytes, or the connection is lost.
+            BoardError: it cannot be read, or the connection is lost.
         """
-        with _explained(path, CONNECT_S):
-            content = await asyncio.wait_for(self._read(path, most + 1), CONNECT_S)
-        if content is not None and len(content) > most:
-            raise BoardError(f"{path} has over {most >> 10} KiB; expected a small file of run.py")
-        return content
+        return await _within(CONNECT_S, path, self._read(path, most))
 
     async def _read(self, path: str, size: int) -> Optional[bytes]:
         if not await self._sftp.exists(path):
@@ -198,57 +198,61 @@ class Remote:
 
     async def run(self, folder: str, words: List[str], output: bytearray) -> None:
         """
-        Runs `run.py WORDS` in `folder`. The board itself ends it at timeout_s, even if the connection is lost.
+        Runs `run.py WORDS` in `folder`. The board itself ends it after timeout_s, even if the connection is lost.
 
         Args:
-            output: stdout and stderr are appended, whatever happens; the last MOST_OUTPUT bytes of them.
+            output: stdout and stderr are appended, whatever happens; the last MOST_OUTPUT bytes of them are kept.
 
         Raises:
-            CommandError: its status is not 0, or it took longer than the board's timeout_s.
+            CommandError: it failed, or took longer than timeout_s.
             BoardError: the connection is lost, or the board does not answer any more.
         """
-        board = self.board
-        late = f"not done after {board.timeout_s:g} s (timeout_s), and ended"
-        with _explained(f"run.py {words[0]}", board.timeout_s + GRACE_S):
-            status = await asyncio.wait_for(self._run(folder, words, output), board.timeout_s + GRACE_S)
-        if status in ENDED_LATE:
-            raise CommandError(late)
-        if status is None:
-            raise BoardError("the connection was lost")
-        if status != 0:
-            raise CommandError(_reason(output, status, folder))
-
-    async def _run(self, folder: str, words: List[str], output: bytearray) -> Optional[int]:
-        import asyncssh
-
-        command = command_line(
-            folder, self.path(self.board.python), words, self.board.environment, self.board.timeout_s
-        )
-        process = await self._connection.create_process(
-            command, stdin=asyncssh.DEVNULL, stderr=asyncssh.STDOUT, encoding=None
-        )
+        limit_s = self.board.timeout_s
+        command = command_line(folder, self.path(self.board.python), words, self.board.environment, limit_s)
+        start = time.monotonic()
+        process = await _within(CONNECT_S, "no command can be run", self._start(command))
         try:
-            while True:
-                block = await process.stdout.read(1 << 16)
-                if not block:
-                    break
-                output += block
-                del output[:-MOST_OUTPUT]
-            await process.wait_closed()
+            await _within(limit_s + GRACE_S, "nothing more from the board", _drain(process, output))
         finally:
             if process.exit_status is None:
-                process.terminate()
-        return process.exit_status
+                process.terminate()  # OpenSSH before 7.9, or as root, refuses; there its own deadline ends it
+        if process.exit_status is None:
+            raise BoardError("the connection was lost")
+        if process.exit_status in ENDED_LATE and time.monotonic() - start >= limit_s:
+            raise CommandError(f"not done after {limit_s:g} s (timeout_s), so it was ended")
+        if process.exit_signal:
+            signal = printable(process.exit_signal[0])
+            raise CommandError(f"ended by the signal {signal}" + (": out of memory?" if signal == "KILL" else ""))
+        if process.exit_status != 0:
+            raise CommandError(_reason(output, process.exit_status, folder))
+
+    async def _start(self, command: str) -> Any:
+        import asyncssh
+
+        return await self._connection.create_process(
+            command, stdin=asyncssh.DEVNULL, stderr=asyncssh.STDOUT, encoding=None, request_pty=False
+        )
 
 
-def command_line(folder: str, python: str, words: List[str], environment: Mapping[str, str], timeout_s: float) -> str:
+async def _drain(process: Any, output: bytearray) -> None:
+    """Reads until the command ends, so that it never waits for us."""
+    while True:
+        block = await process.stdout.read(1 << 16)
+        if not block:
+            break
+        output += block
+        del output[:-MOST_OUTPUT]
+    await process.wait_closed()
+
+
+def command_line(folder: str, python: str, words: List[str], environment: Mapping[str, str], limit_s: float) -> str:
     """
     The one command that is ever run on a board, for its shell: our run.py, with an end.
 
-    -u, so that what was printed is not lost when it is ended.
+    -u, so that what was printed is not lost when it is ended; whole seconds, since busybox knows no others.
     """
     variables = [f"{name}={value}" for name, value in environment.items()]
-    limit = ["timeout", "-k", str(KILL_AFTER_S), f"{timeout_s:g}"]
+    limit = ["timeout", "-k", str(KILL_AFTER_S), str(math.ceil(limit_s))]
     run = ["env", *variables, *limit, python, "-u", "run.py", *words]
     return f"cd {shlex.quote(folder)} && exec {' '.join(map(shlex.quote, run))}"
 
@@ -268,16 +272,13 @@ def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else " " for letter in text)[:500].strip()
 
 
-@contextlib.contextmanager
-def _explained(what: str, seconds: float) -> Iterator[None]:
-    """Turns what SSH and sockets raise into a BoardError, but for what `connected` has its own words for."""
+async def _within(seconds: float, what: str, work: Awaitable[T]) -> T:
+    """The result of `work`. Raises BoardError, which starts with `what`, if it fails or takes longer."""
     import asyncssh
 
     try:
-        yield
+        return await asyncio.wait_for(work, seconds)
     except asyncio.TimeoutError as error:  # an OSError from Python 3.11 on
         raise BoardError(f"{what}: no answer within {seconds:g} s") from error
-    except (asyncssh.HostKeyNotVerifiable, asyncssh.PermissionDenied):
-        raise
     except (asyncssh.Error, OSError) as error:
         raise BoardError(f"{what}: {printable(str(error)) or type(error).__name__}") from error

@@ -20,7 +20,7 @@ def read_toml(path: AnyPath, what: str) -> Dict[str, Any]:
         MissingDependencyError: Python before 3.11 needs tomli.
     """
     try:
-        import tomllib
+        import tomllib  # novermin: asked for next
     except ImportError:
         try:
             import tomli as tomllib

@@ -6,8 +6,9 @@ import dataclasses
 import math
 from typing import Any, Dict, List, Mapping, Optional, Sequence
 
+from benchmarks.toml_file import read_toml
 from benchmarks.wording import amount, amount_between, ms, points, signed_points
-from deploy.errors import ConfigError, MeasurementError, MissingDependencyError
+from deploy.errors import ConfigError, MeasurementError
 from deploy.files import AnyPath
 
 Row = Dict[str, Any]
@@ -87,20 +88,7 @@ def limits_from_file(path: AnyPath) -> Dict[str, float]:
         ConfigError: it cannot be read, or has a key or value that is no limit.
         MissingDependencyError: Python before 3.11 needs tomli.
     """
-    try:
-        import tomllib  # novermin: asked for next
-    except ImportError:
-        try:
-            import tomli as tomllib
-        except ImportError as error:
-            raise MissingDependencyError("tomli", f"reading {path} with this Python", "pip install tomli") from error
-    try:
-        with open(path, "rb") as file:
-            document = tomllib.load(file)
-    except OSError as error:
-        raise ConfigError(f"cannot read {path} ({error.strerror}); expected a file of limits") from error
-    except ValueError as error:  # also what is not UTF-8
-        raise ConfigError(f"{path} is not TOML ({error}); expected lines such as: max_ap_drop = 1.5") from error
+    document = read_toml(path, "a file of limits, lines such as: max_ap_drop = 1.5")
     keys = [kind.key for kind in LIMITS]
     for key, value in document.items():
         if key not in keys:

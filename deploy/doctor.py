@@ -47,6 +47,7 @@ COMMANDS: Dict[str, Tuple[str, ...]] = {
     "benchmarks.accuracy MODEL.onnx": ("numpy", "opencv", "onnx", "onnxruntime", "faster-coco-eval"),
     "benchmarks.accuracy MODEL.engine": ("numpy", "opencv", "faster-coco-eval", *ENGINE),
     "benchmarks.distillation": (*TRAINING, "faster-coco-eval"),
+    "benchmarks.fleet": ("numpy", "asyncssh"),
     "benchmarks.latency MODEL.onnx": ("numpy", "opencv", "onnx", "onnxruntime"),
     "benchmarks.latency MODEL.engine": ("numpy", "opencv", *ENGINE),
     "benchmarks.report": ("numpy", "opencv", "jinja2"),
@@ -57,6 +58,7 @@ COMMANDS: Dict[str, Tuple[str, ...]] = {
 TO_DO = {
     **dict.fromkeys(TORCH, "pip install 'crosskd[train]'"),
     "opencv": "pip install opencv-python-headless",
+    "asyncssh": "pip install 'crosskd[fleet]'",
     "tensorrt": "pip install tensorrt-cu13 (Jetson: part of JetPack, seen with python -m venv --system-site-packages)",
     "cuda binding": "pip install cuda-python (or pycuda)",
     "gpu": "an NVIDIA GPU and its driver: see what nvidia-smi says",
@@ -117,7 +119,9 @@ def main(argv: Optional[List[str]] = None) -> int:
 
 def probes() -> Dict[str, Callable[[], Found]]:
     """Name -> a function that looks for it, and raises where it is not here or does not work."""
-    installed = {name: _installed_probe(name) for name in (*TORCH, "onnxslim", "faster-coco-eval", "jinja2")}
+    installed = {
+        name: _installed_probe(name) for name in (*TORCH, "onnxslim", "faster-coco-eval", "jinja2", "asyncssh")
+    }
     return {
         "python": lambda: (platform.python_version(), platform.platform()),
         "jetson": _jetson,

@@ -18,7 +18,18 @@ COMMANDS = [
     if 'if __name__ == "__main__"' in path.read_text(encoding="utf-8")
     and path != ROOT / "deploy" / "run.py"  # the runner inside bundles
 ]
-HEAVY = ("torch", "mmdet", "mmengine", "mmcv", "onnx", "onnxruntime", "faster_coco_eval", "tensorrt", "matplotlib")
+HEAVY = (
+    "torch",
+    "mmdet",
+    "mmengine",
+    "mmcv",
+    "onnx",
+    "onnxruntime",
+    "faster_coco_eval",
+    "tensorrt",
+    "matplotlib",
+    "asyncssh",
+)
 HELP = """
 import importlib, sys
 try:
@@ -28,6 +39,7 @@ except SystemExit as end:
 print("HEAVY", sorted(set(sys.modules) & set(sys.argv[2:])))
 """
 BAD_INPUT = {
+    "benchmarks.fleet": ["nope.toml", "nope.tar.gz", "-o", "out"],
     "crosskd.adopt": ["nope.py", "--checkpoint", "nope.pth", "--data", "nope", "-o", "out"],
     "crosskd.distill": ["nope.py", "--data", "nope", "-o", "out"],
     "crosskd.pipeline": ["nope.py", "--data", "nope", "-o", "out"],

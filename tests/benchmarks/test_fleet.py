@@ -1,0 +1,620 @@
+"""benchmarks.fleet, against real SSH servers on this machine: one process for each "board"."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import fleet, ssh
+from benchmarks.board_list import Board, boards_from_file
+from benchmarks.result import STAGES, STATISTICS, read_result, write_result
+from benchmarks.wording import UNKNOWN
+from deploy.board import BUNDLE_VERSION
+from deploy.bundle import main as make_bundle
+from deploy.bundle import pack
+from deploy.contract import sidecar_path, write_sidecar
+from deploy.errors import ConfigError
+from deploy.run import MANIFEST
+
+EXAMPLE = Path(__file__).parents[2] / "docs" / "boards.example.toml"
+STAND_INS = Path(__file__).parents[1] / "deploy" / "conftest.py"
+SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
+ENGINE = b"an engine"
+RUN = """
+import os, pathlib, shutil, signal, sys, time
+here, fault = pathlib.Path(__file__).resolve().parent, os.environ.get("FAULT", "")
+command, words = sys.argv[1], dict(zip(sys.argv[2::2], sys.argv[3::2])) if sys.argv[1] != "build" else {}
+with open(here / "calls.txt", "a") as calls:
+    calls.write(command + " ")
+print("this is", command, os.environ.get("WORD", ""))
+if fault == command:
+    print("error: no \\x1b[31mmemory for " + command, file=sys.stderr)
+    sys.exit(2)
+if fault == "hang" and command == "build":
+    signal.signal(signal.SIGTERM, lambda *_: ((here / "ended").touch(), print("asked to end"), sys.exit(1)))
+    (here / "started").touch()
+    time.sleep(60)
+if fault == "kill":
+    os.kill(os.getpid(), signal.SIGKILL)
+if fault in ("stop", "cut") and command == "build":  # the server of this connection, which ran timeout, which ran this
+    with open(f"/proc/{os.getppid()}/stat") as stat:
+        server = int(stat.read().split()[3])
+    (here / "server.pid").write_text(str(server))
+    os.kill(server, signal.SIGSTOP if fault == "stop" else signal.SIGKILL)
+    time.sleep(3)
+    sys.exit(1)
+if command == "build":
+    engine = here / sys.argv[sys.argv.index("-o") + 1]
+    shutil.copy(here / "template.engine", engine)
+    shutil.copy(here / "template.engine.json", str(engine) + ".json")
+if command == "bench":
+    shutil.copy(here / "template.result.json", here / words["-o"])
+    if fault == "result":
+        (here / words["-o"]).write_text(os.environ["RESULT"])
+    if fault == "large":
+        os.truncate(here / words["-o"], 1 << 26)
+"""
+"""Does what a bundle's runner does, or what FAULT says."""
+TENSORRT = """
+import importlib.util, sys, types
+spec = importlib.util.spec_from_file_location("stand_ins", {path!r})
+stand_ins = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(stand_ins)
+tensorrt = sys.modules["tensorrt"] = stand_ins.tensorrt_stand_in("10.3.0")
+runtime = tensorrt.test.cuda = stand_ins.cuda_python_stand_in()
+bindings = types.ModuleType("cuda.bindings")
+bindings.runtime = runtime
+sys.modules.update({{"cuda": types.ModuleType("cuda"), "cuda.bindings": bindings, "cuda.bindings.runtime": runtime}})
+"""
+"""A module tensorrt that is tests/deploy's stand-in, and brings that of cuda-python."""
+
+HERE = SSHD and shutil.which("ssh-keygen") and importlib.util.find_spec("asyncssh")
+needs_server = pytest.mark.skipif(
+    not HERE, reason="needs sshd (apt-get install openssh-server) and asyncssh (pip install 'crosskd[fleet]')"
+)
+
+
+@pytest.fixture(scope="session")
+def keys(tmp_path_factory):
+    """Folder with key pairs: `host` and `other_host` for servers, `user` and `stranger` for clients."""
+    folder = tmp_path_factory.mktemp("keys")
+    for name in ("host", "other_host", "user", "stranger"):
+        words = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name)]
+        subprocess.run(words, check=True)
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "secret", "-f", str(folder / "encrypted")], check=True)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    """No key, agent, config or known host of whoever runs the tests."""
+    (tmp_path / "home" / ".ssh").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def server(tmp_path, keys):
+    """`server(host_key="host")` -> port of a new SSH server, which takes the key `user`."""
+    started = []
+    if os.geteuid() == 0:
+        Path("/run/sshd").mkdir(exist_ok=True)  # sshd of root wants this empty folder, as its service makes it
+
+    def start(host_key="host"):
+        port = free_port()
+        config = tmp_path / f"sshd.{port}"
+        config.write_text(
+            f"ListenAddress 127.0.0.1\nPort {port}\nHostKey {keys / host_key}\nPidFile none\nStrictModes no\n"
+            f"AuthorizedKeysFile {keys / 'user.pub'}\nPasswordAuthentication no\nKbdInteractiveAuthentication no\n"
+            "UsePAM no\nSubsystem sftp internal-sftp\n"
+        )
+        process = subprocess.Popen([SSHD, "-D", "-e", "-f", config], stderr=(tmp_path / f"sshd.{port}.log").open("wb"))
+        started.append(process)
+        for _ in range(100):
+            assert process.poll() is None, (tmp_path / f"sshd.{port}.log").read_text()
+            try:
+                socket.create_connection(("127.0.0.1", port)).close()
+                return port
+            except ConnectionRefusedError:
+                time.sleep(0.05)
+        raise AssertionError("sshd does not listen")
+
+    yield start
+    for process in started:
+        process.terminate()
+        process.wait()
+
+
+def wait_for(happened):
+    end = time.monotonic() + 20
+    while not happened():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture
+def boards_file(tmp_path, keys):
+    """`boards_file(a={"port": ...}, ...)` -> boards.toml; key and known hosts are good unless they are given."""
+
+    def write(**boards):
+        lines = []
+        for name, given in boards.items():
+            known_hosts = tmp_path / f"known_hosts.{name}"
+            known_hosts.write_text(f"[127.0.0.1]:{given['port']} {(keys / 'host.pub').read_text()}")
+            values = {
+                "name": name,
+                "host": "127.0.0.1",
+                "folder": str(tmp_path / "on the boards" / name),
+                "key": str(keys / "user"),
+                "known_hosts": str(known_hosts),
+                "python": sys.executable,
+                **given,
+            }
+            lines.append("[[board]]")
+            for key, value in values.items():
+                text = json.dumps(value)
+                if isinstance(value, dict):
+                    text = "{" + ", ".join(f"{name} = {json.dumps(word)}" for name, word in value.items()) + "}"
+                lines.append(f"{key} = {text}")
+        path = tmp_path / "boards.toml"
+        path.write_text("\n".join(lines) + "\n")
+        return path
+
+    return write
+
+
+@pytest.fixture
+def bundle(tmp_path):
+    """`bundle(extra=b"")` -> archive of a bundle whose runner is RUN."""
+
+    def make(extra=b""):
+        result = tmp_path / "template.result.json"
+        write_result(result, latency_result(), {})
+        engine = tmp_path / "template.engine"
+        engine.write_bytes(ENGINE)
+        write_sidecar(engine, {}, None, {"device": "Orin\n\x1b[2J", "tensorrt": "10.3.0"})
+        files = {
+            "run.py": RUN.encode(),
+            "template.engine": ENGINE,
+            "template.engine.json": sidecar_path(engine).read_bytes(),
+            "template.result.json": result.read_bytes(),
+            "golden/0.input.npy": b"x" * 500_000 + extra,
+            "graphs/int8.onnx": b"y" * 500_000,
+        }
+        described = {name: {"sha256": hashlib.sha256(content).hexdigest()} for name, content in files.items()}
+        manifest = {
+            "bundle_version": BUNDLE_VERSION,
+            "contract": stand_ins().CONTRACT.to_json(),
+            "sources": {"int8": {}, "float": {}},
+            "files": described,
+        }
+        pack("mini", {**files, MANIFEST: json.dumps(manifest).encode()}, tmp_path / "mini.tar.gz")
+        return tmp_path / "mini.tar.gz"
+
+    return make
+
+
+def stand_ins():
+    spec = importlib.util.spec_from_file_location("stand_ins", STAND_INS)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def latency_result():
+    """A result as a board's bench writes it."""
+    summary = dict.fromkeys(STATISTICS, 4.0)
+    return {
+        "kind": "latency",
+        "role": "engine-int8",
+        "model": {
+            "file": "mini.int8.engine", "format": "engine", "sha256": hashlib.sha256(ENGINE).hexdigest(),
+            "bytes": len(ENGINE), "parameters": 1, "inputs": {}, "command": [],
+        },
+        "data": {
+            "annotations": "golden", "annotations_sha256": "0", "images_dir": "golden", "images": 2, "class_names": [],
+        },
+        "environment": {"cpu": None, "cores": 6, "os": "Linux"},
+        "numbers": {
+            "summary_ms": {**dict.fromkeys(STAGES), "total": {**summary, "median": 3.25, "p99": 12.5}},
+            "samples_ms": {**dict.fromkeys(STAGES), "total": [4.0]},
+            "stable": True, "spread": 0.01, "comparable": False, "comparable_reasons": [], "threads": None,
+            "description": "TensorRT 10.3.0, Orin", "warmup_runs": 5, "mode": "back-to-back", "fps": None,
+            "late_frames": None, "memory_mib": {"host_peak": None, "device_peak": None}, "power": None,
+            "power_reason": None, "sweep": None,
+        },
+    }  # fmt: skip
+
+
+def outcomes(folder):
+    """(board, precision) -> outcome, of fleet.json."""
+    document = json.loads((folder / "fleet.json").read_text())
+    return {(one["board"], one["precision"]): one for one in document["outcomes"]}
+
+
+def run_fleet(boards, archive, output, *words):
+    return fleet.main([str(boards), str(archive), "-o", str(output), *words])
+
+
+@needs_server
+def test_one_board_that_fails_does_not_hold_up_the_others(server, boards_file, bundle, tmp_path, capsys):
+    """And what each has done already is not done again, but for a bundle that changed."""
+    port, other = server(), server()
+    both = {"precisions": ["int8", "fp16"], "environment": {"WORD": "it's $HOME; `id`"}}
+    good, bad = {"port": port, **both}, {"port": other, "environment": {"FAULT": "build"}}
+    boards, archive = boards_file(good=good, bad=bad), bundle()
+    assert run_fleet(boards, archive, tmp_path / "out") == 1
+    shown = capsys.readouterr()
+    found = outcomes(tmp_path / "out")
+    assert {key: one["state"] for key, one in found.items()} == {
+        ("good", "int8"): "ok", ("good", "fp16"): "ok", ("bad", "int8"): "failed",
+    }  # fmt: skip
+    assert found["bad", "int8"]["reason"] == "build: no  [31mmemory for build"
+    assert found["good", "int8"]["steps"] == dict.fromkeys(("upload", "build", "check", "bench"), "done")
+    assert (found["good", "int8"]["median_ms"], found["good", "int8"]["p99_ms"]) == (3.25, 12.5)
+    result = tmp_path / "out" / found["good", "fp16"]["result"]
+    assert read_result(result)["numbers"]["summary_ms"]["total"]["median"] == 3.25
+    assert (tmp_path / "out/good/build.int8.log").read_text() == "this is build it's $HOME; `id`\n"
+    assert "memory for build" in (tmp_path / "out/bad/build.int8.log").read_text()
+    lines = shown.out.splitlines()
+    assert [line.split()[:5] for line in lines[1:3]] == [
+        ["good", "Orin", "[2J", "10.3.0", precision] for precision in ("int8", "fp16")
+    ]
+    assert lines[3].split()[:2] == ["bad", UNKNOWN]
+    assert "good: build int8: " in shown.err
+    assert "bad: build int8: failed after" in shown.err
+
+    calls = next((tmp_path / "on the boards" / "good").glob("mini-*/calls.txt"))
+    assert calls.read_text().split() == ["build", "check", "bench"] * 2
+    engine = calls.parent / "mini.fp16.engine.json"
+    engine.write_text(engine.read_text().replace(hashlib.sha256(ENGINE).hexdigest(), "0" * 64))
+    calls.write_text("")
+    boards = boards_file(good=good, bad={"port": other})
+    assert run_fleet(boards, archive, tmp_path / "out", "--jobs", "1") == 1  # what is measured is of another engine
+    found = outcomes(tmp_path / "out")
+    assert found["good", "int8"]["steps"] == {
+        "upload": "done before", "check": "done", "build": "done before", "bench": "done before",
+    }  # fmt: skip
+    assert calls.read_text().split() == ["check", "check", "bench"]
+    assert found["good", "fp16"]["reason"].startswith("fp16.latency.result.json is no result of mini.fp16.engine")
+    assert found["bad", "int8"]["steps"] == {"upload": "done before", "build": "done", "check": "done", "bench": "done"}
+    assert "done before" in capsys.readouterr().out
+
+    assert run_fleet(boards, bundle(b"another"), tmp_path / "out") == 0
+    assert set(outcomes(tmp_path / "out")["good", "int8"]["steps"].values()) == {"done"}
+
+
+@needs_server
+def test_a_board_that_hangs(server, boards_file, bundle, tmp_path, capsys, monkeypatch):
+    """One whose command does not end, ended by the board; and one that answers nothing more."""
+    monkeypatch.setattr(ssh, "KEEPALIVE_S", 0.3)
+    slow = {"port": server(), "timeout_s": 2, "environment": {"FAULT": "hang"}}
+    silent = {"port": server(), "environment": {"FAULT": "stop"}}
+    killed = {"port": server(), "environment": {"FAULT": "kill"}}
+    start = time.monotonic()
+    boards = boards_file(good={"port": server()}, slow=slow, silent=silent, killed=killed)
+    assert run_fleet(boards, bundle(), tmp_path / "out") == 1
+    assert time.monotonic() - start < 20
+    found = outcomes(tmp_path / "out")
+    assert found["good", "int8"]["state"] == "ok"
+    assert found["slow", "int8"]["reason"] == "build: not done after 2 s (timeout_s), so it was ended"
+    assert found["killed", "int8"]["reason"] == "build: ended by the signal KILL: out of memory?"
+    assert "asked to end" in (tmp_path / "out/slow/build.int8.log").read_text()
+    reason = found["silent", "int8"]["reason"]
+    os.kill(int(next((tmp_path / "on the boards" / "silent").glob("mini-*/server.pid")).read_text()), signal.SIGKILL)
+    assert reason == "build int8: nothing more from the board: Server not responding to keepalive"
+
+
+@needs_server
+def test_an_interrupt_ends_what_runs_on_the_board(server, boards_file, bundle, tmp_path):
+    """So that it does not disturb the next run. A server that root has logged in to refuses such a request."""
+    port = server()
+    boards = boards_file(slow={"port": port, "environment": {"FAULT": "hang"}})
+    words = ["-m", "benchmarks.fleet", str(boards), str(bundle()), "-o", str(tmp_path / "out")]
+    process = subprocess.Popen([sys.executable, *words], stderr=subprocess.PIPE, text=True, cwd=EXAMPLE.parents[1])
+    wait_for(lambda: list(tmp_path.glob("on the boards/slow/mini-*/started")))
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=20)[1].splitlines()[-1] == "interrupted"
+    assert process.returncode == 130
+    refused = "session signalling requires privilege separation"
+    wait_for(
+        lambda: (
+            refused in (tmp_path / f"sshd.{port}.log").read_text()
+            if os.geteuid() == 0
+            else list(tmp_path.glob("on the boards/slow/mini-*/ended"))
+        )
+    )
+
+
+@needs_server
+def test_only_a_known_host_and_a_known_key_will_do(server, boards_file, bundle, tmp_path, keys, home):
+    port = server()
+    stranger = server("other_host")
+    (tmp_path / "empty").write_text("")
+    (home / ".ssh" / "config").write_text("Host *\n  UserKnownHostsFile none\n  StrictHostKeyChecking no\n")
+    boards = boards_file(
+        changed={"port": stranger},
+        unknown={"port": port, "known_hosts": str(tmp_path / "empty")},
+        refused={"port": server(), "key": str(keys / "stranger")},
+        locked={"port": server(), "key": str(keys / "encrypted")},
+        absent={"port": free_port()},
+    )
+    assert run_fleet(boards, bundle(), tmp_path / "out") == 1
+    reasons = {board: one["reason"] for (board, _), one in outcomes(tmp_path / "out").items()}
+    assert (
+        f"the host key of [127.0.0.1]:{stranger} is not the one in {tmp_path}/known_hosts.changed"
+        in (reasons["changed"])
+    )
+    assert f"ssh-keygen -R '[127.0.0.1]:{stranger}'" in reasons["changed"]
+    assert f"the host key of [127.0.0.1]:{port} is not in {tmp_path}/empty; connect once" in reasons["unknown"]
+    assert "on host 127.0.0.1, none of our keys will do; put the public key into its auth" in reasons["refused"]
+    assert "a key that has a passphrase goes into the agent" in reasons["locked"]
+    assert reasons["absent"].startswith("no connection to 127.0.0.1: ")
+    assert not (tmp_path / "on the boards").exists()
+
+
+@pytest.fixture
+def agent(tmp_path, keys, monkeypatch):
+    """An agent that holds the key `user`."""
+    monkeypatch.setenv("SSH_AUTH_SOCK", str(tmp_path / "agent"))
+    process = subprocess.Popen(["ssh-agent", "-D", "-a", str(tmp_path / "agent")], stdout=subprocess.DEVNULL)
+    wait_for((tmp_path / "agent").exists)
+    subprocess.run(["ssh-add", "-q", str(keys / "user")], check=True)
+    yield
+    process.terminate()
+    process.wait()
+
+
+@needs_server
+def test_an_alias_and_an_agent(server, agent, bundle, tmp_path, keys, home):
+    """A machine behind another one (ProxyJump), a key that only the agent has, and ssh's own known hosts."""
+    jump, port = server(), server("other_host")
+    known = f"[127.0.0.1]:{port} {(keys / 'other_host.pub').read_text()}"
+    (home / ".ssh" / "known_hosts").write_text(known)
+    (home / ".ssh" / "config").write_text(
+        f"Host jetson\n  HostName 127.0.0.1\n  Port {port}\n  ProxyJump 127.0.0.1:{jump}\n"
+    )
+    boards = tmp_path / "aliases.toml"
+    boards.write_text(
+        f"[[board]]\nname = 'jetson'\nhost = 'jetson'\nfolder = '{tmp_path}/there'\npython = '{sys.executable}'\n"
+    )
+    archive = bundle()
+    assert run_fleet(boards, archive, tmp_path / "out") == 1
+    assert "which is a ProxyJump; connect once" in outcomes(tmp_path / "out")["jetson", "int8"]["reason"]
+
+    (home / ".ssh" / "known_hosts").write_text(f"{known}[127.0.0.1]:{jump} {(keys / 'host.pub').read_text()}")
+    assert run_fleet(boards, archive, tmp_path / "out") == 0
+    for each in (jump, port):
+        assert (tmp_path / f"sshd.{each}.log").read_text().count("Accepted publickey") == 1
+
+
+class Proxy(threading.Thread):
+    """A TCP proxy to `port` that cuts the first connection after `most` bytes from the client."""
+
+    def __init__(self, port, most):
+        super().__init__(daemon=True)
+        self._target, self._most = port, most
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self.start()
+
+    def run(self):
+        while True:
+            client, _ = self._listener.accept()
+            server = socket.create_connection(("127.0.0.1", self._target))
+            for end in (client, server):
+                end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            threading.Thread(target=self._pass_on, args=(server, client, float("inf")), daemon=True).start()
+            threading.Thread(target=self._pass_on, args=(client, server, self._most), daemon=True).start()
+            self._most = float("inf")
+
+    def _pass_on(self, source, target, most):
+        passed = 0
+        with contextlib.suppress(OSError):
+            while passed < most:
+                block = source.recv(1 << 16)
+                if not block:
+                    break
+                target.sendall(block)
+                passed += len(block)
+        for end in (source, target):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+
+@needs_server
+def test_a_connection_cut_midway(server, boards_file, bundle, tmp_path):
+    """The next run goes on from what had arrived whole."""
+    proxy = Proxy(server(), 750_000)
+    there = tmp_path / "on the boards" / "far"
+    archive = bundle()
+    boards = boards_file(far={"port": proxy.port}, near={"port": server(), "environment": {"FAULT": "cut"}})
+    assert run_fleet(boards, archive, tmp_path / "out") == 1
+    found = outcomes(tmp_path / "out")
+    assert found["far", "int8"]["reason"].startswith("upload: ")
+    assert found["near", "int8"]["reason"] == "build int8: nothing more from the board: Connection lost"
+    (part,) = there.iterdir()
+    arrived = {path.name: path.stat().st_ino for path in part.rglob("*") if path.suffix != ".part" and path.is_file()}
+    assert "0.input.npy" in arrived
+    assert "run.py" not in arrived
+
+    assert run_fleet(boards_file(far={"port": proxy.port}), archive, tmp_path / "out") == 0
+    assert outcomes(tmp_path / "out")["far", "int8"]["steps"]["upload"] == "done"
+    (whole,) = there.iterdir()
+    assert {path.name: path.stat().st_ino for path in whole.rglob("*") if path.name in arrived} == arrived
+    assert not list(whole.rglob("*.part"))
+
+
+@needs_server
+def test_what_a_board_sends_is_not_believed(server, boards_file, bundle, tmp_path, capsys):
+    archive = bundle()
+    good = json.dumps(json.loads((tmp_path / "template.result.json").read_text()))
+    replies = {
+        "cut": good[:-9],
+        "edited": good.replace("12.5", "1.5"),
+        "lacking": '{"result_version": 2, "kind": "latency"}',
+        "other": "[]",
+        "empty": "",
+    }
+    boards = {
+        name: {"port": server(), "environment": {"FAULT": "result", "RESULT": reply}} for name, reply in replies.items()
+    }
+    boards["large"] = {"port": server(), "environment": {"FAULT": "large"}}
+    assert run_fleet(boards_file(**boards), archive, tmp_path / "out", "--jobs", "6") == 1
+    found = outcomes(tmp_path / "out")
+    for name in boards:
+        assert found[name, "int8"]["reason"].startswith("int8.latency.result.json is no result of mini.int8.engine")
+    assert not list((tmp_path / "out").rglob("*.result.json"))
+    errors = capsys.readouterr().err
+    for fault in (
+        "not JSON",
+        "not a JSON object",
+        "result.json was edited",
+        "the key role is missing",
+        "cut: not used",
+    ):
+        assert fault in errors
+
+
+@needs_server
+def test_a_real_bundle_with_a_stand_in_of_tensorrt(server, boards_file, tmp_path):
+    """Found as on a board whose TensorRT is not where Python looks: by PYTHONPATH."""
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    there = stand_ins()
+    sources = {"student.onnx": None, "student.int8.onnx": np.int8}
+    for name, quantised in sources.items():
+        onnx.save(there.mini_detector(quantised), str(tmp_path / name))
+        write_sidecar(tmp_path / name, {"model": tmp_path / "student.onnx"} if quantised else {}, there.CONTRACT)
+    archive = tmp_path / "student.tar.gz"
+    assert make_bundle([*(str(tmp_path / name) for name in sources), "-o", str(archive)]) == 0
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "tensorrt.py").write_text(TENSORRT.format(path=str(STAND_INS)))
+    variables = {"PYTHONPATH": str(tmp_path / "site"), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    boards = boards_file(orin={"port": server(), "environment": variables})
+    assert run_fleet(boards, archive, tmp_path / "out") == 0
+    found = outcomes(tmp_path / "out")["orin", "int8"]
+    assert found["tensorrt"] == "10.3.0"
+    assert found["device"] not in (None, "")
+    result = read_result(tmp_path / "out" / found["result"])
+    assert result["role"] == "engine-int8"
+    assert found["median_ms"] == result["numbers"]["summary_ms"]["total"]["median"] > 0
+    assert "candidates as in ONNX Runtime" in (tmp_path / "out/orin/check.int8.log").read_text()
+
+
+# Without a server
+
+
+GOOD = "[[board]]\nname = 'a'\nhost = 'h'\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "has no [[board]]; expected one [[board]] for each board"),
+        ("board = []", "has no [[board]]"),
+        ("[board]\nname = 'a'", "has no [[board]]"),
+        ("x = 1\n" + GOOD, "has x; expected one [[board]] for each board, and nothing else"),
+        ("[[board", "is not TOML"),
+        ("[[board]]\nname = 'a'", "[[board]] 'a' has no host"),
+        ("[[board]]\nhost = 'a'", "[[board]] 1 has no name"),
+        (GOOD + "password = 'x'", "has a password; expected none, since files are copied"),
+        (GOOD + "passphrase = 'x'", "has a passphrase; expected none"),
+        (GOOD + "hots = 'x'", "unknown key 'hots'; expected some of name, host, port"),
+        (GOOD + "port = 0", "port is 0; expected a number from 1 to 65535"),
+        (GOOD + "port = true", "port is True"),
+        (GOOD + "timeout_s = nan", "timeout_s is nan; expected a positive number"),
+        (GOOD + "folder = '~you/x'", "folder is '~you/x'; expected a path that starts with / or ~/"),
+        (GOOD + "precisions = ['int4']", "precisions is ['int4']; expected a list of some of int8, fp16, fp32"),
+        (GOOD + "precisions = [['int8']]", "expected a list of some of int8"),
+        (GOOD + "precisions = 'int8'", "expected a list of some of int8"),
+        (GOOD + "environment = {PATH = 1}", "expected a table of names and strings"),
+        (GOOD + "environment = {'A;B' = 'x'}", "expected a table of names and strings"),
+        (GOOD + "key = 'nope'", "and {folder}/nope is no file"),
+        ("[[board]]\nname = '../a'\nhost = 'h'", "name is '../a'; expected letters"),
+        ("[[board]]\nname = 'a'\nhost = '-oProxyCommand=id'", "expected a host name, an address or an alias"),
+        (GOOD + GOOD.replace("'a'", "'A'").replace("'h'", "'g'"), "a and A have the same name"),
+        (GOOD + GOOD.replace("'a'", "'b'").replace("'h'", "'H'"), "a and b have the same host and port"),
+    ],
+)
+def test_a_list_of_boards_that_will_not_do(text, message, tmp_path):
+    path = tmp_path / "boards.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=re.escape(message.format(folder=tmp_path))) as error:
+        boards_from_file(path)
+    assert "\n" not in str(error.value)
+
+
+def test_the_example_is_good(tmp_path, home):
+    (home / ".ssh" / "id_ed25519").write_text("")
+    (tmp_path / "known_hosts").write_text("")
+    shutil.copy(EXAMPLE, tmp_path)
+    first, second = boards_from_file(tmp_path / EXAMPLE.name)
+    assert (first.name, first.user, first.precisions) == ("orin-nano-1", None, ())
+    assert second.precisions == ("int8", "fp16")
+    assert second.key == home / ".ssh" / "id_ed25519"
+    assert {field.name for field in dataclasses.fields(Board)} == set(
+        re.findall(r"^(\w+) =", EXAMPLE.read_text(), re.M)
+    )
+
+
+def test_a_bundle_that_will_not_do(bundle, tmp_path, capsys):
+    boards = tmp_path / "boards.toml"
+    boards.write_text(GOOD + "precisions = ['fp16', 'fp32']")
+    archive = bundle()
+    content = archive.read_bytes()
+    archive.write_bytes(content[:-9])
+    assert run_fleet(boards, archive, tmp_path / "out") == 2
+    assert "cannot be read as a .tar.gz" in capsys.readouterr().err
+    manifest = {"bundle_version": BUNDLE_VERSION, "contract": stand_ins().CONTRACT.to_json(), "sources": {"int8": {}}}
+    pack("mini", {MANIFEST: json.dumps({**manifest, "files": {}}).encode()}, archive)
+    assert run_fleet(boards, archive, tmp_path / "out") == 2
+    assert "--fp16 needs the float graph, which is not in this bundle" in capsys.readouterr().err
+    assert run_fleet(boards, archive, tmp_path / "out", "--jobs", "0") == 2
+    assert "--jobs is 0; expected at least 1" in capsys.readouterr().err
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_without_the_package(bundle, tmp_path, capsys, monkeypatch):
+    (tmp_path / "boards.toml").write_text(GOOD)
+    monkeypatch.setitem(sys.modules, "asyncssh", None)
+    assert run_fleet(tmp_path / "boards.toml", bundle(), tmp_path / "out") == 2
+    assert (
+        "benchmarks.fleet needs the package asyncssh, which is not installed here. Do: pip install 'crosskd[fleet]'"
+        in (capsys.readouterr().err)
+    )
+
+
+def test_words_reach_the_board_as_they_are(tmp_path):
+    """A shell takes the command apart again into the same words."""
+    (tmp_path / "a 'b").mkdir()
+    words = ["bench", "--engine", "x; touch y", "$(id)", "-o", 'q"']
+    show = '#!/bin/sh\npwd\necho "$V"\nprintf \'%s\\n\' "$@"\n'
+    (tmp_path / "py thon").write_text(show)
+    (tmp_path / "py thon").chmod(0o755)
+    line = ssh.command_line(str(tmp_path / "a 'b"), str(tmp_path / "py thon"), words, {"V": "`id` 'x'"}, 2.5)
+    shown = subprocess.run(["sh", "-c", line], capture_output=True, text=True, check=True).stdout
+    assert shown.splitlines() == [str(tmp_path / "a 'b"), "`id` 'x'", "-u", "run.py", *words]
