@@ -51,7 +51,10 @@ class ModelContract:
     pad_value: Tuple[float, float, float]
     """Pixel value, 0 to 255, right of and below the resized image; equal to `mean` it is 0 after normalisation."""
     resize: str
-    """'keep_ratio': the largest size of the same aspect ratio that fits, at the top left. 'stretch': both sides."""
+    """'keep_ratio': the largest size of the same aspect ratio that fits, at the top left. 'stretch': both sides.
+
+    Into `resize_wh_px` or, where that is None, into the whole input.
+    """
     output_names: Tuple[str, ...]
     """As `outputs` says. Boxes are float32, x1 y1 x2 y2 in pixels of the input; scores float32; labels integer."""
     class_names: Tuple[str, ...]
@@ -69,6 +72,8 @@ class ModelContract:
     'nms': boxes (D, 4), scores (D,), labels (D,) after threshold and NMS, and images (D,) integer: the index in the
     batch that each is of. D is known only after the inference.
     """
+    resize_wh_px: Optional[Tuple[int, int]] = None
+    """Width and height that images are resized into, where the input is larger: 1333 x 800 in mmdet's 1344 x 800."""
 
     def __post_init__(self) -> None:
         def check(good: bool, field: str, expected: str) -> None:
@@ -88,6 +93,13 @@ class ModelContract:
         check(self.outputs in OUTPUTS, "outputs", f"one of {list(OUTPUTS)}")
         check(self.channel_order in ("rgb", "bgr"), "channel_order", "'rgb' or 'bgr'")
         check(self.resize in ("keep_ratio", "stretch"), "resize", "'keep_ratio' or 'stretch'")
+        into = self.resize_wh_px
+        check(
+            into is None
+            or (len(into) == 2 and 0 < into[0] <= self.input_width_px and 0 < into[1] <= self.input_height_px),
+            "resize_wh_px",
+            "null, or width and height, positive and no larger than the input's",
+        )
         for field in ("mean", "std", "pad_value"):
             check(len(getattr(self, field)) == 3, field, "three numbers")
         check(min(self.std) > 0, "std", "three positive numbers")

@@ -16,7 +16,7 @@ import argparse
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, List, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence, Tuple
 
 from deploy.contract import LAYOUTS, OUTPUTS, ModelContract, weights_of_run, write_sidecar
 from deploy.errors import ConfigError, ExportError, command
@@ -154,6 +154,8 @@ def contract_from_config(
         raise ExportError(
             f"the network input is {width} x {height}; expected multiples of 32. Give --size WIDTH HEIGHT"
         )
+    scale = resize.get("scale")
+    into_all = size_px is not None or not isinstance(scale, (tuple, list)) or tuple(scale) == (width, height)
     mean, std = normalise.get("mean") or (0.0, 0.0, 0.0), normalise.get("std") or (1.0, 1.0, 1.0)
     pad_value = mean  # mmdet's preprocessor pads with 0 after normalisation
     if pad:
@@ -182,6 +184,7 @@ def contract_from_config(
         max_detections=test_cfg.max_per_img,
         input_type=input_type,
         outputs=outputs,
+        resize_wh_px=None if into_all else tuple(scale),
     )
 
 
@@ -262,20 +265,21 @@ def traced_graph(model: Any, contract: ModelContract, images: int, scratch: Path
 
     from deploy.graph import load_onnx
 
+    images_in = example_input(contract, images)
     names = [CANDIDATE + name for name in OUTPUTS["topk"]] if contract.outputs == "nms" else contract.output_names
     with warnings.catch_warnings():
         # The tracer warns of each Python number, all of which are meant to be constants.
         warnings.simplefilter("ignore")
         torch.onnx.export(
             model,
-            (example_input(contract, images),),
+            (images_in,),
             str(scratch),
             dynamo=False,
             opset_version=OPSET,
             input_names=[contract.input_name],
             output_names=list(names),
         )
-    return clean_graph(load_onnx(scratch))
+    return clean_graph(load_onnx(scratch), {contract.input_name: images_in.numpy()})
 
 
 def example_input(contract: ModelContract, images: int) -> Any:
@@ -375,11 +379,14 @@ def best_candidates(
     return boxes.gather(1, rows), best, index - point * classes
 
 
-def clean_graph(model: onnx.ModelProto) -> onnx.ModelProto:
+def clean_graph(model: onnx.ModelProto, feed: Dict[str, Any]) -> onnx.ModelProto:
     """
     The graph with constants and shape arithmetic folded by onnxslim, and equal weights stored once.
 
     Folding the norms gives each level a copy of the head's convolutions, which are the same for all levels.
+
+    Args:
+        feed: input name -> array, of the one shape that the graph was traced for.
 
     Raises:
         ExportError: onnx's checker refuses the graph, or an operator is not ONNX's own, or a shape is not static.
@@ -389,6 +396,9 @@ def clean_graph(model: onnx.ModelProto) -> onnx.ModelProto:
     from deploy.graph import check_graph, check_static, share_equal_initializers
 
     model = onnxslim.slim(model)
+    if any(node.op_type == "Shape" for node in model.graph.node):  # onnxslim cannot infer every one, as behind a Pad
+        fix_shapes(model, feed)
+        model = onnxslim.slim(model)
     share_equal_initializers(model)
     check_graph(model)
     check_static(model)
@@ -398,12 +408,33 @@ def clean_graph(model: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
+def fix_shapes(model: onnx.ModelProto, feed: Dict[str, Any]) -> None:
+    """Replaces each Shape by what it gives for `feed`, in place, and each output's shape; all sizes are static."""
+    import onnx
+    import onnxruntime
+
+    nodes = [node for node in model.graph.node if node.op_type == "Shape"]
+    outputs = list(model.graph.output)
+    probe = onnx.ModelProto()
+    probe.CopyFrom(model)
+    probe.graph.output.extend(onnx.helper.make_empty_tensor_value_info(node.output[0]) for node in nodes)
+    session = onnxruntime.InferenceSession(probe.SerializeToString(), providers=["CPUExecutionProvider"])
+    results = session.run(None, feed)
+    for value, result in zip(outputs, results):
+        kind = value.type.tensor_type.elem_type
+        value.CopyFrom(onnx.helper.make_tensor_value_info(value.name, kind, result.shape))
+    for node, result in zip(nodes, results[len(outputs) :]):
+        model.graph.initializer.append(onnx.numpy_helper.from_array(result, node.output[0]))
+        model.graph.node.remove(node)
+    del model.graph.value_info[:]  # inferred without these
+
+
 def graph_of_any_batch(two: onnx.ModelProto, three: onnx.ModelProto) -> onnx.ModelProto:
     """
     `two`, changed so that it takes any number of images, without computing a shape.
 
-    What differs between a graph for two images and one for three is the number of images. In a Reshape it becomes -1;
-    the sizes of a Resize become scales.
+    What differs between a graph for two images and one for three is the number of images. In a Reshape it becomes -1,
+    in an Expand 1, since there is nothing to repeat; the sizes of a Resize become scales.
 
     Raises:
         ExportError: another operator depends on the number of images, or the nodes themselves.
@@ -418,8 +449,13 @@ def graph_of_any_batch(two: onnx.ModelProto, three: onnx.ModelProto) -> onnx.Mod
             f"the graph depends on the number of images by more than sizes: {reason}. Give a number, as in --batch 1"
         )
 
+    def shapes_in(model: onnx.ModelProto) -> Dict[str, Any]:
+        graph = shape_inference.infer_shapes(model).graph
+        values = (*graph.input, *graph.value_info, *graph.output)
+        return {value.name: np.array([d.dim_value for d in value.type.tensor_type.shape.dim]) for value in values}
+
     values = [{name: numpy_helper.to_array(t) for name, t in initializers(model).items()} for model in (two, three)]
-    known = {value.name: value.type for value in shape_inference.infer_shapes(two).graph.value_info}
+    shapes, other_shapes = shapes_in(two), shapes_in(three)
     if [node.op_type for node in two.graph.node] != [node.op_type for node in three.graph.node]:
         raise differs("its nodes are others")
     for node, other in zip(two.graph.node, three.graph.node):
@@ -429,11 +465,14 @@ def graph_of_any_batch(two: onnx.ModelProto, three: onnx.ModelProto) -> onnx.Mod
             mine, theirs = values[0][name], values[1][other_name]
             if np.array_equal(mine, theirs):
                 continue
-            if node.op_type == "Reshape" and mine.shape == theirs.shape and (mine != theirs).sum() == 1:
-                changed = np.where(mine == theirs, mine, -1)
-            elif node.op_type == "Resize" and index == 3 and (mine != theirs).tolist() == [True, False, False, False]:
-                sizes = [dimension.dim_value for dimension in known[node.input[0]].tensor_type.shape.dim]
-                changed = (np.array([1, *mine[1:]]) / np.array([1, *sizes[1:]])).astype(np.float32)
+            before, after = shapes[node.input[0]], shapes[node.output[0]]
+            of_batch = after != other_shapes[other.output[0]]
+            if node.op_type == "Reshape" and of_batch.sum() == 1:
+                changed = np.where(of_batch, -1, after)
+            elif node.op_type == "Expand" and len(before) == len(after) and (before == after)[of_batch].all():
+                changed = np.where(of_batch, 1, after)
+            elif node.op_type == "Resize" and index == 3 and of_batch.tolist() == [True, False, False, False]:
+                changed = (after / before).astype(np.float32)
                 del node.input[3]
                 index = 2
             else:

@@ -38,7 +38,7 @@ def preprocess(image: np.ndarray, contract: ModelContract) -> Prepared:
         image: (height, width, 3), uint8, blue-green-red, as OpenCV reads it.
     """
     height, width = image.shape[:2]
-    to_width, to_height = contract.input_width_px, contract.input_height_px
+    to_width, to_height = contract.resize_wh_px or (contract.input_width_px, contract.input_height_px)
     if contract.resize == "keep_ratio":
         scale = min(to_width / width, to_height / height)
         resized_wh = max(1, int(width * scale + 0.5)), max(1, int(height * scale + 0.5))

@@ -65,7 +65,7 @@ def _star_offset(base: Tensor, sides: Tensor, gradient_mul: float, stride: float
     left, top, right, bottom = (sides / stride).split(1, dim=1)
     middle = left * 0  # zeros_like would be a constant, made for the batch that is traced
     points = [side for y in (-top, middle, bottom) for x in (-left, middle, right) for side in (y, x)]
-    return torch.cat(points, dim=1) - base
+    return torch.cat(points, dim=1) - base.to(sides.dtype)  # mmdet's is float64
 
 
 @contextlib.contextmanager

@@ -30,13 +30,13 @@ from deploy.contract import ModelContract, load_contract, write_sidecar  # noqa:
 from deploy.dataset import CocoImage, load_coco, read_image, split_paths  # noqa: E402
 from deploy.errors import ExportError  # noqa: E402
 from deploy.graph import count_parameters, load_onnx  # noqa: E402
+from deploy.operators import check_operators  # noqa: E402
 from deploy.postprocess import postprocess  # noqa: E402
 from deploy.preprocess import preprocess  # noqa: E402
 from deploy.session import OrtSession  # noqa: E402
 
 TINY = Path(__file__).parents[1] / "crosskd" / "configs" / "gfl_tiny.py"
 THRESHOLD = "model.test_cfg.score_thr=0.05"
-GROUP_NORM = "model.bbox_head.norm_cfg={'type': 'GN', 'num_groups': 4, 'requires_grad': True}"
 
 
 def _scattered(detector: Any) -> Any:
@@ -71,10 +71,9 @@ def _run_dir(folder: Path, shapes_dir: Path, *overrides: str) -> Path:
     return folder / "run"
 
 
-@pytest.fixture(scope="module", params=["BatchNorm", "GroupNorm"])
-def run_dir(request: pytest.FixtureRequest, shapes_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    overrides = [THRESHOLD, GROUP_NORM] if request.param == "GroupNorm" else [THRESHOLD]
-    return _run_dir(tmp_path_factory.mktemp(request.param), shapes_dir, *overrides)
+@pytest.fixture(scope="module")
+def run_dir(shapes_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _run_dir(tmp_path_factory.mktemp("run"), shapes_dir, THRESHOLD)
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +169,7 @@ def test_mmdets_standard_pipeline_gives_the_same_detections(tmp_path: Path) -> N
 RTMDET = "rtmdet/rtmdet_tiny_8xb32-300e"
 WITHOUT_SEPARATE_NORMS = {"type": "RTMDetHead", "with_objectness": True, "share_conv": None, "exp_on_reg": None}
 HEADS = {
+    "GFLHead": ("gfl/gfl_r50_fpn_1x", {}),
     "RetinaHead": ("retinanet/retinanet_r18_fpn_1x", {}),
     "ATSSHead": ("atss/atss_r50_fpn_1x", {}),
     "FCOSHead": ("fcos/fcos_r50-caffe_fpn_gn-head_1x", {}),
@@ -235,7 +235,7 @@ def test_detections_of_every_head_are_those_of_mmdet(head: str, shapes_dir: Path
     images = load_coco(*split_paths(shapes_dir, "train")).images[:4]
     if head.startswith("TOODHead"):
         _clip_boxes(detector.bbox_head)
-    assert _assert_same_detections(path, predictor(config, detector), images) > 10 * len(images)
+    assert _assert_same_detections(path, predictor(config, detector), images) > 5 * len(images)
 
 
 def _clip_boxes(head: Any) -> None:
@@ -251,8 +251,10 @@ def _clip_boxes(head: Any) -> None:
 
 
 def _assert_deployable(path: Path) -> None:
-    """Operators of ONNX's own, computed from no shape, of which only the number of images may be open."""
+    """Operators that every TensorRT takes, computed from no shape, of which only the number of images may be open."""
     model = load_onnx(path)
+    for version in ("8.6", "10.3", "10.16", "11.1"):
+        check_operators(model, version)
     assert {node.domain for node in model.graph.node} == {""}
     assert not {node.op_type for node in model.graph.node} & {
         "Shape", "ConstantOfShape", "NonZero", "Range", "If", "Loop", "BatchNormalization", "GroupNormalization",
@@ -276,7 +278,7 @@ def test_every_head_that_can_be_distilled_can_be_exported() -> None:
     from crosskd.heads import FAMILIES, heads_with_decoder
 
     assert heads_with_decoder() == sorted(FAMILIES)
-    assert {head.partition(",")[0] for head in HEADS} | {"GFLHead"} == set(FAMILIES)
+    assert {head.partition(",")[0] for head in HEADS} == set(FAMILIES)
 
 
 @pytest.fixture(scope="module")
@@ -344,6 +346,58 @@ def test_pixels_in_give_the_detections_of_normalised_pixels(
     assert _assert_same_detections(path, predictor(config, detector), images) > 20 * len(images)
 
 
+def test_a_backbone_of_windows_is_exported_without_shape_arithmetic(shapes_dir: Path, tmp_path: Path) -> None:
+    pytest.importorskip("timm")
+    from crosskd.backbones import fit_to_backbone
+
+    config = load_config(TINY, {"model.test_cfg.score_thr": 0.05})
+    swin = {"img_size": (64, 96), "embed_dim": 16, "depths": (1, 2, 1, 1), "num_heads": (1, 2, 2, 2)}
+    config.model.backbone = dict(
+        type="TimmBackbone", model="swin_tiny_patch4_window7_224", out_indices=(0, 1, 2, 3), model_kwargs=swin
+    )
+    config.model.neck.in_channels = "backbone"
+    fit_to_backbone(config.model)
+    set_classes(config, tuple("abcdef"))
+    torch.manual_seed(0)
+    detector = _scattered(detector_from_config(config))
+    contract = export.contract_from_config(config, list("abcdef"), list(range(6)))
+    export.onnx_from_detector(detector, contract, tmp_path / "x.onnx")
+    write_sidecar(tmp_path / "x.onnx", {}, contract)
+    _assert_deployable(tmp_path / "x.onnx")
+    images = load_coco(*split_paths(shapes_dir, "train")).images[:3]
+    assert _assert_same_detections(tmp_path / "x.onnx", predictor(config, detector), images) > 10 * len(images)
+
+
+def test_what_is_more_than_a_size_of_the_batch_is_refused() -> None:
+    def graph(images: int) -> Any:
+        return onnx.parser.parse_model(
+            f"""<ir_version: 8, opset_import: ["" : 17]>
+            tile (float[{images},4] x) => (float[{images},4] y) <int64[2] times = {{1, 1}}, float[{images},4] ones = {{
+            {", ".join(["1"] * 4 * images)}}}> {{ tiled = Tile(x, times) y = Mul(tiled, ones) }}"""
+        )
+
+    with pytest.raises(ExportError, match=r"depends on the number of images by .* the input ones of y \(Mul\)"):
+        export.graph_of_any_batch(graph(2), graph(3))
+
+
+def test_flags_are_written_in_the_contract(run_dir: Path, tmp_path: Path) -> None:
+    output = tmp_path / "x.onnx"
+    flags = ["--batch", "dynamic", "--input-type", "uint8", "--outputs", "nms"]
+    assert export.main([str(run_dir), "-o", str(output), *flags]) == 0
+    contract = load_contract(output)
+    assert (contract.input_type, contract.outputs, contract.input_shape) == ("uint8", "nms", (-1, 64, 96, 3))
+    with OrtSession(output, threads=1) as session:
+        images = session.infer({"image": np.random.randint(0, 256, (3, 64, 96, 3), np.uint8)})["images"]
+    assert set(images) <= {0, 1, 2}
+
+
+@pytest.mark.parametrize("batch", ["0", "-2", "many"])
+def test_a_batch_of_no_images_is_refused(batch: str, run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        export.main([str(run_dir), "-o", "x.onnx", f"--batch={batch}"])
+    assert "expected 1 or more, or 'dynamic'" in capsys.readouterr().err
+
+
 def test_another_size_is_exported_on_request(run_dir: Path, tmp_path: Path) -> None:
     output = tmp_path / "wide.onnx"
     assert export.main([str(run_dir), "-o", str(output), "--size", "160", "96"]) == 0
@@ -368,12 +422,14 @@ def _config_with(*transforms: dict[str, Any]) -> Any:
 def test_the_contract_of_mmdets_pipelines() -> None:
     stretched = _contract(_config_with(dict(type="Resize", scale=(1333, 800), keep_ratio=False)))
     assert (stretched.resize, stretched.input_shape) == ("stretch", (1, 3, 800, 1344))
+    assert stretched.resize_wh_px == (1333, 800)  # the rest of the input is padding
     padded = _contract(
         _config_with(
             dict(type="Resize", scale=(640, 640), keep_ratio=True),
             dict(type="Pad", size=(640, 640), pad_val=dict(img=(1, 2, 3))),
         )
     )
+    assert padded.resize_wh_px is None
     assert (padded.resize, padded.pad_value) == ("keep_ratio", (3, 2, 1))  # the network takes red-green-blue
     for pad in (dict(size_divisor=64), dict(size_divisor=64, pad_val=114), dict(size_divisor=64, pad_val=dict(seg=9))):
         config = _config_with(dict(type="Resize", scale=(1333, 800), keep_ratio=True), dict(type="Pad", **pad))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import dataclasses
 import struct
 from pathlib import Path
@@ -95,6 +96,16 @@ def test_stretch_fills_the_input() -> None:
     prepared = preprocess(_image(10, 40), _contract(32, 64, resize="stretch"))
     assert prepared.resized_wh_px == (64, 32)
     assert prepared.scale_xy == (1.6, 3.2)
+
+
+@pytest.mark.parametrize(("resize", "expected_wh"), [("keep_ratio", (90, 45)), ("stretch", (90, 50))])
+def test_the_image_may_be_resized_into_a_part_of_the_input(resize: str, expected_wh: Tuple[int, int]) -> None:
+    contract = _contract(64, 96, resize=resize, resize_wh_px=(90, 50), pad_value=CONTRACT.mean)
+    prepared = preprocess(_image(100, 200), contract)
+    assert prepared.resized_wh_px == expected_wh
+    assert prepared.input.shape == (1, 3, 64, 96)
+    assert not prepared.input[..., 90:].any()
+    assert not prepared.input[:, :, 50:].any()
 
 
 def test_an_image_of_the_right_size_is_not_resampled() -> None:
@@ -251,6 +262,30 @@ def test_files_give_the_network_input_of_mmdets_resize_and_pad(
         expected, _ = _mmdet_inputs(config, transforms, files[name])
         found = preprocess(read_image(files[name]), contract)
         np.testing.assert_allclose(found.input, expected, rtol=0, atol=1e-5, err_msg=name)
+
+
+def test_mmdets_size_that_is_no_multiple_of_32_is_kept(
+    tiny: Tuple[Any, Any, ModelContract], files: Dict[str, Path]
+) -> None:
+    from deploy.export import contract_from_config
+
+    config = copy.deepcopy(tiny[0])
+    config.test_dataloader.dataset.pipeline = [
+        dict(type="LoadImageFromFile"),
+        dict(type="Resize", scale=(90, 60), keep_ratio=True),
+        dict(type="Pad", size_divisor=32, pad_val=dict(img=(104, 116, 124))),
+        dict(type="PackDetInputs"),
+    ]
+    contract = contract_from_config(config, ["a"], [1])
+    assert contract.input_shape == (1, 3, 64, 96)
+    assert contract.resize_wh_px == (90, 60)
+    cv2.imwrite(str(files["odd.jpg"].with_name("wide.png")), _image(100, 190))
+    for path in (files["odd.jpg"], files["large.jpg"], files["odd.jpg"].with_name("wide.png")):
+        expected, meta = _mmdet_inputs(config, config.test_dataloader.dataset.pipeline, path)
+        found = preprocess(read_image(path), contract)
+        assert found.scale_xy == pytest.approx(meta["scale_factor"], abs=0)
+        assert expected.shape == (1, 3, 64, 96)
+        np.testing.assert_allclose(found.input, expected, rtol=0, atol=1e-5, err_msg=path.name)
 
 
 def test_files_give_the_detections_that_mmdet_gives(
