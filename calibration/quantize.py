@@ -5,22 +5,15 @@ A float ONNX detector -> an INT8 one, with Q/DQ pairs (QuantizeLinear, Dequantiz
     python -m calibration.quantize student.onnx --annotations train.json --images-dir train/ \\
         --evaluation-annotations val.json --evaluation-images-dir val/ -o student.int8.onnx
 
-Needs onnx, onnxruntime, OpenCV, and the sidecar that `deploy.export` wrote beside the model.
+Needs onnx, onnxruntime, OpenCV, and the sidecar that `deploy.export`, or `deploy.adopt_onnx` for a detector from
+elsewhere, wrote beside the model; `--method auto` also what `benchmarks.accuracy` needs.
 
-What is quantised: convolutions, both their input (one scale per tensor) and their weight (one scale per output channel,
-symmetric), never one of the two. The final prediction convolutions and what follows them stay in float: rounding there
-shrinks scores and moves boxes. Where the pairs go depends on the target:
+What is quantised and where the pairs go, for each target: see `calibration.placement`. On x86 CPUs without VNNI ONNX
+Runtime's integer kernels add pairs of products in 16 bits, which can saturate: measure AP there.
 
-- `tensorrt` (signed, symmetric): on the input of each convolution; its output stays float, for TensorRT to fuse what
-  follows. At an addition of a convolution's output, on the other branch, so that convolution, addition and ReLU become
-  one kernel. MaxPool and nearest Resize only choose among values: one pair before them serves what comes after. Weights
-  remain FP32 constants with a pair; biases remain float.
-  https://docs.nvidia.com/deeplearning/tensorrt/latest/inference-library/work-quantized-types.html
-- `onnxruntime` (unsigned activations, signed weights): ONNX Runtime's integer kernels (QLinearConv, QLinearAdd) want
-  integers in and out, so also on the output of each convolution, after its ReLU, and of each addition of quantised
-  tensors. MaxPool and nearest Resize have a pair on both sides, of one scale. Weights are stored as int8, biases as
-  int32. https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html
-  On x86 CPUs without VNNI these kernels add pairs of products in 16 bits, which can saturate: measure AP there.
+The ranges of activations come from calibration images, by a method of `calibration.ranges`; `--method auto` quantises
+with each and takes the one of the best AP on images of the same split that were not calibrated on. Or they come from a
+calibration cache of TensorRT, and no images are needed.
 """
 
 from __future__ import annotations
@@ -28,274 +21,59 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
+import re
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence, Set, Tuple
+from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence, Tuple
 
-import numpy as np
-
-from calibration.collect import check_no_overlap, choose_images, collect_ranges, sha256_of_images
-from calibration.ranges import Quantization, int8_from_weight, signed_from_range, unsigned_from_range, weight_scales
+from calibration.collect import (
+    check_no_overlap,
+    choose_images,
+    empty_statistics,
+    extend_statistics,
+    sha256_of_images,
+)
+from calibration.placement import PLACEMENTS, Graph, Placement, node_name
+from calibration.qdq import quantize_graph
+from calibration.ranges import METHODS, PERCENTILE, range_from_statistics
+from calibration.statistics import Statistics, load_statistics, save_statistics
+from deploy.calibration_cache import amax_from_quantised, read_cache, write_cache
 from deploy.contract import ModelContract, load_contract, write_sidecar
 from deploy.dataset import SPLITS, CocoImage, CocoSet, check_image_files, load_coco, split_paths
 from deploy.errors import CalibrationError, ConfigError, command
-from deploy.files import check_writable
-from deploy.graph import check_graph, check_static, constants, consumers, load_onnx, producers, remove_unused, save_onnx
+from deploy.files import AnyPath, check_writable, read_json, sha256_of, write_json
+from deploy.graph import check_graph, check_static, load_onnx, save_onnx
 
 if TYPE_CHECKING:
     import onnx
 
-TARGETS = ("tensorrt", "onnxruntime")
+Ranges = Dict[str, Tuple[float, float]]
+"""Tensor -> (smallest, largest) value that INT8 is to hold."""
+
 SMALLEST_OPSET = 13
 """The first in which QuantizeLinear has an axis."""
 FEWEST_IMAGES = 300
 """Below it ranges vary from sample to sample; a warning, not an error."""
-LARGEST_BIAS = 2.0**30
-"""Of an int32 bias: half of what it can hold, since accumulated products are added to it."""
-
-
-class Graph:
-    """A model with the tables that placing Q/DQ needs."""
-
-    def __init__(self, model: onnx.ModelProto) -> None:
-        self.model = model
-        self.nodes = list(model.graph.node)
-        self.constants = constants(model)
-        self.producers = producers(model)
-        self.consumers = consumers(model)
-        self.convolutions = [node for node in self.nodes if node.op_type == "Conv"]
-        self.kept = self._kept_convolutions()
-        self.quantized = [node for node in self.convolutions if node.output[0] not in self.kept]
-
-    def _kept_convolutions(self) -> Dict[str, str]:
-        """Output name of each convolution that stays in float -> why."""
-        import onnx
-
-        kept = dict.fromkeys(final_convolutions(self.model), "final prediction")
-        for node in self.convolutions:
-            operands = [self.constants.get(name) for name in node.input[1:]]
-            if any(tensor is None or tensor.data_type != onnx.TensorProto.FLOAT for tensor in operands):
-                kept.setdefault(node.output[0], "weight or bias not an FP32 constant")
-        return kept
-
-    def readers(self, tensor: str) -> List[onnx.NodeProto]:
-        """The nodes that read the values of a tensor; Shape does not."""
-        return [node for node, _ in self.consumers.get(tensor, []) if node.op_type != "Shape"]
-
-    def activation(self, node: onnx.NodeProto) -> str:
-        """The output of a node, after the ReLU or Clip that a runtime fuses with it."""
-        readers = self.readers(node.output[0])
-        return readers[0].output[0] if len(readers) == 1 and readers[0].op_type in ("Relu", "Clip") else node.output[0]
-
-
-def final_convolutions(model: onnx.ModelProto) -> Set[str]:
-    """
-    Output names of the convolutions from which an output of the graph is reached without passing another convolution.
-
-    Paths through Shape do not count: they carry no values.
-    """
-    made_by = producers(model)
-    pending, seen, found = [value.name for value in model.graph.output], set(), set()
-    while pending:
-        name = pending.pop()
-        node = made_by.get(name)
-        if node is None or name in seen or node.op_type == "Shape":
-            continue
-        seen.add(name)
-        if node.op_type == "Conv":
-            found.add(name)
-        else:
-            pending.extend(node.input)
-    return found
+HELD_OUT_IMAGES = 128
+"""Of the calibration split, for `--method auto` to compare methods on; beyond those that are calibrated on."""
+GROWING_OPS = (
+    "Conv", "ConvTranspose", "Gemm", "MatMul", "Add", "Mul",
+    "InstanceNormalization", "GroupNormalization", "LayerNormalization",
+)  # fmt: skip
+"""Their outputs can be larger than their inputs: where FP16 may overflow, which the sidecar's `ranges` tell."""
 
 
 @dataclasses.dataclass
-class Placement:
-    """Where Q/DQ pairs for activations go."""
+class Quantized:
+    """A quantised model and where its ranges come from, for the sidecar."""
 
-    pairs: Dict[str, str] = dataclasses.field(default_factory=dict)
-    """Tensor that has a pair -> tensor whose range it takes: itself, or where its values come from."""
-    edges: Set[Tuple[str, int]] = dataclasses.field(default_factory=set)
-    """What reads the pair, not the float tensor: (first output of the node, index of its input)."""
-
-
-def place_for_tensorrt(graph: Graph) -> Placement:
-    """Pairs on the inputs of convolutions and on the skip branch of additions; see the module's docstring."""
-    placement = Placement()
-    edges = [(node, 0) for node in graph.quantized] + _skip_branches(graph)
-    for node, index in edges:
-        placement.edges.add((node.output[0], index))
-        name = node.input[index]
-        while name in graph.producers and _only_chooses(graph.producers[name]):
-            placement.edges.add((name, 0))
-            name = graph.producers[name].input[0]
-        placement.pairs[name] = name
-    return placement
-
-
-def place_for_onnxruntime(graph: Graph) -> Placement:
-    """Pairs on inputs and outputs of convolutions and of what ONNX Runtime runs in integers between them."""
-    pairs: Dict[str, str] = {}
-    for node in graph.quantized:
-        for name in (node.input[0], graph.activation(node)):
-            pairs[name] = name
-    for node in graph.nodes:
-        if _only_chooses(node) and node.input[0] in pairs:
-            pairs[node.output[0]] = pairs[node.input[0]]
-        elif node.op_type == "Add" and all(name in pairs for name in node.input):
-            pairs.setdefault(graph.activation(node), graph.activation(node))
-    return Placement(
-        pairs, {(node.output[0], index) for name in pairs for node, index in graph.consumers.get(name, [])}
-    )
-
-
-def _only_chooses(node: onnx.NodeProto) -> bool:
-    """The output holds values of the input and no others, so that one scale fits both."""
-    if node.op_type == "Resize":
-        return next((a.s for a in node.attribute if a.name == "mode"), b"nearest") == b"nearest"
-    return node.op_type == "MaxPool"
-
-
-def _skip_branches(graph: Graph) -> List[Tuple[onnx.NodeProto, int]]:
-    """
-    (addition, index of its input) of the branch that does not come straight from the convolution that fuses with it.
-
-    Where both do, the one with fewer convolutions behind it: the downsampling or lateral one.
-    """
-    from_convolution = {node.output[0] for node in graph.quantized if len(graph.readers(node.output[0])) == 1}
-    depths = _depths(graph)
-    found = []
-    for node in graph.nodes:
-        if node.op_type == "Add" and not any(name in graph.constants for name in node.input):
-            fusable = [index for index, name in enumerate(node.input) if name in from_convolution]
-            if fusable:
-                fused = max(fusable, key=lambda index: depths[node.input[index]])
-                found.append((node, 1 - fused))
-    return found
-
-
-def _depths(graph: Graph) -> Dict[str, int]:
-    """Tensor -> number of convolutions on the longest path to it."""
-    depths: Dict[str, int] = {}
-    for node in graph.nodes:
-        depth = max((depths.get(name, 0) for name in node.input), default=0) + (node.op_type == "Conv")
-        depths.update(dict.fromkeys(node.output, depth))
-    return depths
-
-
-class _Writer:
-    """The nodes of the quantised graph, in order, and the initialisers that they bring."""
-
-    def __init__(self) -> None:
-        self.nodes: List[onnx.NodeProto] = []
-        self.tensors: Dict[str, onnx.TensorProto] = {}
-
-    def constant(self, name: str, values: np.ndarray) -> str:
-        from onnx import numpy_helper
-
-        if name not in self.tensors:
-            self.tensors[name] = numpy_helper.from_array(values, name)
-        return name
-
-    def node(self, op_type: str, inputs: List[str], output: str, **axis: Any) -> str:
-        from onnx import helper
-
-        self.nodes.append(helper.make_node(op_type, inputs, [output], name=output, **axis))
-        return output
-
-    def activation_pair(self, tensor: str, source: str, quantization: Quantization) -> None:
-        """tensor -> Q -> DQ -> `<tensor>_dequantized`."""
-        scale = self.constant(f"{source}_scale", np.array(quantization.scale, np.float32))
-        zero_point = self.constant(f"{source}_zero_point", np.array(quantization.zero_point))
-        integers = self.node("QuantizeLinear", [tensor, scale, zero_point], f"{tensor}_quantized")
-        self.node("DequantizeLinear", [integers, scale, zero_point], f"{tensor}_dequantized")
-
-    def float_weight(self, node: onnx.NodeProto, name: str, scales: np.ndarray) -> None:
-        """
-        FP32 constant `name` -> Q -> DQ -> convolution.
-
-        Convolutions that share a weight share the constants and have a pair each, to be folded into each of them.
-        """
-        prefix = f"{node.output[0]}_weight"
-        scale = self.constant(f"{name}_scale", scales)
-        zero_point = self.constant(f"{name}_zero_point", np.zeros(len(scales), np.int8))
-        integers = self.node("QuantizeLinear", [name, scale, zero_point], f"{prefix}_quantized", axis=0)
-        node.input[1] = self.node("DequantizeLinear", [integers, scale, zero_point], f"{prefix}_dequantized", axis=0)
-
-    def integer_operand(
-        self, node: onnx.NodeProto, index: int, name: str, integers: np.ndarray, scales: np.ndarray
-    ) -> None:
-        """Integer constant `name` -> DQ -> input `index` of the convolution."""
-        inputs = [
-            self.constant(name, integers),
-            self.constant(f"{name}_scale", scales),
-            self.constant(f"{name}_zero_point", np.zeros(len(scales), integers.dtype)),
-        ]
-        node.input[index] = self.node("DequantizeLinear", inputs, f"{node.output[0]}_{index}_dequantized", axis=0)
-
-
-def quantize_graph(
-    model: onnx.ModelProto, placement: Placement, quantizations: Dict[str, Quantization], target: str
-) -> onnx.ModelProto:
-    """
-    A copy of the model with Q/DQ pairs.
-
-    Args:
-        placement: of the target.
-        quantizations: of each tensor among the values of `placement.pairs`.
-    """
-    import onnx
-    from onnx import numpy_helper
-
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
-    graph, writer = Graph(result), _Writer()
-    weights = {node.output[0]: graph.constants[node.input[1]] for node in graph.quantized}
-
-    def array(name: str) -> np.ndarray:
-        return numpy_helper.to_array(graph.constants[name])
-
-    def input_scale(node: onnx.NodeProto) -> np.float32:
-        return np.float32(quantizations[placement.pairs[node.input[0]]].scale)
-
-    def add_pair(tensor: str) -> None:
-        if tensor in placement.pairs:
-            source = placement.pairs[tensor]
-            writer.activation_pair(tensor, source, quantizations[source])
-
-    scales: Dict[str, np.ndarray] = {}  # by the name of the weight: the levels of a head share one
-    for node in graph.quantized:
-        name = weights[node.output[0]].name
-        needed = weight_scales(array(node.input[1]))
-        if target == "onnxruntime" and len(node.input) > 2:  # so that the bias fits into int32
-            needed = np.maximum(needed, np.abs(array(node.input[2])) / (input_scale(node) * LARGEST_BIAS))
-        scales[name] = np.maximum(needed, scales.get(name, needed))
-
-    for value in result.graph.input:
-        add_pair(value.name)
-    for node in graph.nodes:
-        if node.output[0] in weights:
-            name = weights[node.output[0]].name
-            if target == "tensorrt":
-                writer.float_weight(node, name, scales[name])
-            else:
-                integers = int8_from_weight(array(node.input[1]), scales[name])
-                writer.integer_operand(node, 1, f"{name}_int8", integers, scales[name])
-                if len(node.input) > 2:
-                    bias_scales = scales[name] * input_scale(node)
-                    integers = np.rint(array(node.input[2]) / bias_scales).astype(np.int32)
-                    writer.integer_operand(node, 2, f"{node.output[0]}_bias_int32", integers, bias_scales)
-        for index, name in enumerate(node.input):
-            if (node.output[0], index) in placement.edges and name in placement.pairs:
-                node.input[index] = f"{name}_dequantized"
-        writer.nodes.append(node)
-        for name in node.output:
-            add_pair(name)
-    del result.graph.node[:]
-    result.graph.node.extend(writer.nodes)
-    result.graph.initializer.extend(writer.tensors.values())
-    remove_unused(result)
-    return result
+    model: onnx.ModelProto
+    inputs: Dict[str, AnyPath]
+    details: Dict[str, Any]
+    source: str
+    """In words, for people."""
 
 
 def check_quantizable(graph: Graph) -> None:
@@ -326,25 +104,153 @@ def check_quantizable(graph: Graph) -> None:
         )
 
 
-def node_name(node: onnx.NodeProto) -> str:
-    """A node's name, or that of its output where it has none."""
-    return node.name or node.output[0]
-
-
-def int8_from_float(graph: Graph, target: str, images: Sequence[CocoImage], contract: ModelContract) -> onnx.ModelProto:
+def ranges_from_cache(path: str, placement: Placement) -> Ranges:
     """
-    The model with Q/DQ pairs for the target; ranges are those over the images (method max).
+    The range of each tensor that gets a pair, from a calibration cache of TensorRT.
 
     Raises:
-        CalibrationError: ONNX Runtime cannot run the model, or an activation is not finite.
+        CalibrationError: it is no cache, or a tensor is not in it.
     """
-    if target == "tensorrt":
-        placement, quantization_from_range = place_for_tensorrt(graph), signed_from_range
+    amax, tensors = read_cache(path), sorted(set(placement.pairs.values()))
+    missing = [name for name in tensors if name not in amax]
+    if missing:
+        raise CalibrationError(
+            f"{path} has no range for {len(missing)} of {len(tensors)} tensors: {', '.join(missing[:5])}; expected a "
+            "cache that was made with this very ONNX file. Calibrate on images instead, with --data."
+        )
+    return {name: (-amax[name], amax[name]) for name in tensors}
+
+
+def tensors_that_may_grow(model: onnx.ModelProto) -> List[str]:
+    """
+    The float32 outputs of GROWING_OPS, as far as the last convolutions: the decoding after them may use infinity.
+    """
+    from onnx import TensorProto, shape_inference
+
+    values = shape_inference.infer_shapes(model).graph.value_info
+    floating = {value.name for value in values if value.type.tensor_type.elem_type == TensorProto.FLOAT}
+    needed = {node.output[0] for node in model.graph.node if node.op_type == "Conv"}
+    for node in reversed(model.graph.node):
+        if needed.intersection(node.output):
+            needed.update(node.input)
+    return [
+        node.output[0]
+        for node in model.graph.node
+        if node.op_type in GROWING_OPS and node.output[0] in floating & needed
+    ]
+
+
+def collect(
+    graph: Graph,
+    placement: Placement,
+    images: Sequence[CocoImage],
+    contract: ModelContract,
+    file: Optional[Path],
+    model_path: Path,
+) -> Dict[str, Statistics]:
+    """
+    Tensor -> statistics over the images: those that get a pair, and extremes of those of `tensors_that_may_grow`.
+
+    Args:
+        file: where they are kept; statistics that it has already are not collected again.
+        model_path: of the graph.
+
+    Raises:
+        CalibrationError: the file is of another model, of other images or for another target, or an activation is not
+            finite.
+    """
+    tensors = sorted(set(placement.pairs.values()))
+    minmax_only = sorted(set(tensors_that_may_grow(graph.model)) - set(tensors))
+    if file is not None and file.is_file():
+        collected = load_statistics(file, model_path, contract)
+        collected.check_tensors(tensors, minmax_only, file)
+        others = set(collected.image_ids) - {sha256_of(image.path) for image in images}
+        if others:
+            raise CalibrationError(
+                f"{file} holds statistics of {len(collected.image_ids)} images, {len(others)} of which are not among "
+                f"the {len(images)} chosen now; expected no others. Choose the same data, --num-images and --seed, "
+                "or name another file with --statistics."
+            )
     else:
-        placement, quantization_from_range = place_for_onnxruntime(graph), unsigned_from_range
-    ranges = collect_ranges(graph.model, sorted(set(placement.pairs.values())), images, contract)
-    quantizations = {name: quantization_from_range(seen.minimum, seen.maximum) for name, seen in ranges.items()}
-    return quantize_graph(graph.model, placement, quantizations, target)
+        collected = empty_statistics(tensors, minmax_only)
+    known = len(collected.image_ids)
+    extend_statistics(collected, graph.model, images, contract)
+    if file is not None and len(collected.image_ids) > known:
+        save_statistics(file, collected, model_path, contract)
+    return collected.statistics
+
+
+def ranges_from_statistics(
+    statistics: Dict[str, Statistics], placement: Placement, method: str, target: str, percentile: float
+) -> Ranges:
+    """
+    The range of each tensor that gets a pair.
+
+    Raises:
+        CalibrationError: a tensor has one value only.
+    """
+    found = {}
+    for name in sorted(set(placement.pairs.values())):
+        seen = statistics[name]
+        if seen.minimum == seen.maximum:
+            raise CalibrationError(
+                f"the tensor {name} is {seen.minimum:g} everywhere in all calibration images; expected an activation "
+                "that varies. Are they images that the model is for? If this part of it is dead for good, keep the "
+                "convolutions beside it in float with --keep-float."
+            )
+        found[name] = range_from_statistics(seen, method, target == "tensorrt", percentile)
+    return found
+
+
+def best_method(
+    candidates: Dict[str, onnx.ModelProto], held_out: Sequence[CocoImage], calibration: CocoSet, contract: ModelContract
+) -> Tuple[str, Dict[str, float]]:
+    """
+    The method whose model has the best AP on the held-out images, the first of equals; and the AP of each.
+
+    Args:
+        candidates: method -> quantised model.
+        calibration: the set that the images are of.
+
+    Raises:
+        CalibrationError: an AP cannot be measured.
+    """
+    document = read_json(calibration.annotations_path, CalibrationError, "COCO annotations")
+    ids = {image.image_id for image in held_out}
+    document["images"] = [entry for entry in document["images"] if entry["id"] in ids]
+    document["annotations"] = [entry for entry in document["annotations"] if entry["image_id"] in ids]
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        annotations = Path(folder) / "held_out.json"
+        write_json(annotations, document)
+        for method, model in candidates.items():
+            path = Path(folder) / f"{method}.onnx"
+            save_onnx(model, path)
+            write_sidecar(path, {}, contract)
+            found[method] = _measured_ap(path, annotations, calibration.images_dir)
+            print(f"{method}: AP {100 * found[method]:.2f} on {len(held_out)} held-out images", file=sys.stderr)
+    return max(found, key=lambda method: found[method]), found
+
+
+def _measured_ap(path: Path, annotations: Path, images_dir: Path) -> float:
+    """By the command that measures AP everywhere; in a process of its own, since it is of a layer above."""
+    output = path.with_suffix(".result.json")
+    words = ["-m", "benchmarks.accuracy", str(path), "--annotations", str(annotations), "--images-dir", str(images_dir)]
+    done = subprocess.run(
+        [sys.executable, *words, "-o", str(output)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    ap = None
+    if done.returncode == 0:
+        ap = read_json(output, CalibrationError, "a result of benchmarks.accuracy")["numbers"]["AP"]
+    if ap is None:
+        raise CalibrationError(
+            f"the AP of method {path.stem} on held-out images could not be measured: benchmarks.accuracy ended with "
+            f"status {done.returncode} ({done.stderr.strip()[-500:]}). Put that right, or name a method with --method."
+        )
+    return float(ap)
 
 
 def load_calibration_set(arguments: argparse.Namespace) -> CocoSet:
@@ -403,15 +309,43 @@ def parse_arguments(argv: Optional[List[str]]) -> argparse.Namespace:
         "--data", metavar="DIR", help="folder with annotations/instances_{train,val,test}.json and images/"
     )
     source.add_argument("--annotations", metavar="FILE", help="COCO file of the calibration images; with --images-dir")
+    source.add_argument(
+        "--calibration-cache", metavar="FILE", help="ranges from a calibration cache of TensorRT instead of images"
+    )
     parser.add_argument("--images-dir", metavar="DIR", help="folder of the images of --annotations")
     parser.add_argument("--split", choices=SPLITS, help="split of --data to calibrate on (default: train)")
     parser.add_argument(
-        "--target", choices=TARGETS, default=TARGETS[0], help="runtime that will run it (default: %(default)s)"
+        "--target",
+        choices=sorted(PLACEMENTS),
+        default="tensorrt",
+        help="runtime that will run it (default: %(default)s)",
     )
+    parser.add_argument(
+        "--method", choices=(*METHODS, "auto"), default="max",
+        help="how a range is taken from what was seen; auto: the best of them by AP (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--percentile", type=float, metavar="P",
+        help=f"how many values in a hundred the method of that name does not clip (default: {PERCENTILE})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--keep-float", nargs="+", default=[], metavar="NAME",
+        help="convolutions to keep in float: names of nodes, or what the names of a block's nodes begin with",
+    )  # fmt: skip
     parser.add_argument(
         "--num-images", type=int, default=512, metavar="N", help="images to calibrate on (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the choice of images (default: %(default)s)")
+    parser.add_argument(
+        "--statistics", metavar="FILE",
+        help="keep what was seen of the activations in FILE; if it is there, take it from there (.npz)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--write-calibration-cache", metavar="FILE", help="write the ranges as a calibration cache of TensorRT, too"
+    )
+    parser.add_argument(
+        "--tensorrt-version", metavar="VERSION", help="for which that cache is, such as 8.5.3: others do not take it"
+    )
     parser.add_argument(
         "--evaluation-annotations", nargs="+", default=[], metavar="FILE",
         help="COCO files with none of whose images to calibrate (default: val and test of --data)",
@@ -424,58 +358,187 @@ def parse_arguments(argv: Optional[List[str]]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-@command
-def main(argv: Optional[List[str]] = None) -> int:
-    """Quantises one model; see the module's docstring."""
-    arguments = parse_arguments(argv)
+def check_arguments(arguments: argparse.Namespace) -> None:
+    """Raises ConfigError if flags do not go together, PipelineError if a file could not be written."""
     output = Path(arguments.output)
     if output.suffix != ".onnx" or output.resolve() == Path(arguments.model).resolve():
         raise ConfigError(f"--output is {output}; expected another file than the model, with the suffix .onnx")
-    check_writable(output)
-    contract = load_contract(arguments.model)
-    model = load_onnx(arguments.model)
-    check_graph(model)
-    check_static(model)
-    graph = Graph(model)
-    check_quantizable(graph)
+    if arguments.percentile is not None:
+        if arguments.method not in ("percentile", "auto"):
+            raise ConfigError(
+                f"--percentile is given; expected none with --method {arguments.method}, which has no use"
+            )
+        if not 50 < arguments.percentile <= 100:
+            raise ConfigError(f"--percentile is {arguments.percentile}; expected above 50, at most 100, such as 99.99")
+    if arguments.target != "tensorrt" and (arguments.calibration_cache or arguments.write_calibration_cache):
+        raise ConfigError(
+            f"--target is {arguments.target}; expected tensorrt with a calibration cache, which has symmetric ranges"
+        )
+    if bool(arguments.write_calibration_cache) != bool(arguments.tensorrt_version):
+        raise ConfigError("expected both --write-calibration-cache and --tensorrt-version, or neither; one is given")
+    if arguments.tensorrt_version and not re.fullmatch(r"\d+\.\d+\.\d+(\.\d+)?", arguments.tensorrt_version):
+        raise ConfigError(f"--tensorrt-version is {arguments.tensorrt_version!r}; expected one such as 8.5.3")
+    if arguments.calibration_cache:
+        given = [
+            flag
+            for flag, value in (
+                ("--images-dir", arguments.images_dir), ("--split", arguments.split),
+                ("--statistics", arguments.statistics), ("--method", arguments.method != "max"),
+                ("--evaluation-annotations", arguments.evaluation_annotations),
+                ("--evaluation-images-dir", arguments.evaluation_images_dir),
+            )
+            if value
+        ]  # fmt: skip
+        if given:
+            raise ConfigError(f"{', '.join(given)}: expected none with --calibration-cache, which needs no images")
+    for path in (arguments.output, arguments.statistics, arguments.write_calibration_cache):
+        if path and not (path == arguments.statistics and Path(path).is_file()):
+            check_writable(path)
 
+
+def read_model(path: str, keep_float: Sequence[str]) -> Tuple[Graph, ModelContract]:
+    """
+    The float model and its contract, checked.
+
+    Raises:
+        ContractError: the file does not match its sidecar or cannot be read.
+        ExportError: the graph is not valid, has control flow, or sizes that are not fixed.
+        ConfigError: a name of `keep_float` is not in it.
+        CalibrationError: it cannot be quantised.
+    """
+    contract = load_contract(path)
+    model = load_onnx(path)
+    check_graph(model)
+    check_static(model, dynamic_batch=contract.input_shape[0] == -1, dynamic_outputs=contract.outputs == "nms")
+    graph = Graph(model, keep_float)
+    check_quantizable(graph)
+    return graph, contract
+
+
+def int8_from_cache(arguments: argparse.Namespace, graph: Graph) -> Quantized:
+    """
+    The model quantised with the ranges of `--calibration-cache`.
+
+    Raises:
+        CalibrationError: as `ranges_from_cache`.
+    """
+    placement = PLACEMENTS[arguments.target](graph)
+    ranges = ranges_from_cache(arguments.calibration_cache, placement)
+    return Quantized(
+        quantize_graph(graph, placement, ranges, arguments.target),
+        {"calibration_cache": arguments.calibration_cache},
+        {"method": "calibration cache", "ranges": ranges},
+        f"ranges of {arguments.calibration_cache}",
+    )
+
+
+def int8_from_images(arguments: argparse.Namespace, graph: Graph, contract: ModelContract) -> Quantized:
+    """
+    The model quantised with ranges over calibration images.
+
+    Raises:
+        ConfigError: flags do not go together.
+        DataError: the data is missing or not COCO, or an image cannot be read.
+        CalibrationError: an image is in an evaluation set, or activations or statistics will not do.
+    """
     calibration = load_calibration_set(arguments)
     evaluations = load_evaluation_sets(arguments, calibration)
     images = choose_images(calibration.images, arguments.num_images, arguments.seed)
-    check_image_files(images)
+    held_out = choose_held_out(calibration.images, images, arguments.seed) if arguments.method == "auto" else []
+    check_image_files([*images, *held_out])
     for evaluation in evaluations:
-        check_no_overlap(images, evaluation)
+        check_no_overlap([*images, *held_out], evaluation)
     if not evaluations:
         _warn("no evaluation set is known, so that no overlap was looked for; name it with --evaluation-annotations")
     if len(images) < FEWEST_IMAGES:
         _warn(f"{len(images)} calibration images; {FEWEST_IMAGES} or more give ranges that do not hang on the choice")
 
-    result = int8_from_float(graph, arguments.target, images, contract)
-    check_graph(result)
-    save_onnx(result, output)
-    kept = {node_name(node): graph.kept[node.output[0]] for node in graph.convolutions if node.output[0] in graph.kept}
-    write_sidecar(
-        output,
-        {"model": arguments.model, "annotations": calibration.annotations_path},
-        contract,
+    percentile = PERCENTILE if arguments.percentile is None else arguments.percentile
+    placement = PLACEMENTS[arguments.target](graph)
+    file = Path(arguments.statistics) if arguments.statistics else None
+    statistics = collect(graph, placement, images, contract, file, Path(arguments.model))
+    candidates = {
+        method: quantize_graph(
+            graph,
+            placement,
+            ranges_from_statistics(statistics, placement, method, arguments.target, percentile),
+            arguments.target,
+        )
+        for method in (METHODS if arguments.method == "auto" else [arguments.method])
+    }
+    method: str = arguments.method
+    details: Dict[str, Any] = {}
+    if method == "auto":
+        method, ap = best_method(candidates, held_out, calibration, contract)
+        details = {"auto_ap": ap, "held_out_image_ids": [image.image_id for image in held_out]}
+    if method == "percentile":
+        details["percentile"] = percentile
+    return Quantized(
+        candidates[method],
+        {"annotations": calibration.annotations_path},
         {
-            "target": arguments.target,
-            "method": "max",
+            "method": method,
+            **details,
             "seed": arguments.seed,
             "num_images": len(images),
             "image_ids": [image.image_id for image in images],
             "images_sha256": sha256_of_images(images),
             "evaluation_annotations": [str(evaluation.annotations_path) for evaluation in evaluations],
+            "ranges": {name: (float(one.minimum), float(one.maximum)) for name, one in sorted(statistics.items())},
+        },
+        f"method {method}, {len(images)} images of {calibration.annotations_path}, seed {arguments.seed}",
+    )
+
+
+def choose_held_out(images: Sequence[CocoImage], calibrated: Sequence[CocoImage], seed: int) -> List[CocoImage]:
+    """
+    Up to HELD_OUT_IMAGES of the images that are not calibrated on.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    chosen = {image.image_id for image in calibrated}
+    rest = [image for image in images if image.image_id not in chosen]
+    if not rest:
+        raise ConfigError(
+            f"--method auto compares methods on images that are not calibrated on, and --num-images takes all "
+            f"{len(images)} of the split; expected some to be left. Lower --num-images."
+        )
+    return choose_images(rest, HELD_OUT_IMAGES, seed)
+
+
+@command
+def main(argv: Optional[List[str]] = None) -> int:
+    """Quantises one model; see the module's docstring."""
+    arguments = parse_arguments(argv)
+    check_arguments(arguments)
+    graph, contract = read_model(arguments.model, arguments.keep_float)
+    if arguments.calibration_cache:
+        quantized = int8_from_cache(arguments, graph)
+    else:
+        quantized = int8_from_images(arguments, graph, contract)
+    check_graph(quantized.model)
+    save_onnx(quantized.model, arguments.output)
+    if arguments.write_calibration_cache:
+        write_cache(arguments.write_calibration_cache, amax_from_quantised(quantized.model), arguments.tensorrt_version)
+    kept = {node_name(node): graph.kept[node.output[0]] for node in graph.convolutions if node.output[0] in graph.kept}
+    write_sidecar(
+        arguments.output,
+        {"model": arguments.model, **quantized.inputs},
+        contract,
+        {
+            "target": arguments.target,
+            **quantized.details,
+            "keep_float": arguments.keep_float,
             "quantized_convolutions": [node_name(node) for node in graph.quantized],
             "float_convolutions": kept,
-            "op_counts": dict(sorted(collections.Counter(node.op_type for node in result.graph.node).items())),
+            "op_counts": dict(sorted(collections.Counter(node.op_type for node in quantized.model.graph.node).items())),
         },
     )
     reasons = ", ".join(f"{number} {why}" for why, number in collections.Counter(kept.values()).items())
     print(
-        f"{output}: {len(graph.quantized)} of {len(graph.convolutions)} convolutions in INT8 for {arguments.target}, "
-        f"the others in float ({reasons}); "
-        f"{len(images)} images of {calibration.annotations_path}, seed {arguments.seed}"
+        f"{arguments.output}: {len(graph.quantized)} of {len(graph.convolutions)} convolutions in INT8 for "
+        f"{arguments.target}, the others in float ({reasons}); {quantized.source}"
     )
     return 0
 

@@ -10,7 +10,11 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from calibration.collect import collect_statistics
+from calibration.placement import PLACEMENTS, Graph
+from calibration.qdq import quantize_graph
 from deploy.contract import ModelContract, write_sidecar
+from deploy.dataset import load_split
 
 HEIGHT_PX, WIDTH_PX, CLASSES, BINS, TOP = 32, 48, 2, 5, 12
 
@@ -194,3 +198,44 @@ def data_dir(tmp_path):
     write_annotations(folder / "annotations" / "instances_train.json", names[:8])
     write_annotations(folder / "annotations" / "instances_val.json", names[8:], first_id=9)
     return folder
+
+
+@pytest.fixture
+def images(data_dir):
+    """The 8 for training."""
+    return load_split(data_dir, "train").images
+
+
+@pytest.fixture(params=["tensorrt", "onnxruntime"])
+def target(request):
+    return request.param
+
+
+@pytest.fixture
+def quantize(images, contract):
+    """(model, target) -> the model in INT8, with ranges (method max) over the images."""
+
+    def quantized(model, target, keep_float=(), images=images):
+        graph = Graph(model, keep_float)
+        placement = PLACEMENTS[target](graph)
+        seen = collect_statistics(model, sorted(set(placement.pairs.values())), images, contract)
+        ranges = {name: (one.minimum, one.maximum) for name, one in seen.items()}
+        return quantize_graph(graph, placement, ranges, target)
+
+    return quantized
+
+
+@pytest.fixture
+def quantized(quantize, detector, target):
+    """The mini detector in INT8 for each target."""
+    return quantize(detector, target)
+
+
+@pytest.fixture
+def for_tensorrt(quantize, detector):
+    return quantize(detector, "tensorrt")
+
+
+@pytest.fixture
+def for_onnxruntime(quantize, detector):
+    return quantize(detector, "onnxruntime")

@@ -1,16 +1,28 @@
 from __future__ import annotations
 
+import dataclasses
+import math
 import shutil
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from onnx import numpy_helper
+from onnx import numpy_helper, parser
 
-from calibration.collect import check_no_overlap, choose_images, collect_ranges, sha256_of_images
+import calibration.collect
+from calibration.collect import (
+    check_no_overlap,
+    choose_images,
+    collect_statistics,
+    empty_statistics,
+    extend_statistics,
+    sha256_of_images,
+)
+from calibration.statistics import Collected
 from deploy.dataset import load_split, read_image
 from deploy.errors import CalibrationError, ConfigError, DataError
+from deploy.files import sha256_of
 from deploy.preprocess import preprocess
 
 
@@ -41,24 +53,120 @@ def test_hash_of_images_is_of_their_contents(data_dir):
     assert sha256_of_images(images) != before
 
 
-def test_ranges_are_those_of_all_images_in_any_order(detector, contract, data_dir):
+TENSORS = ["image", "stem_relu", "merged", "prediction_4"]
+
+
+def same(found, expected):
+    """Bit by bit."""
+    for name in expected:
+        values, others = dataclasses.asdict(found[name]), dataclasses.asdict(expected[name])
+        for entry in (values, others):
+            entry.update(counts=entry["counts"].tolist(), sums=math.fsum(entry["sums"]))
+            entry.update(squares=math.fsum(entry["squares"]))
+        assert values == others
+    return list(found) == list(expected)
+
+
+def test_statistics_are_those_of_all_images_in_any_order(detector, contract, data_dir):
     """Independent values: every activation of every image kept, and reduced at the end."""
     images = load_split(data_dir, "train").images
-    tensors = ["image", "stem_relu", "merged", "prediction_4"]
     model = onnx.ModelProto()
     model.CopyFrom(detector)
-    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in tensors[1:])
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in TENSORS[1:])
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     inputs = [preprocess(read_image(image.path), contract).input for image in images]
-    kept = [[x, *session.run(tensors[1:], {"image": x})] for x in inputs]
-    expected = {name: np.stack(values) for name, values in zip(tensors, zip(*kept, strict=True), strict=True)}
+    kept = [[x, *session.run(TENSORS[1:], {"image": x})] for x in inputs]
+    expected = {name: np.stack(values) for name, values in zip(TENSORS, zip(*kept, strict=True), strict=True)}
 
-    ranges = collect_ranges(detector, tensors, images, contract)
-    assert ranges == collect_ranges(detector, tensors, images[::-1], contract)
+    found = collect_statistics(detector, TENSORS, images, contract, minmax_only=["fpn4"])
+    assert same(found, collect_statistics(detector, TENSORS, images[::-1], contract, minmax_only=["fpn4"]))
+    assert not found["fpn4"].has_histogram
+    assert found["fpn4"].minimum < 0 < found["fpn4"].maximum
     for name, values in expected.items():
+        statistics = found[name]
         np.testing.assert_allclose(
-            [ranges[name].minimum, ranges[name].maximum], [values.min(), values.max()], rtol=1e-5, atol=1e-6
-        )
+            [statistics.minimum, statistics.maximum, statistics.mean, statistics.std],
+            [values.min(), values.max(), values.mean(dtype=float), values.std(dtype=float)],
+            rtol=1e-5, atol=1e-6,
+        )  # fmt: skip
+        assert statistics.count == values.size
+        counts = np.histogram(values[values != 0], statistics.edges)[0]
+        assert np.abs(counts - statistics.counts).sum() <= 4  # another session may round otherwise
+
+
+def test_images_that_are_in_already_are_not_added_again(detector, contract, data_dir):
+    images = load_split(data_dir, "train").images
+    expected = collect_statistics(detector, TENSORS, images, contract)
+    shutil.copy(images[0].path, images[0].path.with_name("copy.png"))
+    copy = dataclasses.replace(images[0], path=images[0].path.with_name("copy.png"))
+    collected = empty_statistics(TENSORS)
+    for part in (images[5:], images[3:6], images[:4], [copy], []):
+        extend_statistics(collected, detector, part, contract)
+    assert same(collected.statistics, expected)
+    assert sorted(collected.image_ids.values()) == [image.image_id for image in images]
+    assert collected.image_ids[sha256_of(images[2].path)] == images[2].image_id
+
+
+def test_nothing_runs_when_all_images_are_in(contract, data_dir):
+    """The model is not even looked at."""
+    images = load_split(data_dir, "train").images
+    collected = Collected({}, {sha256_of(image.path): image.image_id for image in images})
+    extend_statistics(collected, onnx.ModelProto(), images, contract)
+    assert len(collected.image_ids) == len(images)
+
+
+@pytest.mark.parametrize("limit_bytes", [0, 20_000])
+def test_large_activations_are_looked_at_in_groups(detector, contract, data_dir, monkeypatch, limit_bytes):
+    images = load_split(data_dir, "train").images[:3]
+    tensors = ["fpn4", "stem_relu", "merged", "image", "plain1_relu"]
+    expected = collect_statistics(detector, tensors, images, contract)
+    monkeypatch.setattr("calibration.collect.LARGEST_GROUP_BYTES", limit_bytes)
+    groups = calibration.collect._groups(detector, tensors, contract)
+    assert (
+        groups
+        == {
+            0: [["stem_relu"], ["plain1_relu"], ["merged"], ["fpn4"]],
+            20_000: [["stem_relu", "plain1_relu", "merged", "fpn4"]],
+        }[limit_bytes]
+    )
+    found = collect_statistics(detector, tensors, images, contract)
+    for name in tensors:
+        np.testing.assert_allclose(found[name].maximum, expected[name].maximum, rtol=1e-5)
+        assert found[name].count == expected[name].count
+
+
+@pytest.mark.parametrize("images_per_batch", ["N", "3"])
+def test_statistics_do_not_depend_on_the_batch_size(contract, data_dir, images_per_batch):
+    def collect(size, number):
+        model = parser.parse_model(f"""
+            <ir_version: 8, opset_import: ["" : 17]>
+            g (float[{size}, 3, 32, 48] image) => (float[{size}, 3, 32, 48] y) {{ x = Relu (image)  y = Abs (x) }}
+        """)
+        batched = dataclasses.replace(contract, input_shape=(number, 3, 32, 48))
+        return collect_statistics(model, ["x"], load_split(data_dir, "train").images, batched)["x"]
+
+    number = -1 if images_per_batch == "N" else int(images_per_batch)
+    assert same({"x": collect(images_per_batch, number)}, {"x": collect("1", 1)})
+
+
+def test_pixels_as_input(contract, data_dir):
+    model = parser.parse_model("""
+        <ir_version: 8, opset_import: ["" : 17]>
+        g (uint8[1, 32, 48, 3] image) => (float[1, 32, 48, 3] y) { x = Cast <to = 1> (image)  y = Abs (x) }
+    """)
+    pixels = dataclasses.replace(contract, input_shape=(1, 32, 48, 3), input_type="uint8")
+    images = load_split(data_dir, "train").images
+    found = collect_statistics(model, ["image", "x"], images, pixels)
+    assert same({"x": found["image"]}, {"x": found["x"]})
+    assert found["x"].maximum > 200
+
+
+def test_a_graph_that_cannot_run_is_one_message(detector, contract, data_dir):
+    model = onnx.ModelProto()
+    model.CopyFrom(detector)
+    model.graph.node[0].op_type = "Convolution"
+    with pytest.raises(CalibrationError, match="ONNX Runtime cannot run the model"):
+        collect_statistics(model, ["stem_relu"], load_split(data_dir, "train").images, contract)
 
 
 def test_non_finite_activations_name_the_tensor_and_the_image(detector, contract, data_dir):
@@ -70,7 +178,7 @@ def test_non_finite_activations_name_the_tensor_and_the_image(detector, contract
     weight.CopyFrom(numpy_helper.from_array(values, weight.name))
     images = load_split(data_dir, "train").images
     with pytest.raises(CalibrationError, match=r"tensor down1 holds NaN or infinity for the image .*00\.png"):
-        collect_ranges(model, ["stem_relu", "down1"], images, contract)
+        collect_statistics(model, ["stem_relu"], images, contract, minmax_only=["down1"])
 
 
 def test_a_copy_under_another_name_overlaps(data_dir):

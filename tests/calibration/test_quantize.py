@@ -6,26 +6,22 @@ import subprocess
 import sys
 from collections import Counter
 
+import cv2
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
-from onnx import TensorProto, numpy_helper, parser
+from onnx import numpy_helper, parser
 
-from calibration.quantize import (
-    Graph,
-    check_quantizable,
-    final_convolutions,
-    int8_from_float,
-    main,
-    place_for_tensorrt,
-)
+from calibration import quantize
+from calibration.collect import choose_images
+from calibration.placement import Graph
+from calibration.quantize import check_quantizable, main
+from calibration.ranges import METHODS
+from deploy.calibration_cache import amax_from_quantised, read_cache, write_cache
 from deploy.contract import load_contract, read_sidecar, sidecar_path, write_sidecar
-from deploy.dataset import load_split, read_image
 from deploy.errors import CalibrationError
 from deploy.files import sha256_of
-from deploy.graph import check_graph, consumers, count_parameters, initializers, load_onnx, producers
-from deploy.preprocess import preprocess
+from deploy.graph import initializers, load_onnx
 from deploy.session import OrtSession
 
 PREDICTIONS = ["prediction_3", "prediction_4"]
@@ -33,224 +29,6 @@ QUANTIZED = [
     "stem", "plain1", "plain2", "down1", "down2", "down_skip",
     "lateral3", "lateral4", "fpn3", "fpn4", "tower_3", "tower_4",
 ]  # fmt: skip
-
-
-@pytest.fixture
-def images(data_dir):
-    return load_split(data_dir, "train").images
-
-
-@pytest.fixture(params=["tensorrt", "onnxruntime"])
-def target(request):
-    return request.param
-
-
-@pytest.fixture
-def quantized(detector, target, images, contract):
-    return int8_from_float(Graph(detector), target, images, contract)
-
-
-@pytest.fixture
-def for_tensorrt(detector, images, contract):
-    return int8_from_float(Graph(detector), "tensorrt", images, contract)
-
-
-@pytest.fixture
-def for_onnxruntime(detector, images, contract):
-    return int8_from_float(Graph(detector), "onnxruntime", images, contract)
-
-
-def activation_pairs(model):
-    """Tensor with a Q/DQ pair -> outputs of the nodes that read the pair."""
-    constant, reading = initializers(model), consumers(model)
-    found = {}
-    for node in model.graph.node:
-        if node.op_type == "QuantizeLinear" and node.input[0] not in constant:
-            ((dequantize, _),) = reading[node.output[0]]
-            assert list(dequantize.input[1:]) == list(node.input[1:])
-            assert node.input[0] not in found, "a second pair"
-            found[node.input[0]] = sorted(reader.output[0] for reader, _ in reading[dequantize.output[0]])
-    return found
-
-
-def run(model, outputs, contract, images):
-    changed = onnx.ModelProto()
-    changed.CopyFrom(model)
-    changed.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs if name not in contract.output_names)
-    session = onnxruntime.InferenceSession(changed.SerializeToString(), providers=["CPUExecutionProvider"])
-    inputs = [preprocess(read_image(image.path), contract).input for image in images]
-    return [
-        np.concatenate(values) for values in zip(*(session.run(outputs, {"image": x}) for x in inputs), strict=True)
-    ]
-
-
-def signal_to_noise_db(expected, found):
-    return 10 * np.log10(expected.var() / np.square(found - expected).mean())
-
-
-def test_final_convolutions_are_found_behind_the_decode(detector):
-    assert final_convolutions(detector) == set(PREDICTIONS)
-
-
-def test_paths_through_shape_carry_no_values():
-    model = parser.parse_model("""
-        <ir_version: 8, opset_import: ["" : 17]>
-        g (float[1, 1, 4, 4] x) => (float[1, 1, 4, 4] y)
-        <float[1, 1, 1, 1] w = {2}>
-        {
-            a = Conv (x, w)
-            shape = Shape (a)
-            b = Conv (a, w)
-            y = Reshape (b, shape)
-        }
-    """)
-    assert final_convolutions(model) == {"b"}
-
-
-def test_result_is_valid_and_close_to_float(detector, quantized, target, contract, data_dir):
-    check_graph(quantized)
-    unseen = load_split(data_dir, "val").images
-    expected = run(detector, PREDICTIONS, contract, unseen)
-    found = run(quantized, PREDICTIONS, contract, unseen)
-    assert [signal_to_noise_db(e, f) > 25 for e, f in zip(expected, found, strict=True)] == [True, True]
-    (scores,), (int8_scores,) = (
-        run(detector, ["scores"], contract, unseen),
-        run(quantized, ["scores"], contract, unseen),
-    )
-    np.testing.assert_allclose(int8_scores, scores, atol=0.03)
-    assert not np.array_equal(int8_scores, scores)
-
-
-def test_a_convolution_has_both_operands_quantized_or_neither(quantized, target):
-    made_by = producers(quantized)
-
-    def is_quantized(name):
-        while name in made_by and made_by[name].op_type == "MaxPool":
-            name = made_by[name].input[0]
-        return name in made_by and made_by[name].op_type == "DequantizeLinear"
-
-    convolutions = [node for node in quantized.graph.node if node.op_type == "Conv"]
-    assert [node.output[0] for node in convolutions if is_quantized(node.input[1])] == QUANTIZED
-    # ONNX Runtime's integer kernels have integer outputs: the predictions read those, with their float weights.
-    expected = QUANTIZED + PREDICTIONS if target == "onnxruntime" else QUANTIZED
-    assert sorted(node.output[0] for node in convolutions if is_quantized(node.input[0])) == sorted(expected)
-
-
-def test_parameters_count_as_in_float(detector, quantized, target):
-    biases_per_level = 8 if target == "onnxruntime" else 0  # the tower's: int32, in the scale of each level's input
-    assert count_parameters(quantized) == count_parameters(detector) + biases_per_level
-
-
-def test_result_does_not_depend_on_the_order_of_images(detector, quantized, target, images, contract):
-    again = int8_from_float(Graph(detector), target, images[::-1], contract)
-    assert again.SerializeToString(deterministic=True) == quantized.SerializeToString(deterministic=True)
-
-
-def test_tensorrt_pairs_are_on_inputs_and_on_skip_branches(for_tensorrt):
-    assert activation_pairs(for_tensorrt) == {
-        "image": ["stem"],
-        "stem_relu": ["pooled"],  # one pair before MaxPool, for the convolution and the addition after it
-        "plain1_relu": ["plain2"],
-        "plain_sum_relu": ["down1", "down_skip", "lateral3"],
-        "down1_relu": ["down2"],
-        "down_skip": ["down_sum"],  # not down2, with which the addition fuses
-        "down_sum_relu": ["lateral4"],
-        "lateral4": ["fpn4", "upsampled"],  # one pair before Resize, for the addition after it
-        "merged": ["fpn3"],
-        "fpn3": ["tower_3"],
-        "fpn4": ["tower_4"],
-    }
-
-
-def test_tensorrt_pairs_have_the_form_that_its_parser_wants(detector, for_tensorrt):
-    constant = initializers(for_tensorrt)
-    weights = Counter()
-    for node in for_tensorrt.graph.node:
-        if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
-            continue
-        tensor, scale, zero_point = node.input
-        assert constant[scale].data_type == TensorProto.FLOAT
-        assert constant[zero_point].data_type == TensorProto.INT8
-        assert constant[zero_point].dims == constant[scale].dims
-        assert not numpy_helper.to_array(constant[zero_point]).any()
-        if tensor in constant:
-            assert constant[tensor] == initializers(detector)[tensor]  # FP32, as it was
-            assert [(a.name, a.i) for a in node.attribute] == [("axis", 0)]
-            assert list(constant[scale].dims) == [constant[tensor].dims[0]]
-            weights[tensor] += 1
-    expected = {f"{name}.weight": 1 for name in QUANTIZED[:-2]}
-    assert weights == {**expected, "tower.weight": 2}  # two levels share a constant, each has a pair
-
-
-def test_tensorrt_biases_and_predictions_stay_as_they_are(detector, for_tensorrt):
-    before, after = producers(detector), producers(for_tensorrt)
-    for name in QUANTIZED:
-        assert after[name].input[2] == before[name].input[2]
-    for name in PREDICTIONS:
-        assert after[name] == before[name]
-
-
-def test_skip_branch_needs_a_convolution_to_fuse_with():
-    model = parser.parse_model("""
-        <ir_version: 8, opset_import: ["" : 17]>
-        g (float[1, 1, 4, 4] x) => (float[1, 1, 4, 4] y)
-        <float[1, 1, 1, 1] w = {2}, float[1] c = {1}>
-        {
-            a = Conv (x, w)
-            b = Relu (a)
-            no_convolution = Add (x, b)
-            d = Conv (no_convolution, w)
-            constant = Add (d, c)
-            e = Conv (constant, w)
-            read_twice = Add (e, constant)
-            f = Relu (e)
-            both = Mul (read_twice, f)
-            y = Conv (both, w)
-        }
-    """)
-    assert place_for_tensorrt(Graph(model)).edges == {("a", 0), ("d", 0), ("e", 0)}
-
-
-def test_onnxruntime_uses_its_integer_kernels(for_onnxruntime, tmp_path):
-    options = onnxruntime.SessionOptions()
-    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
-    options.log_severity_level = 3
-    onnxruntime.InferenceSession(for_onnxruntime.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    counts = Counter(node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node)
-    assert counts["QLinearConv"] == len(QUANTIZED)
-    assert counts["QLinearAdd"] == 3
-    assert counts["Conv"] + counts["FusedConv"] == len(PREDICTIONS)
-    assert counts["QuantizeLinear"] == 1  # the image
-    assert counts["Relu"] == 0
-
-
-def test_onnxruntime_activations_are_unsigned_and_weights_stored_as_int8(for_onnxruntime):
-    constant = initializers(for_onnxruntime)
-    for node in for_onnxruntime.graph.node:
-        if node.op_type == "QuantizeLinear":
-            assert constant[node.input[2]].data_type == TensorProto.UINT8
-    assert sorted(name for name in constant if name.endswith(".weight")) == ["predictor.weight"]
-    assert constant["tower.weight_int8"].data_type == TensorProto.INT8
-
-
-def test_onnxruntime_values_that_are_only_chosen_keep_their_scale(for_onnxruntime):
-    scale_of = {n.input[0]: n.input[1] for n in for_onnxruntime.graph.node if n.op_type == "QuantizeLinear"}
-    assert scale_of["pooled"] == scale_of["stem_relu"]
-    assert scale_of["upsampled"] == scale_of["lateral4"]
-
-
-def test_bias_of_a_dead_channel_survives_int32(detector, images, contract):
-    """Its weight is next to 0, so that bias / (input scale x weight scale) is beyond what int32 holds."""
-    model = onnx.ModelProto()
-    model.CopyFrom(detector)
-    for name, value in (("down1.weight", 1e-12), ("down1.bias", 7.0)):
-        tensor = initializers(model)[name]
-        values = numpy_helper.to_array(tensor).copy()
-        values[3] = value
-        tensor.CopyFrom(numpy_helper.from_array(values, name))
-    quantized = int8_from_float(Graph(model), "onnxruntime", images, contract)
-    (expected,), (found,) = (run(m, ["down1_relu"], contract, images) for m in (model, quantized))
-    np.testing.assert_allclose(found[:, 3], expected[:, 3], rtol=0.01)
 
 
 def test_batch_normalisation_must_be_folded():
@@ -304,6 +82,9 @@ def test_command_writes_model_and_sidecar(model_path, data_dir, target, capsys):
     assert (details["target"], details["method"], details["seed"], details["num_images"]) == (target, "max", 0, 5)
     assert len(set(details["image_ids"])) == 5
     assert len(details["images_sha256"]) == 64
+    assert {"image", "stem", "merged", "prediction_3"} <= set(details["ranges"])  # the FP16 conversion reads them
+    assert "boxes_all_3" not in details["ranges"]
+    assert all(smallest <= largest for smallest, largest in details["ranges"].values())
     assert details["quantized_convolutions"] == [f"node_{name}" for name in QUANTIZED]
     assert details["float_convolutions"] == {f"node_{name}": "final prediction" for name in PREDICTIONS}
     assert details["op_counts"] == Counter(node.op_type for node in load_onnx(output).graph.node)
@@ -338,6 +119,186 @@ def test_command_takes_explicit_paths(model_path, data_dir, capsys):
     assert "03.png is the image 01.png" in capsys.readouterr().err
 
 
+@pytest.fixture
+def words(model_path, data_dir):
+    """Of a command on 5 images that writes student.int8.onnx."""
+    output = model_path.with_name("student.int8.onnx")
+    return [str(model_path), "--data", str(data_dir), "-o", str(output), "--num-images", "5"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_makes_a_model(words, model_path, method):
+    assert main([*words, "--method", method, *(["--percentile", "99.5"] if method == "percentile" else [])]) == 0
+    details = read_sidecar(model_path.with_name("student.int8.onnx"))["details"]
+    assert details["method"] == method
+    assert details.get("percentile") == (99.5 if method == "percentile" else None)
+
+
+def test_a_method_clips_what_max_does_not(words, model_path):
+    largest = {}
+    for method, further in (("max", []), ("percentile", ["--percentile", "95"])):
+        assert main([*words, "--method", method, *further]) == 0
+        output = model_path.with_name("student.int8.onnx")
+        largest[method] = amax_from_quantised(load_onnx(output))["fpn3"]
+        smallest_seen, largest_seen = read_sidecar(output)["details"]["ranges"]["fpn3"]  # as seen, whatever the method
+        assert max(-smallest_seen, largest_seen) == pytest.approx(largest["max"])
+    assert largest["percentile"] < 0.9 * largest["max"]
+
+
+def test_auto_takes_the_method_of_the_best_ap(words, model_path, data_dir, contract, monkeypatch, capsys):
+    measured = []
+
+    def measure(path, annotations, images_dir):
+        assert load_contract(path) == contract
+        held_out = {image["id"] for image in json.loads(annotations.read_text())["images"]}
+        measured.append((path.stem, held_out, images_dir))
+        return {"max": 0.3, "percentile": 0.5, "entropy": 0.5, "mse": 0.2}[path.stem]
+
+    monkeypatch.setattr(quantize, "_measured_ap", measure)
+    assert main([*words, "--method", "auto"]) == 0
+    details = read_sidecar(model_path.with_name("student.int8.onnx"))["details"]
+    assert details["method"] == "percentile"
+    assert details["auto_ap"] == {"max": 0.3, "percentile": 0.5, "entropy": 0.5, "mse": 0.2}
+    everything = set(range(1, 9))
+    assert [method for method, *_ in measured] == list(METHODS)
+    for _, held_out, images_dir in measured:
+        assert held_out == everything - set(details["image_ids"]) == set(details["held_out_image_ids"])
+        assert images_dir == data_dir / "images"
+    assert "percentile: AP 50.00 on 3 held-out images" in capsys.readouterr().err
+
+
+def annotate(data_dir, image_ids):
+    """One box on each of these training images, none on others."""
+    path = data_dir / "annotations" / "instances_train.json"
+    document = json.loads(path.read_text())
+    document["annotations"] = [{**document["annotations"][0], "id": n, "image_id": n} for n in image_ids]
+    path.write_text(json.dumps(document))
+
+
+def test_auto_measures_with_the_command_of_the_benchmarks(words, model_path, data_dir, monkeypatch):
+    pytest.importorskip("faster_coco_eval")
+    monkeypatch.setattr(quantize, "METHODS", ("max", "percentile"))
+    annotate(data_dir, range(1, 9))
+    assert main([*words, "--method", "auto"]) == 0
+    ap = read_sidecar(model_path.with_name("student.int8.onnx"))["details"]["auto_ap"]
+    assert list(ap) == ["max", "percentile"]
+    assert all(0 <= value <= 1 for value in ap.values())
+
+
+def test_an_ap_that_cannot_be_measured_is_an_error(words, data_dir, images, monkeypatch, capsys):
+    """No box is annotated in the held-out images."""
+    pytest.importorskip("faster_coco_eval")
+    monkeypatch.setattr(quantize, "METHODS", ("max",))
+    annotate(data_dir, [image.image_id for image in choose_images(images, 5, seed=0)])
+    assert main([*words, "--method", "auto"]) == 2
+    assert "the AP of method max on held-out images could not be measured" in capsys.readouterr().err
+
+
+def test_auto_needs_images_to_compare_on(model_path, data_dir, capsys):
+    words = ["--data", str(data_dir), "--method", "auto"]
+    check_refused(model_path, data_dir, words, "--num-images takes all 8 of the split", capsys)
+
+
+def test_statistics_are_kept_and_reused_with_another_method(words, model_path, tmp_path, monkeypatch):
+    file, output = tmp_path / "seen.npz", model_path.with_name("student.int8.onnx")
+    assert main([*words, "--method", "percentile"]) == 0
+    expected = sha256_of(output)
+    assert main([*words, "--statistics", str(file)]) == 0
+    before = sha256_of(file)
+    monkeypatch.setattr("onnxruntime.InferenceSession", None)  # nothing is run again
+    assert main([*words, "--statistics", str(file), "--method", "percentile"]) == 0
+    assert sha256_of(output) == expected
+    assert sha256_of(file) == before
+
+
+def test_statistics_are_extended_by_further_images(words, model_path, tmp_path):
+    file, output = tmp_path / "seen.npz", model_path.with_name("student.int8.onnx")
+    assert main([*words, "--num-images", "8"]) == 0
+    expected = sha256_of(output)
+    assert main([*words, "--statistics", str(file)]) == 0
+    assert main([*words, "--statistics", str(file), "--num-images", "8"]) == 0
+    assert sha256_of(output) == expected
+
+
+def test_statistics_of_other_images_are_refused(words, tmp_path, capsys):
+    file = tmp_path / "seen.npz"
+    assert main([*words, "--statistics", str(file)]) == 0
+    assert main([*words, "--statistics", str(file), "--num-images", "3"]) == 2
+    assert "2 of which are not among the 3 chosen now" in capsys.readouterr().err
+
+
+def test_statistics_of_another_model_are_refused(words, model_path, contract, tmp_path, capsys):
+    file = tmp_path / "seen.npz"
+    assert main([*words, "--statistics", str(file)]) == 0
+    model = onnx.load(model_path)
+    model.doc_string = "another"
+    onnx.save(model, model_path)
+    write_sidecar(model_path, {}, contract)
+    assert main([*words, "--statistics", str(file)]) == 2
+    assert "statistics of another model" in capsys.readouterr().err
+
+
+def test_calibration_cache_gives_the_ranges_back(words, model_path, tmp_path):
+    cache, output = tmp_path / "calibration.cache", model_path.with_name("student.int8.onnx")
+    assert main([*words, "--write-calibration-cache", str(cache), "--tensorrt-version", "8.5.3"]) == 0
+    assert cache.read_text().startswith("TRT-8503-EntropyCalibration2\n")
+    scales = amax_from_quantised(load_onnx(output))
+    assert read_cache(cache) == pytest.approx(scales)
+    assert main([str(model_path), "--calibration-cache", str(cache), "-o", str(output)]) == 0
+    assert amax_from_quantised(load_onnx(output)) == pytest.approx(scales)
+    sidecar = read_sidecar(output)
+    assert sidecar["details"]["method"] == "calibration cache"
+    assert sidecar["inputs"]["calibration_cache"]["sha256"] == sha256_of(cache)
+
+
+def test_calibration_cache_of_another_model_is_refused(model_path, tmp_path, capsys):
+    cache = tmp_path / "calibration.cache"
+    write_cache(cache, {"image": 2.0}, "8.5.3")
+    words = [str(model_path), "-o", str(model_path.with_name("student.int8.onnx"))]
+    assert main([*words, "--calibration-cache", str(cache)]) == 2
+    assert "has no range for 10 of 11 tensors" in capsys.readouterr().err
+
+
+def test_what_is_kept_in_float_is_said(words, model_path):
+    assert main([*words, "--keep-float", "node_down1", "node_tower_3"]) == 0
+    details = read_sidecar(model_path.with_name("student.int8.onnx"))["details"]
+    assert details["keep_float"] == ["node_down1", "node_tower_3"]
+    assert details["float_convolutions"] == {
+        "node_down1": "kept in float as asked", "node_tower_3": "kept in float as asked",
+        **{f"node_{name}": "final prediction" for name in PREDICTIONS},
+    }  # fmt: skip
+    assert "node_down1" not in details["quantized_convolutions"]
+
+
+def set_bias_of_down1(path, value):
+    model = onnx.load(path)
+    tensor = initializers(model)["down1.bias"]
+    tensor.CopyFrom(numpy_helper.from_array(np.full(16, value, np.float32), tensor.name))
+    onnx.save(model, path)
+
+
+def test_dead_activation_is_an_error_that_names_it_and_the_way_out(words, model_path, contract, capsys):
+    set_bias_of_down1(model_path, -1e6)  # nothing gets through the ReLU behind it
+    write_sidecar(model_path, {}, contract)
+    assert main(words) == 2
+    assert "the tensor down1_relu is 0 everywhere in all calibration images" in capsys.readouterr().err
+    assert main([*words, "--keep-float", "node_down2"]) == 0  # the one convolution that reads it
+
+
+def overflow(path):
+    set_bias_of_down1(path, 3e38)
+
+
+def hold_a_subgraph(path):
+    model = onnx.load(path)
+    branch = parser.parse_graph("g () => (float y) { y = Constant <value_float = 1.0> () }")
+    condition = numpy_helper.from_array(np.array(True), "condition")
+    model.graph.initializer.append(condition)
+    node = onnx.helper.make_node("If", ["condition"], ["chosen"], name="choice", then_branch=branch, else_branch=branch)
+    model.graph.node.append(node)
+    onnx.save(model, path)
+
+
 def set_weight_to_nan(path):
     model = onnx.load(path)
     tensor = initializers(model)["down1.weight"]
@@ -369,8 +330,10 @@ def quantize_by_hand(path):
         (truncate, False, "is not the file that its sidecar describes"),
         (truncate, True, "truncated"),
         (set_weight_to_nan, False, "is not the file that its sidecar describes"),
-        (set_weight_to_nan, True, "NaN or infinity"),
+        (set_weight_to_nan, True, "NaN"),
         (quantize_by_hand, True, "quantised already"),
+        (overflow, True, "holds NaN or infinity"),
+        (hold_a_subgraph, True, "the node choice (If) holds a subgraph"),
     ],
 )
 def test_bad_model_is_one_message_and_no_file(model_path, data_dir, contract, capsys, change, renew_sidecar, message):
@@ -393,6 +356,20 @@ def test_bad_model_is_one_message_and_no_file(model_path, data_dir, contract, ca
         (["--data", "DATA/nothing"], "no such file or folder"),
         (["--data", "DATA", "--split", "val"], "expected no image in both"),
         (["--data", "DATA", "--num-images", "0"], "--num-images is 0"),
+        (["--data", "DATA", "--method", "percentile", "--percentile", "30"], "--percentile is 30.0"),
+        (["--data", "DATA", "--percentile", "99"], "expected none with --method max"),
+        (["--data", "DATA", "--write-calibration-cache", "CACHE"], "and --tensorrt-version, or neither"),
+        (
+            ["--data", "DATA", "--write-calibration-cache", "CACHE", "--tensorrt-version", "ten"],
+            "--tensorrt-version is 'ten'",
+        ),
+        (["--calibration-cache", "CACHE", "--target", "onnxruntime"], "--target is onnxruntime"),
+        (
+            ["--calibration-cache", "CACHE", "--method", "mse", "--split", "val"],
+            "--split, --method: expected none with",
+        ),
+        (["--calibration-cache", "DATA/annotations/instances_train.json"], "expected a calibration cache of TensorRT"),
+        (["--data", "DATA", "--statistics", "DATA/annotations/instances_train.json"], "cannot read the statistics in"),
     ],
 )
 def test_bad_flags_are_one_message_and_no_file(model_path, data_dir, capsys, words, message):
@@ -402,6 +379,24 @@ def test_bad_flags_are_one_message_and_no_file(model_path, data_dir, capsys, wor
 def test_overlap_is_an_error(model_path, data_dir, capsys):
     shutil.copy(data_dir / "images" / "04.png", data_dir / "images" / "10.png")
     check_refused(model_path, data_dir, ["--data", str(data_dir)], "04.png is the image 10.png (id 11)", capsys)
+
+
+def test_no_images_are_an_error(model_path, data_dir, capsys):
+    path = data_dir / "annotations" / "instances_train.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "images": [], "annotations": []}))
+    check_refused(model_path, data_dir, ["--data", str(data_dir)], "has no images at all", capsys)
+
+
+def test_images_of_other_sizes_and_types_are_prepared_as_in_deployment(words, data_dir, model_path):
+    images = data_dir / "images"
+    cv2.imwrite(str(images / "00.png"), np.full((90, 31), 200, np.uint8))  # grey, upright, larger
+    cv2.imwrite(str(images / "01.png"), np.full((8, 8, 4), 65535, np.uint16))  # alpha, 16 bits
+    assert main([*words, "--num-images", "8"]) == 0
+
+
+def test_file_that_is_no_image_is_an_error(model_path, data_dir, capsys):
+    (data_dir / "images" / "03.png").write_text("GIF89a")
+    check_refused(model_path, data_dir, ["--data", str(data_dir)], "03.png, image id 4: not an image", capsys)
 
 
 def test_truncated_image_is_an_error(model_path, data_dir, capsys):

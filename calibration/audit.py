@@ -1,0 +1,317 @@
+"""
+What a quantised graph really does: each convolution in INT8, weight-only or float, and why.
+
+    python -m calibration.audit student.int8.onnx
+    python -m calibration.audit student.int8.onnx --json
+
+Reads any ONNX file with Q/DQ pairs, whoever wrote it; needs onnx. A convolution is
+
+- INT8 where both its input and its weight come from a DequantizeLinear (the input also through operators that only
+  choose or move values, past which runtimes move the pair: MaxPool, nearest Resize, Reshape, Transpose, Slice, Split);
+- weight-only where only the weight does: it is computed in float from rounded weights, accuracy lost and no time won;
+- float otherwise.
+
+Beside them: norms between INT8 convolutions, each of which costs a way to float and back; the input scales of the
+convolutions that share a weight, level by level; the share of multiplications that is done in INT8.
+
+Exit status 1 where something is wrong: weight-only convolutions, final predictions in INT8 or rounded after it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import json
+import math
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Dict, Iterable, List, Optional, Set, Tuple
+
+from calibration.placement import final_convolutions, node_name, only_moves
+from deploy.contract import read_sidecar, sidecar_path
+from deploy.errors import CalibrationError, command
+from deploy.graph import TRANSPARENT_OPS, check_graph, constants, consumers, load_onnx, producers
+
+if TYPE_CHECKING:
+    import onnx
+
+NORMS = ("InstanceNormalization", "GroupNormalization", "LayerNormalization")
+PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+"""The operators whose multiplications are counted."""
+INTEGER_PRODUCTS = ("QLinearConv", "ConvInteger", "QLinearMatMul", "MatMulInteger")
+INT8, WEIGHT_ONLY, FLOAT = "INT8", "weight-only", "float"
+
+
+@dataclasses.dataclass(frozen=True)
+class Convolution:
+    """What became of one convolution."""
+
+    name: str
+    state: str
+    """INT8, WEIGHT_ONLY or FLOAT."""
+    why: str
+    """Of what is not INT8."""
+    multiplications: Optional[int]
+    """For one image; None where the graph's shapes do not say."""
+    input_scale: Optional[float]
+    """Of its quantised input."""
+    weight: str
+    """The name of its weight: the levels of a head share one."""
+    fault: str
+    """What is wrong with it, or nothing."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Audit:
+    """What a quantised graph does."""
+
+    convolutions: List[Convolution]
+    int8_share: Optional[float]
+    """Multiplications in INT8 / all of convolutions and matrix products; None where shapes are not known."""
+    norm_sandwiches: List[Dict[str, str]]
+    """`norm`, and one INT8 convolution `before` and one `after` it."""
+    shared_weights: Dict[str, List[Tuple[str, float]]]
+    """Weight of several INT8 convolutions -> (convolution, scale of its input), in the order of the graph."""
+
+    @property
+    def faults(self) -> List[str]:
+        return [f"{entry.name}: {entry.fault}" for entry in self.convolutions if entry.fault]
+
+
+class _Tables:
+    """The tables of a graph that the audit asks."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self.nodes = list(model.graph.node)
+        self.constants = constants(model)
+        self.producers = producers(model)
+        self.consumers = consumers(model)
+        self.shapes = _shapes(model)
+        self.final = final_convolutions(model)
+
+    def dequantizer(self, tensor: str) -> Optional[onnx.NodeProto]:
+        """The DequantizeLinear whose values a tensor holds, if there is one."""
+        node = self.producers.get(tensor)
+        while node is not None and only_moves(node):
+            node = self.producers.get(node.input[0])
+        return node if node is not None and node.op_type == "DequantizeLinear" else None
+
+    def constant_name(self, tensor: str) -> str:
+        """The constant that a tensor holds, through Identity, Q and DQ; else the tensor itself."""
+        source = tensor
+        while source in self.producers and self.producers[source].op_type in TRANSPARENT_OPS:
+            source = self.producers[source].input[0]
+        return self.constants[source].name if source in self.constants else tensor
+
+    def scale(self, dequantizer: onnx.NodeProto) -> Optional[float]:
+        from onnx import numpy_helper
+
+        tensor = self.constants.get(dequantizer.input[1])
+        return None if tensor is None else float(numpy_helper.to_array(tensor).max())
+
+    def neighbours(self, tensors: Iterable[str], forward: bool) -> Set[str]:
+        """Outputs of the nearest convolutions behind or before some tensors, no other convolution between."""
+        pending, seen, found = list(tensors), set(), set()
+        while pending:
+            name = pending.pop()
+            if name in seen:
+                continue
+            seen.add(name)
+            nodes = [node for node, _ in self.consumers.get(name, [])] if forward else [self.producers.get(name)]
+            for node in nodes:
+                if node is None or node.op_type == "Shape":
+                    continue
+                if node.op_type == "Conv":
+                    found.add(node.output[0])
+                else:
+                    pending.extend(node.output if forward else node.input)
+        return found
+
+
+def audit(model: onnx.ModelProto, kept: Optional[Dict[str, str]] = None) -> Audit:
+    """
+    What the quantised model does.
+
+    Args:
+        kept: name of a convolution -> why it was kept in float; the sidecar's `float_convolutions`.
+
+    Raises:
+        CalibrationError: it has no Q/DQ pairs, or integer operators instead of them.
+    """
+    operators = {node.op_type for node in model.graph.node}
+    if operators.intersection(INTEGER_PRODUCTS):
+        raise CalibrationError(
+            f"the graph has {sorted(operators.intersection(INTEGER_PRODUCTS))}, integer operators of one runtime; "
+            "expected Q/DQ pairs around float ones. Quantise to the Q/DQ format."
+        )
+    if "DequantizeLinear" not in operators:
+        raise CalibrationError("the graph has no DequantizeLinear; expected a quantised model, of calibration.quantize")
+    tables = _Tables(model)
+    found = {node.output[0]: _convolution(tables, node, kept or {}) for node in tables.nodes if node.op_type == "Conv"}
+    shared: Dict[str, List[Tuple[str, float]]] = {}
+    for entry in found.values():
+        if entry.state == INT8 and entry.input_scale is not None:
+            shared.setdefault(entry.weight, []).append((entry.name, entry.input_scale))
+    return Audit(
+        list(found.values()),
+        _int8_share(tables, found),
+        _norm_sandwiches(tables, found),
+        {weight: levels for weight, levels in shared.items() if len(levels) > 1},
+    )
+
+
+def _convolution(tables: _Tables, node: onnx.NodeProto, kept: Dict[str, str]) -> Convolution:
+    dequantizer = tables.dequantizer(node.input[0])
+    weight_quantized = tables.dequantizer(node.input[1]) is not None
+    final, fault = node.output[0] in tables.final, ""
+    if dequantizer is not None and weight_quantized:
+        state, why = INT8, ""
+        if final:
+            fault = "a final prediction in INT8: scores shrink and boxes move; keep it in float"
+    elif weight_quantized:
+        maker = tables.producers.get(node.input[0])
+        source = "an input of the graph" if maker is None else f"{maker.op_type} {node_name(maker)}"
+        state, why = WEIGHT_ONLY, f"its input comes from {source} without a pair"
+        fault = f"weight-only, {why}: accuracy lost and no time won; quantise its input too, or leave its weight float"
+    else:
+        default = "final prediction" if final else "its weight has no pair"
+        state, why = FLOAT, kept.get(node_name(node), default)
+    rounded = _rounded_after(tables, node.output[0]) if final and not fault else ""
+    if rounded:
+        fault = f"the final prediction is rounded by {rounded}: scores shrink and boxes move; leave out that pair"
+    scale = None if dequantizer is None or state != INT8 else tables.scale(dequantizer)
+    return Convolution(
+        node_name(node), state, why, _multiplications(tables, node), scale, tables.constant_name(node.input[1]), fault
+    )
+
+
+def _rounded_after(tables: _Tables, tensor: str) -> str:
+    """The name of a QuantizeLinear that reads what comes of a tensor, or nothing."""
+    pending, seen = [tensor], set()
+    while pending:
+        name = pending.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        for node, _ in tables.consumers.get(name, []):
+            if node.op_type == "QuantizeLinear":
+                return node_name(node)
+            if node.op_type != "Shape":
+                pending.extend(node.output)
+    return ""
+
+
+def _norm_sandwiches(tables: _Tables, found: Dict[str, Convolution]) -> List[Dict[str, str]]:
+    sandwiches = []
+    for node in tables.nodes:
+        if node.op_type in NORMS:
+            before, after = (
+                sorted(found[name].name for name in tables.neighbours(tensors, forward) if found[name].state == INT8)
+                for tensors, forward in (([node.input[0]], False), (node.output, True))
+            )
+            if before and after:
+                sandwiches.append({"norm": node_name(node), "before": before[0], "after": after[0]})
+    return sandwiches
+
+
+def _int8_share(tables: _Tables, found: Dict[str, Convolution]) -> Optional[float]:
+    counts = [
+        (found[node.output[0]].state if node.op_type == "Conv" else FLOAT, _multiplications(tables, node))
+        for node in tables.nodes
+        if node.op_type in PRODUCTS
+    ]
+    known = [(state, number) for state, number in counts if number is not None]
+    if len(known) < len(counts):
+        return None
+    return sum(number for state, number in known if state == INT8) / sum(number for _, number in known)
+
+
+def _multiplications(tables: _Tables, node: onnx.NodeProto) -> Optional[int]:
+    """
+    Multiplications of a convolution or matrix product, for one image; None where the shapes are not known.
+
+    Each value of a convolution's output takes one for every weight of its channel. A transposed one spreads each value
+    of its input instead.
+    """
+    read, weight, made = (tables.shapes.get(name) for name in (node.input[0], node.input[1], node.output[0]))
+    if read is None or weight is None or made is None:
+        return None
+    if node.op_type == "Conv":
+        return math.prod(made[1:]) * math.prod(weight[1:])
+    if node.op_type == "ConvTranspose":
+        return math.prod(read[1:]) * math.prod(weight[1:])
+    if node.op_type == "Gemm":
+        transposed = any(a.name == "transA" and a.i for a in node.attribute)
+        return math.prod(made) * read[0 if transposed else 1]
+    return math.prod(made) * read[-1]
+
+
+def _shapes(model: onnx.ModelProto) -> Dict[str, Tuple[int, ...]]:
+    """Tensor -> its sizes, of those whose sizes are all known; an open batch counts as 1."""
+    from onnx import shape_inference
+
+    graph = shape_inference.infer_shapes(model, data_prop=True).graph
+    found: Dict[str, Tuple[int, ...]] = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+    batch = {value.type.tensor_type.shape.dim[0].dim_param for value in graph.input} - {""}
+    for value in (*graph.value_info, *graph.input, *graph.output):
+        sizes = [1 if size.dim_param in batch else size.dim_value for size in value.type.tensor_type.shape.dim]
+        if all(sizes):
+            found[value.name] = tuple(sizes)
+    return found
+
+
+def table_from_audit(result: Audit) -> str:
+    """The audit as text, for people."""
+    total = sum(entry.multiplications or 0 for entry in result.convolutions)
+    counts = collections.Counter(entry.state for entry in result.convolutions)
+    width = max(len(entry.name) for entry in result.convolutions)
+    lines = [f"{'convolution':{width}}  {'state':11}  share of  input scale  why", f"{'':{width + 15}}products"]
+    for entry in result.convolutions:
+        share = f"{entry.multiplications / total:8.1%}" if entry.multiplications and total else f"{'?':>8}"
+        scale = f"{entry.input_scale:11.4g}" if entry.input_scale is not None else f"{'':11}"
+        lines.append(f"{entry.name:{width}}  {entry.state:11}  {share}  {scale}  {entry.why}".rstrip())
+    lines += ["", ", ".join(f"{counts[state]} {state}" for state in (INT8, WEIGHT_ONLY, FLOAT))]
+    if result.int8_share is not None:
+        lines.append(f"{result.int8_share:.1%} of the multiplications in INT8")
+    else:
+        lines.append(
+            "the share of multiplications in INT8 is not known: onnx cannot infer all shapes (onnxslim may help)"
+        )
+    for weight, levels in result.shared_weights.items():
+        scales = ", ".join(f"{scale:.4g}" for _, scale in levels)
+        lines.append(f"weight {weight} at {len(levels)} levels, input scales {scales}")
+    for sandwich in result.norm_sandwiches:
+        lines.append(
+            f"{sandwich['norm']} runs in float between {sandwich['before']} and {sandwich['after']} in INT8; a "
+            "BatchNorm, folded into its convolution, would not"
+        )
+    return "\n".join(lines)
+
+
+@command
+def main(argv: Optional[List[str]] = None) -> int:
+    """Audits one model; see the module's docstring."""
+    parser = argparse.ArgumentParser(
+        prog="python -m calibration.audit", description="What each convolution of a quantised ONNX model is run in."
+    )
+    parser.add_argument("model", help="ONNX file with Q/DQ pairs")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    arguments = parser.parse_args(argv)
+    model = load_onnx(arguments.model)
+    check_graph(model)
+    kept: Dict[str, Any] = {}
+    if sidecar_path(Path(arguments.model)).is_file():  # who else wrote the file need not have left one
+        kept = read_sidecar(arguments.model)["details"].get("float_convolutions", {})
+    result = audit(model, kept)
+    if arguments.json:
+        print(json.dumps({**dataclasses.asdict(result), "faults": result.faults}, indent=1))
+    else:
+        print(table_from_audit(result))
+    for fault in result.faults:
+        print(f"fault: {fault}", file=sys.stderr)
+    return 1 if result.faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper, parser
+
+from calibration.audit import FLOAT, INT8, WEIGHT_ONLY, audit, main, table_from_audit
+from deploy.contract import write_sidecar
+from deploy.errors import CalibrationError
+from deploy.graph import initializers
+
+HEADER = """
+    <ir_version: 8, opset_import: ["" : 17]>
+    g (float[1, 2, 8, 8] x) => (float[1, 2, 8, 8] y)
+    <float[2, 2, 1, 1] w, float[2] one = {1, 1}, float s = {0.5}, int8 z = {0}, float t = {0.25}>
+"""
+PAIR = """
+    {name}_q = QuantizeLinear ({source}, {scale}, z)
+    {name} = DequantizeLinear ({name}_q, {scale}, z)
+"""
+
+
+def pair(name, source, scale="s"):
+    return PAIR.format(name=name, source=source, scale=scale)
+
+
+def model_of(*lines):
+    model = parser.parse_model(HEADER + "{" + "".join(lines) + "}")
+    weight = np.random.default_rng(0).normal(0, 1, (2, 2, 1, 1)).astype(np.float32)
+    model.graph.initializer.append(numpy_helper.from_array(weight, "w"))
+    del model.graph.value_info[:]
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+def states(result):
+    return {entry.name: entry.state for entry in result.convolutions}
+
+
+def test_our_own_models_have_no_fault(quantized):
+    result = audit(quantized)
+    assert result.faults == []
+    found = states(result)
+    assert [name for name, state in found.items() if state != INT8] == ["node_prediction_3", "node_prediction_4"]
+    assert {entry.why for entry in result.convolutions if entry.state == FLOAT} == {"final prediction"}
+    assert len(found) == 14
+
+
+def test_share_of_multiplications(detector, quantized):
+    """Counted here by hand: output pixels x kernel x input channels x output channels."""
+    pixels = {"3": 8 * 12, "4": 4 * 6}
+    integer = 16 * 24 * 27 * 8 + pixels["3"] * (2 * 576 + 64 + 576) + pixels["4"] * (1152 + 2304 + 128 + 128 + 576)
+    integer += (pixels["3"] + pixels["4"]) * 576
+    floating = (pixels["3"] + pixels["4"]) * 72 * 22 + (pixels["3"] + pixels["4"]) * 4 * 5  # predictions, integral
+    assert audit(quantized).int8_share == pytest.approx(integer / (integer + floating))
+
+
+def test_scales_of_a_shared_head_level_by_level(quantized):
+    (levels,) = audit(quantized).shared_weights.values()
+    assert [name for name, _ in levels] == ["node_tower_3", "node_tower_4"]
+    constant = initializers(quantized)
+    scales = [float(numpy_helper.to_array(constant[f"fpn{level}_scale"])) for level in (3, 4)]
+    assert [scale for _, scale in levels] == pytest.approx(scales)
+    assert scales[0] != scales[1]
+
+
+def test_weight_only_convolution_is_a_fault():
+    model = model_of(
+        pair("wq", "w"), "a = Conv (x, wq)", "r = Relu (a)", pair("rq", "r"), "b = Conv (rq, wq)", "y = Conv (b, w)"
+    )
+    result = audit(model)
+    assert states(result) == {"a": WEIGHT_ONLY, "b": INT8, "y": FLOAT}
+    (fault,) = result.faults
+    assert fault.startswith("a: weight-only, its input comes from an input of the graph without a pair")
+
+
+def test_prediction_in_int8_is_a_fault():
+    model = model_of(pair("xq", "x"), pair("wq", "w"), "a = Conv (xq, wq)", pair("aq", "a"), "y = Conv (aq, wq)")
+    assert audit(model).faults == [
+        "y: a final prediction in INT8: scores shrink and boxes move; keep it in float"
+    ]  # fmt: skip
+
+
+def test_rounding_after_the_prediction_is_a_fault():
+    model = model_of(
+        pair("xq", "x"), pair("wq", "w"), "a = Conv (xq, wq)", "p = Conv (a, w)", "r = Sigmoid (p)", pair("y", "r")
+    )
+    (fault,) = audit(model).faults
+    assert fault.startswith("p: the final prediction is rounded by y_q")
+
+
+def test_norms_between_integers_are_told():
+    model = model_of(
+        pair("xq", "x"), pair("wq", "w"), pair("vq", "w", "t"),
+        "a = Conv (xq, wq)", "n = InstanceNormalization (a, one, one)", "r = Relu (n)", pair("rq", "r"),
+        "b = Conv (rq, vq)", "m = InstanceNormalization (b, one, one)", "y = Conv (m, w)",
+    )  # fmt: skip
+    result = audit(model)
+    assert result.norm_sandwiches == [{"norm": "n", "before": "a", "after": "b"}]  # not m: a float one follows
+    assert "n runs in float between a and b in INT8" in table_from_audit(result)
+
+
+def test_why_a_convolution_is_float_is_in_the_sidecar(quantize, detector):
+    model = quantize(detector, "tensorrt", ["node_down1"])
+    reasons = {entry.name: entry.why for entry in audit(model, {"node_down1": "as asked"}).convolutions}
+    assert reasons["node_down1"] == "as asked"
+    assert {entry.name: entry.why for entry in audit(model).convolutions}["node_down1"] == "its weight has no pair"
+
+
+@pytest.mark.parametrize(
+    ("operator", "message"),
+    [("Relu", "expected a quantised model"), ("ConvInteger", "integer operators of one runtime")],
+)
+def test_graph_without_pairs_is_refused(operator, message):
+    model = onnx.helper.make_model(
+        onnx.helper.make_graph([onnx.helper.make_node(operator, ["x", "x"], ["y"])], "g", [], [])
+    )
+    with pytest.raises(CalibrationError, match=message):
+        audit(model)
+
+
+def test_command_prints_a_table_or_json(tmp_path, quantized, capsys):
+    path = tmp_path / "student.int8.onnx"
+    onnx.save(quantized, path)
+    assert main([str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert "12 INT8, 0 weight-only, 2 float" in printed
+    assert "% of the multiplications in INT8" in printed
+    assert "at 2 levels, input scales " in printed
+    write_sidecar(path, {}, details={"float_convolutions": {"node_prediction_3": "I said so"}})
+    assert main([str(path), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert len(document["convolutions"]) == 14
+    assert document["faults"] == []
+    assert "I said so" in [entry["why"] for entry in document["convolutions"]]
+
+
+def test_command_fails_for_a_fault(tmp_path, capsys):
+    path = tmp_path / "other.onnx"
+    onnx.save(model_of(pair("wq", "w"), "a = Conv (x, wq)", "y = Conv (a, w)"), path)
+    assert main([str(path)]) == 1
+    assert "fault: a: weight-only" in capsys.readouterr().err
+
+
+def test_unknown_shapes_are_said_so():
+    text = HEADER.replace("float[1, 2, 8, 8] x", "float[1, 2, h, v] x").replace(
+        "float[1, 2, 8, 8] y", "float[1, 2, h, v] y"
+    )
+    model = parser.parse_model(text + "{" + pair("xq", "x") + pair("wq", "w") + "a = Conv (xq, wq) y = Conv (a, w) }")
+    result = audit(model)
+    assert result.int8_share is None
+    assert "is not known" in table_from_audit(result)
