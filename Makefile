@@ -5,7 +5,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-bindings check bench-bccd bench-distillation bench-training-step clean
+.PHONY: help setup demo test test-slow test-bindings check docs bench-bccd bench-distillation bench-training-step clean
 
 help:
 	@echo "make demo        train, distil, export, quantise, measure and report on drawn images (6 to 8 minutes on 2 cores)"
@@ -13,6 +13,7 @@ help:
 	@echo "make test-slow   the long ones"
 	@echo "make test-bindings   builder and runtime against TensorRT's real bindings (downloads 6 MB once; needs g++)"
 	@echo "make check       formatting, lint, types, import rules"
+	@echo "make docs        docs/commands.md, from what the commands say to --help"
 	@echo "make bench-bccd  the same job on real images: ../shared/data/bccd"
 	@echo "make bench-distillation   what each method of distillation gains, over seeds (hours; goes on where it was cut off)"
 	@echo "make bench-training-step  the time of a training step, plain and fast (3 minutes on a quiet machine)"
@@ -48,6 +49,9 @@ check: $(READY)
 	$(BIN)/lint-imports
 	$(BIN)/vermin --quiet --target=3.8- --no-tips --violations deploy calibration benchmarks
 	$(BIN)/python tests/tensorrt_api/check_usage.py deploy benchmarks --min 8.5
+
+docs: $(READY)
+	$(BIN)/python docs/commands.py
 
 bench-bccd: $(READY)
 	$(BIN)/python -m crosskd.pipeline configs/crosskd_gfl_r18_half_r34_320.py --data ../shared/data/bccd -o runs/bccd

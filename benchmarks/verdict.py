@@ -77,6 +77,8 @@ LIMITS = (
         "the latency{}, on a device that tells its power",
     ),
 )  # fmt: skip
+LEAST_TEACHER_AP = 0.01
+"""Nothing can be judged by a teacher below it: a model that finds nothing would lose nothing against it."""
 _DEMAND = {"at most": "allowed", "at least": "required"}
 
 
@@ -115,7 +117,7 @@ def check_limits(allowed: Mapping[str, float]) -> None:
 def judge(ship: Row, allowed: Mapping[str, float]) -> List[Dict[str, Any]]:
     """
     Each limit with what was measured, its bounds, and the outcome: 'pass', 'fail' or, where the limit lies between the
-    bounds, 'cannot tell'.
+    bounds or there is another reason `why`, 'cannot tell'.
 
     Args:
         allowed: key of LIMITS -> number.
@@ -132,6 +134,10 @@ def judge(ship: Row, allowed: Mapping[str, float]) -> List[Dict[str, Any]]:
             needs = kind.needs.format(f" of {ship['role']!r}, which is to ship")
             raise MeasurementError(f"{kind.flag} cannot be judged: it needs {needs}. Give these result files too.")
         measured = Estimate(**known).times(kind.factor)
+        found, why = outcome(measured, allowed[kind.key], kind.at_most), None
+        if kind.estimate == "AP_gain" and ship["AP"] - ship["AP_gain"] < LEAST_TEACHER_AP:
+            found = "cannot tell"
+            why = f"the teacher's own AP is {points(ship['AP'] - ship['AP_gain'])}: give one that has learnt"
         judged.append(
             {
                 "flag": kind.flag,
@@ -142,7 +148,8 @@ def judge(ship: Row, allowed: Mapping[str, float]) -> List[Dict[str, Any]]:
                 "measured": measured.value,
                 "low": measured.low,
                 "high": measured.high,
-                "outcome": outcome(measured, allowed[kind.key], kind.at_most),
+                "outcome": found,
+                "why": why,
             }
         )
     return judged
@@ -160,6 +167,7 @@ def words_of_limit(limit: Mapping[str, Any]) -> str:
     return (
         f"{limit['title']} is {amount(limit['measured'], limit['unit'])}{amount_between(limit)}, {limit['bound']} "
         f"{amount(limit['allowed'], limit['unit'])} is {_DEMAND[limit['bound']]}"
+        + (f", but {limit['why']}" if limit["why"] else "")
     )
 
 
@@ -182,10 +190,9 @@ def verdict_from_limits(ship: Row, limits: Sequence[Mapping[str, Any]]) -> Dict[
         sentence = f"Do not roll out {ship['title']}: {'; '.join(map(words_of_limit, failed))}."
     elif unsure:
         found, label = "cannot tell", "Cannot tell"
-        sentence = (
-            f"It cannot be told whether to roll out {ship['title']}: {'; '.join(map(words_of_limit, unsure))}. "
-            "More test images, or more runs, narrow the bounds."
-        )
+        sentence = f"It cannot be told whether to roll out {ship['title']}: {'; '.join(map(words_of_limit, unsure))}."
+        if not all(limit["why"] for limit in unsure):
+            sentence += " More test images, or more runs, narrow the bounds."
     else:
         found, label = "pass", "Roll out"
         hold = "the limit holds" if len(limits) == 1 else f"all {len(limits)} limits hold"

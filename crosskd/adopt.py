@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("config", metavar="CONFIG", help="its mmdet config: a file, or mmdet::FAMILY/NAME.py")
     parser.add_argument("--checkpoint", required=True, metavar="FILE", help="its weights: a file or an address")
-    parser.add_argument("-o", "--output", required=True, metavar="RUN_DIR")
+    parser.add_argument("-o", "--output", required=True, metavar="RUN_DIR", help="folder to make")
     add_data_arguments(parser)
     add_override_argument(parser)
     arguments = parser.parse_args(argv)

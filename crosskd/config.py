@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Config:
     """
     The config at `path`, ready to build: mmdet is registered, the schedule is stretched to the config's `max_epochs`
-    (if it has one), the student's head and neck get BatchNorm if its `batchnorm_head` is true (and the hook that goes
-    with it), a teacher's own config is read into `model.teacher.model`.
+    (if it has one), images are brought to its `input_size`, the student's head and neck get BatchNorm if its
+    `batchnorm_head` is true (and the hook that goes with it), a teacher's own config is read into
+    `model.teacher.model`.
 
     Args:
         path: a file, or `mmdet::gfl/gfl_r50_fpn_1x_coco.py` for one that comes with mmdet.
@@ -68,6 +69,8 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Co
         )
     if "max_epochs" in config and config.max_epochs != config.get("train_cfg", {}).get("max_epochs"):
         set_epochs(config, config.max_epochs)
+    if "input_size" in config:
+        set_input_size(config, config.input_size)
     student = config.model.get("student", config.model)
     batchnorm_head = config.get("batchnorm_head", False)
     if not isinstance(batchnorm_head, bool):
@@ -122,6 +125,28 @@ def set_epochs(config: Config, epochs: int) -> None:
                     scheduler[key] = round(scheduler[key] * factor)
             if "milestones" in scheduler:
                 scheduler.milestones = [round(epoch * factor) for epoch in scheduler.milestones]
+
+
+def set_input_size(config: Config, size: Any) -> None:
+    """
+    Makes every FitResize and FitPad of the config's pipelines use `size`: width and height in pixels.
+
+    Raises:
+        ConfigError: it is not two positive multiples of 32, or no pipeline would change by it.
+    """
+    if not (
+        isinstance(size, (tuple, list))
+        and len(size) == 2
+        and all(isinstance(side, int) and side > 0 and side % 32 == 0 for side in size)
+    ):
+        raise ConfigError(f"input_size is {size!r}; expected (width, height), positive multiples of 32")
+    loaders = (config.get(f"{name}_dataloader") for name in ("train", "val", "test"))
+    transforms = [one for loader in loaders if loader for one in loader.dataset.get("pipeline", [])]
+    fitted = [one for one in transforms if one.type in ("FitResize", "FitPad")]
+    if not fitted:
+        raise ConfigError(f"input_size is {size!r}, but no pipeline of this config has FitResize or FitPad to use it")
+    for one in fitted:
+        one["scale" if one.type == "FitResize" else "size"] = tuple(size)
 
 
 def set_batchnorm_head(detector: Any) -> None:

@@ -64,12 +64,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--target", choices=TARGETS, default="onnxruntime", help="what the model shall run on (default: onnxruntime)"
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--limits", metavar="FILE", help="TOML file of limits for the verdict, see benchmarks.report "
+                        "(default: the config's report_limits)")  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="of the trainings (%(default)s)")
     arguments = parser.parse_args(argv)
     check_writable(Path(arguments.output) / "report.html")
     if arguments.target == "tensorrt":  # asked for before hours of training
         load_tensorrt("--target tensorrt")
         load_cuda("--target tensorrt").close()
+    if arguments.limits and not Path(arguments.limits).is_file():
+        raise ConfigError(f"--limits is {arguments.limits}; expected a TOML file of limits")
     for split in SPLITS:
         load_coco(*split_paths(arguments.data, split))
     stages = planned_stages(arguments, load_config(arguments.config))
@@ -130,7 +134,11 @@ def planned_stages(arguments: argparse.Namespace, config: Any) -> list[Stage]:
             results.append(
                 add(f"{what} {role}", result, f"benchmarks.{what}", model, "--data", data, "--role", role, "-o", result)
             )
-    limits = [f"--{name.replace('_', '-')}={value}" for name, value in config.get("report_limits", {}).items()]
+    limits = (
+        ["--limits", arguments.limits]
+        if arguments.limits
+        else [f"--{name.replace('_', '-')}={value}" for name, value in config.get("report_limits", {}).items()]
+    )
     add("report", out / "report.json", "benchmarks.report", *results, *limits, "-o", out / "report.html")
     return stages
 

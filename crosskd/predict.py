@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
         "run_dir", metavar="RUN_DIR", help="folder of a finished run of crosskd.train or crosskd.distill"
     )
     parser.add_argument("--annotations", required=True, metavar="FILE", help="COCO JSON that names the images")
-    parser.add_argument("--images-dir", required=True, metavar="DIR")
+    parser.add_argument("--images-dir", required=True, metavar="DIR", help="folder of the images of --annotations")
     parser.add_argument("-o", "--output", required=True, metavar="FILE", help="COCO result JSON")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N images")
     arguments = parser.parse_args(argv)

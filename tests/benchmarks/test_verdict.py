@@ -175,3 +175,11 @@ def test_limits_that_no_limit_can_be(allowed, message):
     with pytest.raises(ConfigError, match=message):
         check_limits(allowed)
     check_limits({"max_ap_drop": -1.0, "min_ap": 48.0})
+
+
+def test_nothing_is_judged_by_a_teacher_that_finds_nothing():
+    nothing = {**row(), "AP": 0.0, "AP_gain": 0.0}
+    nothing["estimates"] = {**nothing["estimates"], "AP": exactly(0.0), "AP_gain": exactly(0.0)}
+    verdict = verdict_from_limits(nothing, judge(nothing, {"max_ap_drop": 1.5, "min_speedup": 2.0}))
+    assert verdict["outcome"] == "cannot tell"
+    assert verdict["sentence"].endswith("but the teacher's own AP is 0.0: give one that has learnt.")

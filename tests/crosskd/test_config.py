@@ -137,6 +137,27 @@ def test_batchnorm_head_holds_for_a_plain_detector_and_in_the_config_of_its_run(
     )
 
 
+def test_input_size_is_that_of_every_pipeline() -> None:
+    config = load_config(ROOT / "configs" / "crosskd_gfl_r18_half_r34_320.py", {"input_size": [640, 512]})
+    for name in ("train", "val", "test"):
+        pipeline = config[f"{name}_dataloader"].dataset.pipeline
+        assert [one.scale for one in pipeline if one.type == "FitResize"] == [(640, 512)]
+        assert [one["size"] for one in pipeline if one.type == "FitPad"] == [(640, 512)]
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "named"),
+    [
+        ("gfl_r18_half_320.py", 640, "input_size is 640; expected"),
+        ("gfl_r18_half_320.py", [640, 500], r"multiples of 32"),
+        ("crosskd_gfl_r50_r101_1x_coco.py", [640, 512], "no pipeline of this config has FitResize"),
+    ],
+)
+def test_an_input_size_that_cannot_be_is_refused(name: str, size: Any, named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        load_config(ROOT / "configs" / name, {"input_size": size})
+
+
 @pytest.mark.parametrize(
     ("name", "value", "named"),
     [
