@@ -1,0 +1,91 @@
+"""
+Writes docs/commands.md, the reference of all commands, from what each of them says to --help: `make docs`.
+
+argparse lays its help out otherwise in other versions of Python, so the page names the version that wrote it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+from deploy import run
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "commands.md"
+WIDTH = 100
+FOLDERS = {
+    "crosskd": ("Training", ("pipeline", "shapes", "train", "adopt", "distill", "predict")),
+    "deploy": ("From a checkpoint to an engine", ("export", "adopt_onnx", "build_trt", "bundle", "detect", "doctor")),
+    "calibration": ("INT8", ("quantize", "audit", "sensitivity")),
+    "benchmarks": ("Measuring and judging", ("accuracy", "latency", "report", "fleet")),
+}
+"""Folder -> title and its commands in the order of use; those not named here come after these."""
+HEAD = """\
+<!-- Written by `make docs` with Python {version}: do not edit. -->
+# Commands
+
+What each command says to `--help`. Exit status: 0, all is well; 1, a verdict other than "roll out"; 2, something is
+wrong with the input, and the message on stderr says what, and what to do.
+"""
+ON_A_BOARD = "On a board: run.py"
+
+
+def main() -> None:
+    PAGE.write_text(page(), encoding="utf-8")
+
+
+def page() -> str:
+    """The text of docs/commands.md."""
+    contents, sections = [], []
+    for folder, (title, first) in FOLDERS.items():
+        contents.append(f"- {title}")
+        sections.append(f"## {title}\n")
+        for name in command_names(folder, first):
+            text = help_of(importlib.import_module(name).main)
+            contents.append(f"  - [{name}](#{name.replace('.', '')}): {purpose(text)}")
+            sections.append(f"### {name}\n\n```text\n{text}```\n")
+    contents.append(f"- [{ON_A_BOARD}](#on-a-board-runpy)")
+    board = help_of(lambda words: run.main(words, ROOT))
+    sections.append(f"## {ON_A_BOARD}\n\nIn each archive of `deploy.bundle`:\n\n```text\n{board}```\n")
+    return "\n".join([HEAD.format(version=python_version()), *contents, "", *sections])
+
+
+def python_version() -> str:
+    return "{}.{}".format(*sys.version_info[:2])
+
+
+def command_names(folder: str, first: tuple[str, ...]) -> list[str]:
+    """The modules of a folder that are commands, `first` first; but for the runner inside bundles."""
+    names = [
+        path.stem
+        for path in sorted((ROOT / folder).glob("*.py"))
+        if 'if __name__ == "__main__"' in path.read_text(encoding="utf-8") and path != Path(run.__file__)
+    ]
+    names.sort(key=lambda name: first.index(name) if name in first else len(first))
+    return [f"{folder}.{name}" for name in names]
+
+
+def help_of(command: Callable[[list[str]], int]) -> str:
+    """What a command prints for --help, WIDTH columns wide."""
+    printed = io.StringIO()
+    size = mock.patch.dict(os.environ, COLUMNS=str(WIDTH))
+    with size, contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+        command(["--help"])
+    return printed.getvalue()
+
+
+def purpose(text: str) -> str:
+    """The first sentence of the description: what stands between the usage and the arguments."""
+    description = " ".join(text.split("\n\n")[1].split())
+    return description.partition(". ")[0].rstrip(".")
+
+
+if __name__ == "__main__":
+    main()
