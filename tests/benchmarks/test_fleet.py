@@ -334,7 +334,10 @@ def test_an_interrupt_ends_what_runs_on_the_board(server, boards_file, bundle, t
     port = server()
     boards = boards_file(slow={"port": port, "environment": {"FAULT": "hang"}})
     words = ["-m", "benchmarks.fleet", str(boards), str(bundle()), "-o", str(tmp_path / "out")]
-    process = subprocess.Popen([sys.executable, *words], stderr=subprocess.PIPE, text=True, cwd=EXAMPLE.parents[1])
+    process = subprocess.Popen(
+        [sys.executable, *words], stderr=subprocess.PIPE, text=True, cwd=EXAMPLE.parents[1],
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a shell's background job ignores
+    )  # fmt: skip
     wait_for(lambda: list(tmp_path.glob("on the boards/slow/mini-*/started")))
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=20)[1].splitlines()[-1] == "interrupted"

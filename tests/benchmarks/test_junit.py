@@ -16,6 +16,7 @@ def limit(flag, outcome):
         "low": 19.0,
         "high": 23.0,
         "outcome": outcome,
+        "why": None,
     }
 
 
