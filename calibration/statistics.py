@@ -157,7 +157,8 @@ class Collected:
         if missing:
             raise CalibrationError(
                 f"{source} has no statistics of {len(missing)} tensors: {missing[:5]}; expected those of every tensor "
-                "that gets a range. It was probably collected for another target: delete it, or name another file, "
+                "that gets a range. It was probably collected for another target, or without --max-ap-drop: delete it, "
+                "or name another file, "
                 "and they are collected anew."
             )
 

@@ -41,6 +41,7 @@ print("HEAVY", sorted(set(sys.modules) & set(sys.argv[2:])))
 BAD_INPUT = {
     "benchmarks.fleet": ["nope.toml", "nope.tar.gz", "-o", "out"],
     "calibration.audit": ["nope.onnx"],
+    "calibration.sensitivity": ["nope.onnx", "--data", "nope", "-o", "out.json"],
     "deploy.adopt_onnx": ["nope.onnx", "--contract", "nope.json"],
     "crosskd.adopt": ["nope.py", "--checkpoint", "nope.pth", "--data", "nope", "-o", "out"],
     "crosskd.distill": ["nope.py", "--data", "nope", "-o", "out"],

@@ -336,7 +336,7 @@ def test_an_interrupt_ends_what_runs_on_the_board(server, boards_file, bundle, t
     words = ["-m", "benchmarks.fleet", str(boards), str(bundle()), "-o", str(tmp_path / "out")]
     process = subprocess.Popen(
         [sys.executable, *words], stderr=subprocess.PIPE, text=True, cwd=EXAMPLE.parents[1],
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a shell's background job ignores
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509  # a shell's background job ignores it
     )  # fmt: skip
     wait_for(lambda: list(tmp_path.glob("on the boards/slow/mini-*/started")))
     process.send_signal(signal.SIGINT)

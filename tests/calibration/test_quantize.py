@@ -12,16 +12,21 @@ import onnx
 import pytest
 from onnx import numpy_helper, parser
 
-from calibration import quantize
+from benchmarks import accuracy
+from calibration import quantize, search
+from calibration.audit import INT8, audit
 from calibration.collect import choose_images
 from calibration.placement import Graph
 from calibration.quantize import check_quantizable, main
 from calibration.ranges import METHODS
 from deploy.calibration_cache import amax_from_quantised, read_cache, write_cache
 from deploy.contract import load_contract, read_sidecar, sidecar_path, write_sidecar
+from deploy.dataset import read_image
 from deploy.errors import CalibrationError
 from deploy.files import sha256_of
 from deploy.graph import initializers, load_onnx
+from deploy.postprocess import postprocess
+from deploy.preprocess import preprocess
 from deploy.session import OrtSession
 
 PREDICTIONS = ["prediction_3", "prediction_4"]
@@ -151,17 +156,17 @@ def test_auto_takes_the_method_of_the_best_ap(words, model_path, data_dir, contr
     def measure(path, annotations, images_dir):
         assert load_contract(path) == contract
         held_out = {image["id"] for image in json.loads(annotations.read_text())["images"]}
-        measured.append((path.stem, held_out, images_dir))
-        return {"max": 0.3, "percentile": 0.5, "entropy": 0.5, "mse": 0.2}[path.stem]
+        measured.append((held_out, images_dir))
+        return {"AP": dict(zip(METHODS, (0.3, 0.5, 0.5, 0.2), strict=True))[METHODS[len(measured) - 1]]}
 
-    monkeypatch.setattr(quantize, "_measured_ap", measure)
+    monkeypatch.setattr(quantize, "accuracy_numbers", measure)
     assert main([*words, "--method", "auto"]) == 0
     details = read_sidecar(model_path.with_name("student.int8.onnx"))["details"]
     assert details["method"] == "percentile"
     assert details["auto_ap"] == {"max": 0.3, "percentile": 0.5, "entropy": 0.5, "mse": 0.2}
     everything = set(range(1, 9))
-    assert [method for method, *_ in measured] == list(METHODS)
-    for _, held_out, images_dir in measured:
+    assert len(measured) == len(METHODS)
+    for held_out, images_dir in measured:
         assert held_out == everything - set(details["image_ids"]) == set(details["held_out_image_ids"])
         assert images_dir == data_dir / "images"
     assert "percentile: AP 50.00 on 3 held-out images" in capsys.readouterr().err
@@ -191,12 +196,131 @@ def test_an_ap_that_cannot_be_measured_is_an_error(words, data_dir, images, monk
     monkeypatch.setattr(quantize, "METHODS", ("max",))
     annotate(data_dir, [image.image_id for image in choose_images(images, 5, seed=0)])
     assert main([*words, "--method", "auto"]) == 2
-    assert "the AP of method max on held-out images could not be measured" in capsys.readouterr().err
+    assert "the AP could not be measured on" in capsys.readouterr().err
 
 
 def test_auto_needs_images_to_compare_on(model_path, data_dir, capsys):
-    words = ["--data", str(data_dir), "--method", "auto"]
-    check_refused(model_path, data_dir, words, "--num-images takes all 8 of the split", capsys)
+    for flags in (["--method", "auto"], ["--bias-correction"]):
+        words = ["--data", str(data_dir), *flags]
+        check_refused(model_path, data_dir, words, "--num-images takes all 8 of the split", capsys)
+
+
+def test_bias_correction_is_measured_and_said(words, model_path, target, capsys):
+    output = model_path.with_name("student.int8.onnx")
+    words = [*words, "--target", target, "--method", "percentile", "--percentile", "90"]
+    assert main(words) == 0
+    plain = sha256_of(output)
+    assert main([*words, "--bias-correction"]) == 0
+    assert sha256_of(output) != plain
+    details = read_sidecar(output)["details"]
+    effect = details["bias_correction"]
+    assert set(details["held_out_image_ids"]) == set(range(1, 9)) - set(details["image_ids"])
+    assert all(0 < effect[key]["boxes"] < 1 for key in ("error_without", "error_with"))
+    before, after = (100 * sum(effect[key].values()) for key in ("error_without", "error_with"))
+    printed = capsys.readouterr().err
+    assert f"goes from {before:.2f} % to {after:.2f} % on 3 held-out images" in printed
+    assert ("bias correction does not help here" in printed) == (after > before)
+    with OrtSession(output, threads=1) as session:
+        session.infer({"image": np.zeros((1, 3, 32, 48), np.float32)})
+
+
+class FakeAccuracy:
+    """In place of benchmarks.accuracy: each convolution in INT8 costs the AP that `costs` says."""
+
+    def __init__(self, costs):
+        self.costs, self.hashes = costs, {}
+
+    def __call__(self, model, annotations, images_dir, limit=None, against=None, output=None):
+        assert annotations.name == "instances_val.json"
+        if against is None:
+            output.write_text("the result of the float model")
+            return {"AP": 0.4}
+        names = {entry.name for entry in audit(load_onnx(model)).convolutions if entry.state == INT8}
+        drop = sum(self.costs.get(name, 0.0) for name in names)
+        self.hashes[drop] = sha256_of(model)
+        return {"AP": 0.4 - drop, "against": {"AP_difference": -drop, "low": -drop - 0.001, "high": -drop + 0.002}}
+
+
+def test_budget_keeps_blocks_in_float(words, model_path, target, monkeypatch, capsys):
+    fake = FakeAccuracy({"node_down2": 0.02, "node_stem": 0.002})
+    monkeypatch.setattr(search, "accuracy_numbers", fake)
+    assert main([*words, "--max-ap-drop", "0.3", "--target", target]) == 0
+    printed = capsys.readouterr()
+    output = model_path.with_name("student.int8.onnx")
+    details = read_sidecar(output)["details"]
+    budget = details["budget"]
+    assert budget["kept_blocks"] == ["node_down1"]  # which is down1 and down2
+    assert (budget["max_ap_drop"], budget["num_images"], budget["float_ap"]) == (0.3, 3, 0.4)
+    assert (budget["ap"], budget["drop"]) == pytest.approx((0.398, 0.002))
+    assert (budget["low"], budget["high"]) == pytest.approx((0.0, 0.003))
+    assert read_sidecar(output)["inputs"]["budget_annotations"]["file"] == budget["annotations"]
+    assert budget["annotations"].endswith("instances_val.json")
+    assert budget["steps"][0]["kept"] == []
+    assert budget["steps"][0]["drop"] == pytest.approx(0.022)
+    assert not budget["steps"][0]["holds"]
+    assert [name for name, why in details["float_convolutions"].items() if why == "kept in float for the AP budget"] \
+        == ["node_down1", "node_down2"]  # fmt: skip
+    assert len(details["quantized_convolutions"]) == 10
+    assert sha256_of(output) == fake.hashes[0.002]  # the very file that was measured
+    assert "step 1: all blocks in INT8; 0.0 % of the multiplications in float; AP 37.80, 2.20 points" in printed.err
+    assert "10 of 14 convolutions in INT8" in printed.out
+    assert "AP 39.80, 0.20 points below float (0.00 to 0.30), on 3 images of" in printed.out
+    audited = audit(load_onnx(output))
+    assert budget["float_share"] == pytest.approx(
+        sum(entry.multiplications for entry in audited.convolutions if entry.name in ("node_down1", "node_down2"))
+        / sum(entry.multiplications for entry in audited.convolutions if "prediction" not in entry.name)
+    )
+
+
+def test_budget_that_is_met_keeps_nothing(words, model_path, monkeypatch):
+    monkeypatch.setattr(search, "accuracy_numbers", FakeAccuracy({"node_down2": 0.002}))
+    output = model_path.with_name("student.int8.onnx")
+    assert main([*words, "--max-ap-drop", "0.3"]) == 0
+    with_budget = sha256_of(output)
+    assert len(read_sidecar(output)["details"]["budget"]["steps"]) == 1
+    assert main(words) == 0
+    assert sha256_of(output) == with_budget
+
+
+def test_budget_that_cannot_be_met_is_one_message_and_no_file(model_path, data_dir, monkeypatch, capsys):
+    costs = {f"node_{name}": 0.01 for name in QUANTIZED}
+    monkeypatch.setattr(search, "accuracy_numbers", FakeAccuracy(costs))
+    words = ["--data", str(data_dir), "--num-images", "3", "--max-ap-drop", "0.3"]
+    check_refused(model_path, data_dir, words, "the budget of 0.3 points of AP cannot be met: the best of 7", capsys)
+
+
+def test_budget_with_the_command_of_the_benchmarks(words, model_path, data_dir, contract, capsys):
+    """What the float model detects is taken as the truth: what INT8 changes is a loss then."""
+    pytest.importorskip("faster_coco_eval")
+    annotate_with_detections(model_path, data_dir, contract)
+    assert main([*words, "--max-ap-drop", "9"]) == 0
+    output = model_path.with_name("student.int8.onnx")
+    budget = read_sidecar(output)["details"]["budget"]
+    assert budget["float_ap"] > 0.99
+    assert budget["steps"][0]["drop"] > 0.09 >= budget["drop"]
+    assert budget["low"] <= budget["drop"] <= budget["high"]
+    assert 0 < len(budget["kept_blocks"]) < 7
+    result = model_path.with_name("again.result.json")
+    assert accuracy.main([str(output), "--data", str(data_dir), "--split", "val", "-o", str(result)]) == 0
+    assert json.loads(result.read_text())["numbers"]["AP"] == budget["ap"]
+
+
+def annotate_with_detections(model_path, data_dir, contract):
+    path = data_dir / "annotations" / "instances_val.json"
+    document = json.loads(path.read_text())
+    document["annotations"] = []
+    with OrtSession(model_path, threads=1) as session:
+        for image in document["images"]:
+            prepared = preprocess(read_image(data_dir / "images" / image["file_name"]), contract)
+            found = postprocess(session.infer({"image": prepared.input}), contract, prepared)
+            for (left, top, right, bottom), label in zip(found.boxes_xyxy.tolist(), found.labels, strict=True):
+                number = len(document["annotations"]) + 1
+                size = [right - left, bottom - top]
+                document["annotations"].append(
+                    {"id": number, "image_id": image["id"], "category_id": contract.category_ids[label],
+                     "bbox": [left, top, *size], "area": size[0] * size[1], "iscrowd": 0}
+                )  # fmt: skip
+    path.write_text(json.dumps(document))
 
 
 def test_statistics_are_kept_and_reused_with_another_method(words, model_path, tmp_path, monkeypatch):
@@ -356,6 +480,12 @@ def test_bad_model_is_one_message_and_no_file(model_path, data_dir, contract, ca
         (["--data", "DATA/nothing"], "no such file or folder"),
         (["--data", "DATA", "--split", "val"], "expected no image in both"),
         (["--data", "DATA", "--num-images", "0"], "--num-images is 0"),
+        (["--data", "DATA", "--max-ap-drop", "-0.1"], "--max-ap-drop is -0.1; expected points of AP, 0 or more"),
+        (["--data", "DATA", "--max-ap-drop", "nan"], "--max-ap-drop is nan"),
+        (["--data", "DATA", "--budget-split", "val"], "expected none without --max-ap-drop"),
+        (["--data", "DATA", "--max-ap-drop", "1", "--budget-split", "train"], "expected no image in both"),
+        (["--data", "DATA", "--max-ap-drop", "1", "--budget-split", "test"], "no such file or folder"),
+        (["--calibration-cache", "CACHE", "--max-ap-drop", "1"], "--max-ap-drop is given without --data"),
         (["--data", "DATA", "--method", "percentile", "--percentile", "30"], "--percentile is 30.0"),
         (["--data", "DATA", "--percentile", "99"], "expected none with --method max"),
         (["--data", "DATA", "--write-calibration-cache", "CACHE"], "and --tensorrt-version, or neither"),
@@ -365,8 +495,8 @@ def test_bad_model_is_one_message_and_no_file(model_path, data_dir, contract, ca
         ),
         (["--calibration-cache", "CACHE", "--target", "onnxruntime"], "--target is onnxruntime"),
         (
-            ["--calibration-cache", "CACHE", "--method", "mse", "--split", "val"],
-            "--split, --method: expected none with",
+            ["--calibration-cache", "CACHE", "--method", "mse", "--split", "val", "--bias-correction"],
+            "--split, --method, --bias-correction: expected none with",
         ),
         (["--calibration-cache", "DATA/annotations/instances_train.json"], "expected a calibration cache of TensorRT"),
         (["--data", "DATA", "--statistics", "DATA/annotations/instances_train.json"], "cannot read the statistics in"),

@@ -1,0 +1,145 @@
+"""
+Blocks of convolutions that belong together, from the graph alone: what is quantised or kept in float as one.
+
+torch's exporters name a node by the path of its module ("/backbone/layer1/layer1.0/conv1/Conv"), which says where
+residual blocks, levels and tower layers begin. In other graphs blocks are runs between the places where branches meet.
+
+Needs onnx, and onnxruntime to count operations.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from typing import Dict, List, Mapping, Set, Tuple
+
+import numpy as np
+
+from calibration.placement import Graph, node_name
+from deploy.contract import ModelContract
+from deploy.errors import CalibrationError, MissingDependencyError
+from deploy.graph import remove_unused
+
+BLOCK_KINDS = ("grouped", "each")
+MEETING_OPS = ("Add", "Concat")
+"""Where branches meet, and a run of convolutions ends."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Convolutions that are quantised or kept in float together."""
+
+    name: str
+    convolutions: Tuple[str, ...]
+    """Their names, in the order of the graph."""
+    multiplications: int
+    """Of them all, for one image."""
+
+
+def count_multiplications(graph: Graph, contract: ModelContract) -> Dict[str, int]:
+    """
+    Name of each convolution to quantise -> its multiplications for one image.
+
+    Each value of the output takes one for every weight of its channel. The sizes come from one run, since onnx cannot
+    infer all of them where an exporter has left their computation in the graph.
+
+    Raises:
+        MissingDependencyError: onnxruntime is not installed.
+        CalibrationError: ONNX Runtime cannot run the graph.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingDependencyError("onnxruntime", "counting operations", "pip install onnxruntime") from error
+    import onnx
+
+    model = onnx.ModelProto()
+    model.CopyFrom(graph.model)
+    del model.graph.output[:]
+    for index, node in enumerate(graph.quantized):
+        model.graph.node.append(onnx.helper.make_node("Shape", [node.output[0]], [f"sizes_of_convolution_{index}"]))
+        model.graph.output.append(onnx.ValueInfoProto(name=f"sizes_of_convolution_{index}"))
+    remove_unused(model)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors only
+    image = np.zeros((max(1, contract.input_shape[0]), *contract.input_shape[1:]), contract.input_type)
+    try:
+        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        shapes = session.run(None, {contract.input_name: image})
+    except Exception as error:  # ONNX Runtime raises a dozen types, none of them documented
+        raise CalibrationError(f"ONNX Runtime cannot run the model: {error}. Export it again.") from error
+    return {
+        node_name(node): math.prod(shape[1:].tolist()) * math.prod(graph.constants[node.input[1]].dims[1:])
+        for node, shape in zip(graph.quantized, shapes)
+    }
+
+
+def blocks_from_graph(graph: Graph, kind: str, multiplications: Mapping[str, int]) -> List[Block]:
+    """
+    Every convolution that is to be quantised, in one block each; in the order of the graph.
+
+    Args:
+        kind: of BLOCK_KINDS. 'each': a convolution is a block. 'grouped': by the names of the nodes if all are paths,
+            else by `runs_of_graph`.
+        multiplications: as `count_multiplications`.
+    """
+    names = [node_name(node) for node in graph.quantized]
+    if kind == "each":
+        block_of = {name: name for name in names}
+    elif all(name.startswith("/") for name in names):
+        block_of = {name: block_of_path(name) for name in names}
+    else:
+        block_of = runs_of_graph(graph)
+    members: Dict[str, List[str]] = {}
+    for name in names:
+        members.setdefault(block_of[name], []).append(name)
+    return [
+        Block(block, tuple(convolutions), sum(multiplications[name] for name in convolutions))
+        for block, convolutions in members.items()
+    ]
+
+
+def block_of_path(name: str) -> str:
+    """
+    The part of a node's path that names its block; also what --keep-float takes.
+
+    As far as the first module with an index, and on while modules are items of the list before: "/layer1/layer1.0" of
+    "/layer1/layer1.0/conv1/Conv", "/towers.0/towers.0.1" of "/towers.0/towers.0.1/conv/Conv". Without an index all but
+    the operator. The levels of a head have the same path but for a suffix of the convolution, and are together.
+    """
+    parts = name.split("/")
+    for index, part in enumerate(parts):
+        if re.search(r"\.\d+$", part):
+            last = index
+            while re.fullmatch(re.escape(parts[last]) + r"\.\d+", parts[min(last + 1, len(parts) - 1)]):
+                last += 1
+            return "/".join(parts[: last + 1])
+    return "/".join(parts[:-1]) or name
+
+
+def runs_of_graph(graph: Graph) -> Dict[str, str]:
+    """
+    Name of each convolution to quantise -> name of its block, whatever the nodes are called.
+
+    Convolutions that share a weight (the levels of a head) are a block. Of the others, those of which one feeds the
+    other and no MEETING_OPS lie between. A block is named after its first convolution.
+    """
+    by_weight: Dict[str, List[str]] = {}
+    for node in graph.quantized:
+        by_weight.setdefault(graph.constants[node.input[1]].name, []).append(node_name(node))
+    shared = {name: names[0] for names in by_weight.values() if len(names) > 1 for name in names}
+    runs_at: Dict[str, Set[str]] = {}  # tensor -> first convolutions of the runs that come to it
+    found: Dict[str, str] = {}
+    to_quantize = {node.output[0] for node in graph.quantized}
+
+    for node in graph.nodes:
+        arriving = set().union(*(runs_at.get(name, set()) for name in node.input))
+        if node.output[0] in to_quantize and node_name(node) not in shared:
+            first = min(arriving, key=list(found).index) if arriving else node_name(node)
+            found[node_name(node)] = first
+            arriving = {first}
+        elif node.op_type == "Conv" or node.op_type in MEETING_OPS:
+            arriving = set()
+        runs_at.update((name, arriving) for name in node.output)
+    return {**found, **shared}

@@ -1,0 +1,140 @@
+"""
+Bias correction: what rounding adds to the mean of each channel of a convolution's output, taken off its bias.
+
+M. Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", ICCV 2019, section 4.2, in
+its empirical variant. Each convolution is run on its float input, rounded, and compared with itself in
+float, so that all of them are seen in one pass and no correction counts what those before it have corrected already.
+
+Needs onnx and onnxruntime.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Dict, List, Sequence, Tuple
+
+import numpy as np
+
+from calibration.placement import Graph, Placement
+from calibration.qdq import QUANTIZATION_FROM_RANGE
+from calibration.ranges import int8_from_weight, weight_scales
+from deploy.contract import ModelContract
+from deploy.dataset import CocoImage, read_image
+from deploy.errors import CalibrationError, MissingDependencyError
+from deploy.graph import remove_unused
+from deploy.preprocess import preprocess
+from deploy.progress import progress
+
+if TYPE_CHECKING:
+    import onnx
+
+Corrections = Dict[str, np.ndarray]
+"""Output name of a convolution -> (output channels,) float32, to be added to its bias."""
+
+
+def bias_corrections(
+    graph: Graph,
+    placement: Placement,
+    ranges: Dict[str, Tuple[float, float]],
+    target: str,
+    images: Sequence[CocoImage],
+    contract: ModelContract,
+) -> Corrections:
+    """
+    What to add to the bias of each quantised convolution: the mean over images and places of float less rounded output.
+
+    Raises:
+        MissingDependencyError: onnxruntime is not installed.
+        CalibrationError: ONNX Runtime cannot run the graph.
+        DataError: an image cannot be read.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingDependencyError("onnxruntime", "bias correction", "pip install onnxruntime") from error
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors only
+    model = _with_errors(graph, placement, ranges, target)
+    try:
+        session = onnxruntime.InferenceSession(
+            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )  # fmt: skip
+    except Exception as error:  # ONNX Runtime raises a dozen types, none of them documented
+        raise CalibrationError(f"ONNX Runtime cannot run the model: {error}. Export it again.") from error
+    sums = [np.zeros(0)] * len(graph.quantized)
+    for image in progress(images, len(images), "bias correction"):
+        one = preprocess(read_image(image.path), contract).input
+        batch = np.repeat(one, max(1, contract.input_shape[0]), axis=0)
+        errors = session.run(None, {contract.input_name: batch})
+        sums = [total + error[0, :, 0, 0] if total.size else error[0, :, 0, 0].astype(np.float64)
+                for total, error in zip(sums, errors)]  # fmt: skip
+    return {node.output[0]: (-total / len(images)).astype(np.float32) for node, total in zip(graph.quantized, sums)}
+
+
+def _with_errors(
+    graph: Graph, placement: Placement, ranges: Dict[str, Tuple[float, float]], target: str
+) -> onnx.ModelProto:
+    """The float model whose outputs are the mean errors, (N, channels, 1, 1), of the convolutions to quantise."""
+    import onnx
+    from onnx import helper, numpy_helper
+
+    result = onnx.ModelProto()
+    result.CopyFrom(graph.model)
+    added: List[onnx.NodeProto] = []
+    tensors: List[onnx.TensorProto] = []
+    for index, node in enumerate(graph.quantized):
+        name = f"bias_correction_{index}"
+        source = node.input[0]
+        while source not in placement.pairs:  # a pair before a MaxPool rounds as one behind it
+            source = graph.producers[source].input[0]
+        quantization = QUANTIZATION_FROM_RANGE[target](*ranges[placement.pairs[source]])
+        weight = numpy_helper.to_array(graph.constants[node.input[1]])
+        scales = weight_scales(weight)
+        rounded = int8_from_weight(weight, scales) * scales.reshape(-1, *[1] * (weight.ndim - 1))
+        tensors += [
+            numpy_helper.from_array(np.array(quantization.scale, np.float32), f"{name}_scale"),
+            numpy_helper.from_array(np.array(quantization.zero_point), f"{name}_zero_point"),
+            numpy_helper.from_array(rounded.astype(np.float32), f"{name}_weight"),
+        ]
+        pair = [f"{name}_scale", f"{name}_zero_point"]
+        copy = onnx.NodeProto()
+        copy.CopyFrom(node)
+        copy.name, copy.output[0] = name, f"{name}_output"
+        copy.input[0], copy.input[1] = f"{name}_dequantized", f"{name}_weight"
+        added += [
+            helper.make_node("QuantizeLinear", [node.input[0], *pair], [f"{name}_quantized"]),
+            helper.make_node("DequantizeLinear", [f"{name}_quantized", *pair], [f"{name}_dequantized"]),
+            copy,
+            helper.make_node("Sub", [f"{name}_output", node.output[0]], [f"{name}_error"]),
+            helper.make_node("GlobalAveragePool", [f"{name}_error"], [f"{name}_mean"]),
+        ]
+    result.graph.node.extend(added)
+    result.graph.initializer.extend(tensors)
+    del result.graph.output[:]
+    result.graph.output.extend(
+        onnx.ValueInfoProto(name=f"bias_correction_{index}_mean") for index in range(len(graph.quantized))
+    )
+    remove_unused(result)
+    return result
+
+
+def with_corrected_biases(graph: Graph, corrections: Corrections) -> Graph:
+    """A graph whose convolutions to quantise have corrected biases of their own; what is kept in float is as it was."""
+    import onnx
+    from onnx import numpy_helper
+
+    model = onnx.ModelProto()
+    model.CopyFrom(graph.model)
+    to_quantize = {node.output[0] for node in graph.quantized}
+    for node in model.graph.node:
+        if node.output[0] in to_quantize:
+            bias = corrections[node.output[0]]
+            if len(node.input) > 2:
+                bias = bias + numpy_helper.to_array(graph.constants[node.input[2]])
+                node.input.pop()
+            node.input.append(f"{node.output[0]}_corrected_bias")
+            model.graph.initializer.append(numpy_helper.from_array(bias.astype(np.float32), node.input[2]))
+    remove_unused(model)
+    corrected = Graph(model)
+    corrected.kept.update(graph.kept)
+    corrected.quantized = [node for node in corrected.convolutions if node.output[0] not in corrected.kept]
+    return corrected

@@ -1,0 +1,194 @@
+"""
+The search for the blocks to keep in float, so that INT8 costs no more AP than agreed: `calibration.quantize
+--max-ap-drop`.
+
+Greedy: starting with all in INT8, the block that moves the detections most for each of its multiplications goes to
+float, then the next, each step measured, until the budget holds. Then back: each kept block, the largest first, goes
+to INT8 again where the budget still holds without it. What INT8 costs is no sum over blocks, so that another set may
+be smaller still; but the one found is measured to hold.
+
+The drop is measured on the images that the blocks were chosen by, and is a little too good for that: the final figure
+is that of images which nothing was chosen by.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Mapping, Sequence, Tuple
+
+from calibration.blocks import Block, blocks_from_graph, count_multiplications
+from calibration.collect import choose_images
+from calibration.measure import ERROR_IMAGES, OutputError, accuracy_numbers, saved, total_error
+from calibration.recipe import Recipe
+from deploy.contract import ModelContract
+from deploy.dataset import CocoSet
+from deploy.errors import CalibrationError
+
+
+@dataclasses.dataclass(frozen=True)
+class Drop:
+    """What a model has less of AP than the float one, as fractions; negative: it has more."""
+
+    ap: float
+    """Of the model itself."""
+    drop: float
+    low: float
+    high: float
+    """The 95 % interval of the drop: paired bootstrap over images."""
+
+    @classmethod
+    def from_numbers(cls, numbers: Mapping[str, Any]) -> Drop:
+        """Of the `numbers` of an accuracy result that was measured against the float model's."""
+        against = numbers["against"]
+        return cls(numbers["AP"], -against["AP_difference"], -against["high"], -against["low"])
+
+    def __str__(self) -> str:
+        low, high = points(self.low), points(self.high)
+        return f"AP {points(self.ap)}, {points(self.drop)} points below float ({low} to {high})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One set of blocks that was tried."""
+
+    change: str
+    """From what was held before, in words."""
+    kept: Tuple[str, ...]
+    """Names of the blocks in float."""
+    float_share: float
+    """Of the multiplications of all blocks."""
+    drop: Drop
+    holds: bool
+    """Whether the drop is within the budget."""
+
+    def to_json(self) -> Dict[str, Any]:
+        document = dataclasses.asdict(self)
+        return {**document, **document.pop("drop")}
+
+
+def points(fraction: float) -> str:
+    """A fraction as points of AP, in words; never "-0.00"."""
+    return f"{round(100 * fraction, 2) + 0.0:.2f}"
+
+
+def blocks_to_keep(
+    blocks: Sequence[Block],
+    measure: Callable[[Sequence[Block]], Drop],
+    find_errors: Callable[[], Mapping[str, float]],
+    budget: float,
+) -> Tuple[List[Block], List[Step]]:
+    """
+    The blocks to keep in float, and the steps of the search; the last of them that holds is of these blocks.
+
+    Args:
+        blocks: all that can be in INT8.
+        measure: blocks in float -> the drop of the model with all others in INT8.
+        find_errors: name of each block -> how far it moves the detections when it alone is in INT8; called once, and
+            only if something has to be kept.
+        budget: the largest drop, a fraction.
+
+    Raises:
+        CalibrationError: no set holds but that of all blocks, which would be no INT8 model.
+    """
+    total = sum(block.multiplications for block in blocks)
+    steps: List[Step] = []
+
+    def tried(kept: Sequence[Block], change: str) -> Step:
+        share, drop = sum(block.multiplications for block in kept) / total, measure(kept)
+        step = Step(change, tuple(block.name for block in kept), share, drop, drop.drop <= budget)
+        steps.append(step)
+        verdict = "holds" if step.holds else "does not hold"
+        print(
+            f"step {len(steps)}: {change}; {100 * share:.1f} % of the multiplications in float; {drop}; the budget of "
+            f"{100 * budget:g} {verdict}",
+            file=sys.stderr,
+            flush=True,
+        )
+        return step
+
+    kept: List[Block] = []
+    step = tried(kept, "all blocks in INT8")
+    if step.holds:
+        return kept, steps
+    errors = find_errors()
+    by_gain = sorted(blocks, key=lambda block: errors[block.name] / block.multiplications, reverse=True)
+    for block in by_gain[:-1]:  # with the last one, too, there would be no INT8 left
+        kept.append(block)
+        step = tried(kept, f"{block.name} in float")
+        if step.holds:
+            break
+    if not step.holds:
+        best = min(steps, key=lambda one: one.drop.drop)
+        raise CalibrationError(
+            f"the budget of {100 * budget:g} points of AP cannot be met: the best of {len(steps)} models, with "
+            f"{len(best.kept)} of {len(blocks)} blocks in float, has {best.drop}. Allow a larger --max-ap-drop, try "
+            "another --method or more calibration images, or measure on more images: on few, single boxes decide."
+        )
+    for block in sorted(kept[:-1], key=lambda one: one.multiplications, reverse=True):  # the last one was needed
+        without = [one for one in kept if one is not block]
+        if tried(without, f"{block.name} back in INT8").holds:
+            kept = without
+    return kept, steps
+
+
+def kept_for_budget(
+    recipe: Recipe, budget_points: float, model_path: Path, data: CocoSet, contract: ModelContract
+) -> Tuple[List[str], Drop, Dict[str, Any]]:
+    """
+    The convolutions to keep in float so that AP drops by no more than the budget; the drop that is left; and what the
+    sidecar says of the search.
+
+    Args:
+        model_path: of the float model.
+        data: the images to measure on.
+
+    Raises:
+        CalibrationError: AP cannot be measured, or the budget cannot be met.
+    """
+    graph = recipe.graph()
+    blocks = blocks_from_graph(graph, "grouped", count_multiplications(graph, contract))
+    errors: Dict[str, float] = {}
+
+    def find_errors() -> Dict[str, float]:
+        output_error = OutputError(model_path, choose_images(data.images, ERROR_IMAGES, seed=0))
+        for number, block in enumerate(blocks, start=1):
+            with saved(recipe.quantize(recipe.graph_of(block.convolutions)), contract) as path:
+                errors[block.name] = total_error(output_error.of(path))
+            print(
+                f"block {number}/{len(blocks)}: alone in INT8, {block.name} has an error of "
+                f"{100 * errors[block.name]:.2f} %",
+                file=sys.stderr,
+                flush=True,
+            )
+        return errors
+
+    with tempfile.TemporaryDirectory() as folder:
+        against = Path(folder) / "float.result.json"
+        float_ap = accuracy_numbers(model_path, data.annotations_path, data.images_dir, output=against)["AP"]
+
+        def measure(kept: Sequence[Block]) -> Drop:
+            model = recipe.quantize(recipe.graph([name for block in kept for name in block.convolutions]))
+            with saved(model, contract) as path:
+                numbers = accuracy_numbers(path, data.annotations_path, data.images_dir, against=against)
+            return Drop.from_numbers(numbers)
+
+        kept, steps = blocks_to_keep(blocks, measure, find_errors, budget_points / 100)
+    final = next(step for step in reversed(steps) if step.holds)
+    return (
+        [name for block in kept for name in block.convolutions],
+        final.drop,
+        {
+            "max_ap_drop": budget_points,
+            "annotations": str(data.annotations_path),
+            "num_images": len(data.images),
+            "float_ap": float_ap,
+            "kept_blocks": list(final.kept),
+            "float_share": final.float_share,
+            **dataclasses.asdict(final.drop),
+            "errors": errors,
+            "steps": [step.to_json() for step in steps],
+        },
+    )

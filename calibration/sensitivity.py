@@ -1,0 +1,280 @@
+"""
+Command: what each block of a detector costs in INT8, ranked.
+
+    python -m calibration.sensitivity student.onnx --data DIR -o sensitivity.json
+    python -m calibration.sensitivity student.onnx --data DIR --metric error --blocks each -o sensitivity.json
+
+Each block of convolutions (`calibration.blocks`) is quantised alone, all else in float, calibrated on the training
+split and measured on another: AP, AP of small, medium and large objects, the score at the best F1, and how far the
+detections move on a few images. With `--metric error` only the last, which needs no annotated boxes and takes seconds
+a block. Beside the JSON file a bar chart is written (.svg).
+
+The file is written after each block; run again, an interrupted command goes on from there.
+
+Needs onnx and onnxruntime; for AP also what benchmarks.accuracy needs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import html
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+from calibration.blocks import BLOCK_KINDS, Block, blocks_from_graph, count_multiplications
+from calibration.collect import choose_images, sha256_of_images
+from calibration.measure import ERROR_IMAGES, OutputError, accuracy_numbers, saved, total_error
+from calibration.placement import PLACEMENTS, node_name
+from calibration.quantize import read_model
+from calibration.ranges import METHODS, PERCENTILE
+from calibration.recipe import Recipe, calibration_images, collect, tensors_of_any_choice
+from calibration.search import Drop, points
+from deploy.contract import ModelContract, provenance
+from deploy.dataset import SPLITS, CocoSet, load_coco, load_split, split_paths
+from deploy.errors import CalibrationError, ConfigError, command
+from deploy.files import check_writable, read_json, replacing, sha256_of, write_json
+
+METRICS = ("ap", "error")
+SIZES = ("AP_small", "AP_medium", "AP_large")
+ALL = "all blocks"
+"""The name of the row that is no block: all of them in INT8."""
+
+Row = Dict[str, Any]
+
+
+def measured_block(
+    recipe: Recipe, block: Block, contract: ModelContract, errors: OutputError, against: Optional[Tuple[Path, CocoSet]]
+) -> Row:
+    """
+    What the block costs: `error` of the output and, but for `--metric error`, `AP_drop` with `low` and `high`, those of
+    SIZES (null where there are no such objects) and `score_shift` of the best F1; all as fractions.
+
+    Args:
+        against: the accuracy result of the float model, and the images that it is of.
+    """
+    row: Row = {
+        "name": block.name,
+        "convolutions": list(block.convolutions),
+        "multiplications": block.multiplications,
+    }
+    with saved(recipe.quantize(recipe.graph_of(block.convolutions)), contract) as path:
+        row["error"] = errors.of(path)
+        if against is not None:
+            result, data = against
+            numbers = accuracy_numbers(path, data.annotations_path, data.images_dir, len(data.images), result)
+            float_numbers = read_json(result, CalibrationError, "a result of benchmarks.accuracy")["numbers"]
+            drop = Drop.from_numbers(numbers)
+            row.update(AP_drop=drop.drop, low=drop.low, high=drop.high)
+            for name in SIZES:
+                here, there = numbers[name], float_numbers[name]
+                row[f"{name}_drop"] = None if here is None or there is None else there - here
+            row["score_shift"] = numbers["against"]["score_shift"]
+    return row
+
+
+def cost(row: Row) -> float:
+    """What rows are ranked by: the drop of AP where it was measured, else the error of the output."""
+    return float(row["AP_drop"]) if "AP_drop" in row else total_error(row["error"])
+
+
+def resumed_rows(path: Path, key: Dict[str, Any]) -> List[Row]:
+    """
+    The rows that an earlier run has left; none where there is no file.
+
+    Raises:
+        CalibrationError: the file is of another model, other data or other settings, or something else.
+    """
+    if not path.is_file():
+        return []
+    document = read_json(path, CalibrationError, "the sensitivity of an earlier run; delete it to begin anew")
+    found = document.get("key") if isinstance(document, dict) else None
+    if not isinstance(found, dict) or "blocks" not in document:
+        raise CalibrationError(f"{path} is not a file of calibration.sensitivity; name another --output")
+    changed = [name for name in key if found.get(name) != key[name]]
+    if changed:
+        raise CalibrationError(
+            f"{path} holds the sensitivity of other {', '.join(changed)}; expected those of now, to go on. Delete it, "
+            "or name another --output."
+        )
+    rows: List[Row] = document["blocks"]
+    return rows + ([document["all"]] if document["all"] is not None else [])
+
+
+def table_from_rows(rows: Sequence[Row]) -> str:
+    """The rows as text, for people: AP in points, errors in percent."""
+    width = max(len(row["name"]) for row in rows)
+    with_ap = "AP_drop" in rows[0]
+    head = f"{'block':{width}}  "
+    head += "AP drop  (95 % interval)   small  medium   large  score shift  " if with_ap else ""
+    lines = [f"{head}boxes %  scores %  share of products"]
+    total = max(row["multiplications"] for row in rows)
+    for row in rows:
+        line = f"{row['name']:{width}}  "
+        if with_ap:
+            interval = f"({points(row['low'])} to {points(row['high'])})"
+            drops = (row[f"{name}_drop"] for name in SIZES)
+            sizes = "".join(f"{'-' if drop is None else points(drop):>8}" for drop in drops)
+            shift = "-" if row["score_shift"] is None else f"{row['score_shift']:+.3f}"
+            line += f"{points(row['AP_drop']):>7}  {interval:>16} {sizes}  {shift:>11}  "
+        error = row["error"]
+        share = row["multiplications"] / total
+        lines.append(f"{line}{100 * error['boxes']:7.2f}  {100 * error['scores']:8.2f}  {share:17.1%}")
+    return "\n".join(lines)
+
+
+def chart_from_rows(rows: Sequence[Row]) -> str:
+    """An SVG: a bar for each row, as long as its cost; with AP, a line over its interval."""
+    with_ap = "AP_drop" in rows[0]
+    title = "AP points lost in INT8 (line: 95 % interval)" if with_ap else "Error of boxes + scores in INT8, percent"
+    ends = [
+        100 * value for row in rows for value in ((cost(row), row["low"], row["high"]) if with_ap else (cost(row),))
+    ]
+    least, most = min(0.0, *ends), max(0.0, *ends)
+    left, bar_width, row_height, top = 8 * max(len(row["name"]) for row in rows) + 20, 420, 22, 40
+    scale = bar_width / ((most - least) or 1.0)
+
+    def x(value: float) -> float:
+        return round(left + (value - least) * scale, 1)
+
+    parts = [f'<text x="{left}" y="22" font-weight="bold">{title}</text>']
+    for index, row in enumerate(rows):
+        y, value = top + index * row_height, 100 * cost(row)
+        start, end = sorted((x(0.0), x(value)))
+        parts.append(f'<text x="{left - 8}" y="{y + 14}" text-anchor="end">{html.escape(row["name"])}</text>')
+        parts.append(
+            f'<rect x="{start}" y="{y + 3}" width="{end - start:.1f}" height="{row_height - 8}" fill="#4477aa"/>'
+        )
+        if with_ap:
+            parts.append(
+                f'<path d="M{x(100 * row["low"])} {y + 10}H{x(100 * row["high"])}" stroke="#222" stroke-width="2"/>'
+            )
+        parts.append(f'<text x="{left + bar_width + 8}" y="{y + 14}">{value:.2f}</text>')
+    bottom = top + len(rows) * row_height
+    parts.append(f'<path d="M{x(0.0)} {top}V{bottom}" stroke="#222"/>')
+    size = f'width="{left + bar_width + 80}" height="{bottom + 16}"'
+    style = 'font-family="sans-serif" font-size="13" fill="#222"'
+    body = "\n".join(parts)
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size} {style}>\n{body}\n</svg>\n'
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m calibration.sensitivity", description="What each block of a detector costs in INT8, ranked."
+    )
+    parser.add_argument("model", help="float ONNX file, with its sidecar")
+    parser.add_argument("-o", "--output", required=True, metavar="FILE", help="JSON file to write; goes on with one")
+    parser.add_argument(
+        "--data", required=True, metavar="DIR",
+        help="folder with annotations/instances_{train,val,test}.json and images/; calibrated on train",
+    )  # fmt: skip
+    parser.add_argument(
+        "--target", choices=sorted(PLACEMENTS), default="tensorrt", help="runtime that will run it (%(default)s)"
+    )
+    parser.add_argument("--split", choices=SPLITS, default="val", help="split to measure on (default: %(default)s)")
+    parser.add_argument("--limit", type=int, metavar="N", help="only its first N images (default: all)")
+    parser.add_argument(
+        "--metric", choices=METRICS, default="ap",
+        help=f"ap: AP and the error of the output; error: this alone, on up to {ERROR_IMAGES} images "
+        "(default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--blocks", choices=BLOCK_KINDS, default="grouped",
+        help="grouped: residual blocks, levels, tower layers; each: every convolution (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--method", choices=METHODS, default="max", help="how a range is taken from what was seen (default: max)"
+    )
+    parser.add_argument(
+        "--keep-float", nargs="+", default=[], metavar="NAME", help="what is in float in any case, not measured"
+    )
+    parser.add_argument(
+        "--num-images", type=int, default=512, metavar="N", help="images to calibrate on (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of these images (default: %(default)s)")
+    parser.add_argument(
+        "--statistics", metavar="FILE", help="keep what was seen of the activations in FILE, or take it from there"
+    )
+    return parser
+
+
+@command
+def main(argv: Optional[List[str]] = None) -> int:
+    """Measures every block of one model; see the module's docstring."""
+    arguments = _parser().parse_args(argv)
+    output = Path(arguments.output)
+    if output.suffix != ".json":
+        raise ConfigError(f"--output is {output}; expected a file with the suffix .json")
+    if not output.is_file():
+        check_writable(output)
+    graph, contract = read_model(arguments.model, arguments.keep_float)
+    calibration = load_coco(*split_paths(arguments.data, "train"), check_files=False)
+    measured = load_split(arguments.data, arguments.split, arguments.limit)
+    images = calibration_images(calibration, arguments.num_images, arguments.seed, [measured])
+    key = {
+        "model": sha256_of(arguments.model),
+        "contract": json.loads(json.dumps(contract.to_json())),  # tuples become lists, as in the file
+        "target": arguments.target,
+        "method": arguments.method,
+        "metric": arguments.metric,
+        "block kind": arguments.blocks,
+        "convolutions kept in float": [node_name(n) for n in graph.convolutions if n.output[0] in graph.kept],
+        "calibration images": sha256_of_images(images),
+        "annotations": sha256_of(measured.annotations_path),
+        "measured images": sha256_of_images(measured.images),
+    }
+    rows = resumed_rows(output, key)
+
+    file = Path(arguments.statistics) if arguments.statistics else None
+    tensors = tensors_of_any_choice(graph, arguments.target)
+    statistics = collect(graph.model, tensors, images, contract, file, Path(arguments.model))
+    keep_float = tuple(arguments.keep_float)
+    recipe = Recipe(graph.model, arguments.target, arguments.method, PERCENTILE, keep_float, statistics)
+    blocks = blocks_from_graph(graph, arguments.blocks, count_multiplications(graph, contract))
+    everything = tuple(name for block in blocks for name in block.convolutions)
+    blocks.append(Block(ALL, everything, sum(block.multiplications for block in blocks)))
+
+    known = {row["name"] for row in rows}
+    inputs = {"model": arguments.model, "annotations": measured.annotations_path}
+    if known:
+        print(f"{output}: {len(known)} of {len(blocks)} are known from an earlier run", file=sys.stderr)
+    with tempfile.TemporaryDirectory() as folder:
+        errors, against = None, None
+        for number, block in enumerate(blocks, start=1):
+            if block.name in known:
+                continue
+            if errors is None:
+                errors = OutputError(Path(arguments.model), choose_images(measured.images, ERROR_IMAGES, seed=0))
+                against = _float_result(arguments, measured, Path(folder)) if arguments.metric == "ap" else None
+            row = measured_block(recipe, block, contract, errors, against)
+            rows.append(row)
+            _write(output, key, rows, inputs)
+            lost = f"{points(row['AP_drop'])} points of AP, " if "AP_drop" in row else ""
+            print(f"{number}/{len(blocks)} {block.name}: {lost}error {100 * total_error(row['error']):.2f} %",
+                  file=sys.stderr, flush=True)  # fmt: skip
+    ranked = sorted(rows, key=cost, reverse=True)
+    with replacing(output.with_suffix(".svg")) as temporary:
+        temporary.write_text(chart_from_rows(ranked), encoding="utf-8")
+    print(table_from_rows(ranked))
+    return 0
+
+
+def _float_result(arguments: argparse.Namespace, data: CocoSet, folder: Path) -> Tuple[Path, CocoSet]:
+    result = folder / "float.result.json"
+    accuracy_numbers(
+        Path(arguments.model), data.annotations_path, data.images_dir, len(data.images), output=result
+    )  # fmt: skip
+    return result, data
+
+
+def _write(output: Path, key: Dict[str, Any], rows: Sequence[Row], inputs: Dict[str, Any]) -> None:
+    """Ranked, so that the file can be read at any time."""
+    ranked = sorted((row for row in rows if row["name"] != ALL), key=cost, reverse=True)
+    together = next((row for row in rows if row["name"] == ALL), None)
+    write_json(output, {**provenance(inputs), "key": key, "all": together, "blocks": ranked})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

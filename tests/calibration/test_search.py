@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from calibration.blocks import Block
+from calibration.search import Drop, blocks_to_keep
+from deploy.errors import CalibrationError
+
+
+def make(products):
+    return [Block(name, (f"{name}/Conv",), number) for name, number in products.items()]
+
+
+def measure_from(costs):
+    """The drop is the sum of the costs of the blocks in INT8; and the sets that were asked for."""
+    asked = []
+
+    def measure(kept):
+        names = {block.name for block in kept}
+        asked.append(names)
+        drop = sum(cost for name, cost in costs.items() if name not in names)
+        return Drop(0.4 - drop, drop, drop - 0.01, drop + 0.01)
+
+    return measure, asked
+
+
+def test_nothing_is_kept_where_int8_holds_the_budget():
+    measure, asked = measure_from({"a": 0.001, "b": 0.001})
+    kept, steps = blocks_to_keep(make({"a": 1, "b": 1}), measure, None, 0.002)
+    assert (kept, asked) == ([], [set()])
+    assert [step.holds for step in steps] == [True]
+
+
+def test_what_moves_detections_most_for_its_operations_is_kept_first():
+    costs = {"large": 0.01, "small": 0.01, "harmless": 0.0}
+    measure, asked = measure_from(costs)
+    kept, steps = blocks_to_keep(make({"large": 900, "small": 50, "harmless": 50}), measure, lambda: costs, 0.01)
+    assert [block.name for block in kept] == ["small"]
+    assert asked == [set(), {"small"}]
+    assert steps[-1].float_share == pytest.approx(0.05)
+
+
+def test_what_turns_out_needless_goes_back_to_int8():
+    """The errors mislead: `b` seems to be the worst and costs nothing."""
+    measure, asked = measure_from({"a": 0.02, "b": 0.0, "c": 0.0})
+    errors = {"a": 0.2, "b": 0.3, "c": 0.1}
+    kept, steps = blocks_to_keep(make({"a": 10, "b": 10, "c": 10}), measure, lambda: errors, 0.01)
+    assert [block.name for block in kept] == ["a"]
+    assert asked == [set(), {"b"}, {"b", "a"}, {"a"}]
+    assert [step.change for step in steps][-1] == "b back in INT8"
+    assert [step.holds for step in steps] == [False, False, True, True]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_result_holds_and_no_kept_block_is_needless(seed):
+    chooser = random.Random(seed)
+    names = [f"block{number}" for number in range(12)]
+    costs = {name: chooser.random() ** 4 / 20 for name in names}
+    blocks = make({name: chooser.randrange(1, 100) for name in names})
+    errors = {name: costs[name] * chooser.uniform(0.2, 5) for name in names}  # a rough guess only
+    measure, _ = measure_from(costs)
+    budget = sum(costs.values()) * chooser.uniform(0.2, 0.9)
+    kept, steps = blocks_to_keep(blocks, measure, lambda: errors, budget)
+    final = [step for step in steps if step.holds][-1]
+    assert final.kept == tuple(block.name for block in kept)
+    assert measure(kept).drop == final.drop.drop <= budget
+    for block in kept:
+        assert measure([one for one in kept if one is not block]).drop > budget
+    assert len(steps) <= 2 * len(blocks)
+
+
+def test_a_budget_that_cannot_be_met_is_an_error():
+    measure, asked = measure_from({"a": 0.02, "b": 0.03, "c": 0.02})
+    with pytest.raises(CalibrationError, match=r"budget of 0.3 points of AP cannot be met.*2 of 3 blocks in float"):
+        blocks_to_keep(make({"a": 1, "b": 1, "c": 1}), measure, lambda: {"a": 1, "b": 3, "c": 2}, 0.003)
+    assert asked == [set(), {"b"}, {"b", "c"}]
+
+
+def test_drop_is_what_is_missing_against_float():
+    numbers = {"AP": 0.38, "against": {"AP_difference": -0.02, "low": -0.03, "high": 0.01}}
+    assert Drop.from_numbers(numbers) == Drop(ap=0.38, drop=0.02, low=-0.01, high=0.03)
