@@ -52,6 +52,22 @@ class Stage:
 
 @command
 def main(argv: list[str] | None = None) -> int:
+    arguments = command_parser().parse_args(argv)
+    check_writable(Path(arguments.output) / "report.html")
+    if arguments.target == "tensorrt":  # asked for before hours of training
+        load_tensorrt("--target tensorrt")
+        load_cuda("--target tensorrt").close()
+    if arguments.limits and not Path(arguments.limits).is_file():
+        raise ConfigError(f"--limits is {arguments.limits}; expected a TOML file of limits")
+    for split in SPLITS:
+        load_coco(*split_paths(arguments.data, split))
+    stages = planned_stages(arguments, load_config(arguments.config))
+    status = run_stages(stages)
+    print(f"report: {Path(arguments.output) / 'report.html'}")
+    return status
+
+
+def command_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m crosskd.pipeline", description="Train, distil, export, quantise, measure, report."
     )
@@ -67,19 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--limits", metavar="FILE", help="TOML file of limits for the verdict, see benchmarks.report "
                         "(default: the config's report_limits)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of the trainings (%(default)s)")
-    arguments = parser.parse_args(argv)
-    check_writable(Path(arguments.output) / "report.html")
-    if arguments.target == "tensorrt":  # asked for before hours of training
-        load_tensorrt("--target tensorrt")
-        load_cuda("--target tensorrt").close()
-    if arguments.limits and not Path(arguments.limits).is_file():
-        raise ConfigError(f"--limits is {arguments.limits}; expected a TOML file of limits")
-    for split in SPLITS:
-        load_coco(*split_paths(arguments.data, split))
-    stages = planned_stages(arguments, load_config(arguments.config))
-    status = run_stages(stages)
-    print(f"report: {Path(arguments.output) / 'report.html'}")
-    return status
+    return parser
 
 
 def planned_stages(arguments: argparse.Namespace, config: Any) -> list[Stage]:

@@ -38,13 +38,7 @@ sys.exit(int(content) if content.isdigit() else 0)
 
 
 def _planned(config: Path, *flags: str) -> list[Stage]:
-    parser = argparse.ArgumentParser()
-    for flag in ("--data", "--output", "--teacher-checkpoint"):
-        parser.add_argument(flag)
-    parser.add_argument("--target", default="onnxruntime")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args(["--data", "D", "--output", "O", *flags])
-    arguments.config = str(config)
+    arguments = pipeline.command_parser().parse_args([str(config), "--data", "D", "--output", "O", *flags])
     return planned_stages(arguments, load_config(config))
 
 
@@ -74,6 +68,8 @@ def test_the_plan_goes_from_training_to_the_report(configs: Path) -> None:
     report = _command(stages, "report")
     assert report.endswith("--max-ap-drop=5.0 -o O/report.html")
     assert report.count(".result.json") == 10
+    limited = _planned(configs / "crosskd_tiny.py", "--limits", "limits.toml")
+    assert _command(limited, "report").endswith(".result.json --limits limits.toml -o O/report.html")
 
 
 def test_every_planned_command_is_one_that_its_module_understands(
