@@ -53,7 +53,8 @@ def detections_from_session(session: Session, data: CocoSet) -> CocoResults:
     results: CocoResults = []
     for image in progress(data.images, len(data.images), "images"):
         prepared = preprocess(read_image(image.path), session.contract)
-        outputs = session.infer({session.contract.input_name: prepared.input})
+        batch = np.repeat(prepared.input, session.batch_limits[0], axis=0)
+        outputs = session.infer({session.contract.input_name: batch})
         results += coco_from_detections(
             postprocess(outputs, session.contract, prepared), image, session.contract.category_ids
         )

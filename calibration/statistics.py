@@ -34,6 +34,7 @@ SMALLEST_EXPONENT = -148 - BINS_LOG2
 SCHEMA_VERSION = 1
 PREPROCESSING = (
     "input_name", "input_shape", "input_type", "channel_order", "mean", "std", "pad_value", "resize",
+    "resize_wh_px",
 )  # fmt: skip
 """What of a contract changes the input of the network, and so the statistics."""
 

@@ -252,6 +252,8 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
     output = arguments.output
     if arguments.target and output:
         raise ConfigError(f"--output is {output}, --target {arguments.target} writes none: leave one of them out")
+    if arguments.target and arguments.data:
+        raise ConfigError("--data is given with --target, which writes nothing: run calibration.quantize first")
     if not arguments.target and (output is None or output.suffix != ".engine"):
         raise ConfigError(f"--output is {output}; expected a name that ends in .engine")
     if arguments.data and arguments.precision != "int8":
@@ -371,7 +373,7 @@ def _some(names: List[str]) -> str:
 
 def _check_target(arguments: argparse.Namespace, options: BuildOptions) -> int:
     recipe = recipe_for(options, typing_of_version(arguments.target))
-    source = read_source(arguments.model, options.precision, arguments.data)
+    source = read_source(arguments.model, options.precision, None)
     graph = _checked_graph(source, recipe, arguments.target)
     print(
         f"{source.path}: TensorRT {arguments.target} takes its {len(graph.model.graph.node)} nodes as "

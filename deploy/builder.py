@@ -14,10 +14,12 @@ What a version can do is asked of its bindings, never read from its number. Two 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import re
+import signal
 import sys
 import threading
 from pathlib import Path
@@ -25,8 +27,8 @@ from types import ModuleType
 from typing import Any, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Tuple
 
 from deploy.calibration_cache import text_from_amax
-from deploy.contract import ModelContract, write_sidecar
-from deploy.errors import ConfigError, EngineBuildError, PipelineError
+from deploy.contract import ModelContract, sidecar_path, write_sidecar
+from deploy.errors import ConfigError, EngineBuildError
 from deploy.files import AnyPath, replacing
 from deploy.progress import progress
 from deploy.trt import logger
@@ -234,8 +236,11 @@ def build_plan(
         monitor = config.progress_monitor = _progress_monitor(trt)
     else:
         print(f"TensorRT {trt.__version__} does not tell its progress; a build takes minutes", file=sys.stderr)
-    plan = builder.build_serialized_network(network, config)
-    if monitor is not None and monitor.interrupted:
+    with _noted_interrupt() as interrupted:
+        if monitor is not None:
+            monitor.interrupted = interrupted
+        plan = builder.build_serialized_network(network, config)
+    if interrupted.is_set():
         raise KeyboardInterrupt
     if calibrator is not None and calibrator.asked_for_images:
         raise EngineBuildError(
@@ -265,8 +270,10 @@ def write_engine(
         temporary.write_bytes(plan)
     try:
         write_sidecar(path, inputs, contract, details)
-    except PipelineError:
+    except BaseException:
         path.unlink()  # without its sidecar it is of no use
+        with contextlib.suppress(FileNotFoundError):
+            sidecar_path(path).unlink()  # of an engine that was here before
         raise
 
 
@@ -381,6 +388,20 @@ def _calibrator(trt: ModuleType, cache: str) -> Any:
     return Ranges()
 
 
+@contextlib.contextmanager
+def _noted_interrupt() -> Iterator[threading.Event]:
+    """Ctrl-C sets the event: an exception in one of TensorRT's callbacks would be swallowed by its C++."""
+    noted = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # which alone sees signals
+        yield noted
+        return
+    before = signal.signal(signal.SIGINT, lambda *_: noted.set())
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _progress_monitor(trt: ModuleType) -> Any:
     class Monitor(trt.IProgressMonitor):  # type: ignore[name-defined]  # trt-ok: from 10.0
         """Shows the steps of the outermost phases; Ctrl-C ends the build at the next step."""
@@ -389,26 +410,24 @@ def _progress_monitor(trt: ModuleType) -> Any:
             trt.IProgressMonitor.__init__(self)  # trt-ok
             self.bars: Dict[str, Iterator[int]] = {}
             self.lock = threading.Lock()  # several of TensorRT's threads call
-            self.interrupted = False
+            self.interrupted = threading.Event()
 
         def phase_start(self, phase_name: str, parent_phase: Optional[str], num_steps: int) -> None:
             if not parent_phase:
-                self.bars[phase_name] = progress(range(num_steps), num_steps, phase_name)
-                next(self.bars[phase_name], None)  # starts its clock
+                with self.lock:
+                    self.bars[phase_name] = progress(range(num_steps), num_steps, phase_name)
+                    next(self.bars[phase_name], None)  # starts its clock
 
         def step_complete(self, phase_name: str, step: int) -> bool:
-            try:
-                with self.lock:
-                    if phase_name in self.bars:
-                        next(self.bars[phase_name], None)
-            except KeyboardInterrupt:  # must not cross TensorRT's C++
-                self.interrupted = True
-            return not self.interrupted
+            with self.lock:
+                if phase_name in self.bars:
+                    next(self.bars[phase_name], None)
+            return not self.interrupted.is_set()
 
         def phase_finish(self, phase_name: str) -> None:
-            bar = self.bars.pop(phase_name, None)
-            if bar is not None and not self.interrupted:
-                with self.lock:
+            with self.lock:
+                bar = self.bars.pop(phase_name, None)
+                if bar is not None and not self.interrupted.is_set():
                     for _ in bar:  # TensorRT may skip steps
                         pass
 

@@ -35,7 +35,7 @@ from typing import IO, Any, Dict, List, Mapping, Optional, Sequence
 import numpy as np
 
 from deploy.board import BUNDLE_VERSION, golden_path
-from deploy.contract import OUTPUTS, load_contract, package_versions, read_sidecar
+from deploy.contract import OUTPUTS, load_contract, package_versions, read_sidecar, sidecar_path
 from deploy.errors import ConfigError, ContractError, PipelineError, command
 from deploy.files import AnyPath, check_writable, replacing, sha256_of
 from deploy.golden import SEEDS, noise_input
@@ -176,13 +176,16 @@ def files_of_bundle(sources: Mapping[str, Source]) -> Dict[str, bytes]:
     files["run.py"] = (ROOT / "deploy" / "run.py").read_bytes()
     files["LICENSE"] = _licence()
     described = {}
+    # Seen when the INT8 file was calibrated; they say of the float file, too, what FP16 cannot hold.
+    ranges = {"ranges": sources["int8"].sidecar["details"].get("ranges", {})} if "int8" in sources else {}
     for kind, source in sources.items():
         files[source.path.name] = source.path.read_bytes()
+        files[sidecar_path(source.path).name] = sidecar_path(source.path).read_bytes()  # so that it can be run there
         described[kind] = {
             "file": source.path.name,
             "parameters": count_parameters(source.model),
             "amax": amax_from_quantised(source.model),
-            "graphs": _add_graphs(source, files),
+            "graphs": _add_graphs(source, ranges, files),
         }
         files.update(golden_files(source))
     manifest = {
@@ -200,13 +203,13 @@ def files_of_bundle(sources: Mapping[str, Source]) -> Dict[str, bytes]:
     return files
 
 
-def _add_graphs(source: Source, files: Dict[str, bytes]) -> Dict[str, Any]:
+def _add_graphs(source: Source, ranges: Mapping[str, Any], files: Dict[str, bytes]) -> Dict[str, Any]:
     """Adds each form that `source` is good for to `files`; form -> its file and what stays FP32 in it."""
     from deploy.precision import typed_graph
 
     described = {}
     for form in FORMS[source.kind]:
-        typed = typed_graph(source.model, form, source.sidecar["details"])
+        typed = typed_graph(source.model, form, ranges)
         content = typed.model.SerializeToString()
         same = [name for name in files if files[name] == content]
         name = same[0] if same else f"graphs/{source.kind}.{form}.onnx"

@@ -103,17 +103,30 @@ def write_cache(path: AnyPath, amax: Mapping[str, float], tensorrt_version: str)
 
 
 def amax_from_quantised(model: onnx.ModelProto) -> Dict[str, float]:
-    """Tensor -> largest absolute value that INT8 holds, scale * 127, of each activation that has Q/DQ."""
+    """
+    Tensor -> largest absolute value that INT8 holds, scale * 127, of each activation that has Q/DQ.
+
+    Raises:
+        EngineBuildError: a scale is not one constant number.
+    """
     from onnx import numpy_helper
 
     from deploy.graph import constants
 
     known = constants(model)
-    return {
-        node.input[0]: float(numpy_helper.to_array(known[node.input[1]])) * LARGEST_INT8
-        for node in model.graph.node
-        if node.op_type == "QuantizeLinear" and node.input[0] not in known
-    }
+    found: Dict[str, float] = {}
+    for node in model.graph.node:
+        if node.op_type != "QuantizeLinear" or node.input[0] in known:
+            continue
+        scale = known.get(node.input[1])
+        if scale is None or numpy_helper.to_array(scale).size != 1:
+            raise EngineBuildError(
+                f"{node.name or node.output[0]} (QuantizeLinear) has the scale {node.input[1]!r}; expected one "
+                "constant number for an activation, as calibration.quantize --target tensorrt writes it"
+            )
+        largest = numpy_helper.to_array(scale).item() * LARGEST_INT8
+        found[node.input[0]] = max(largest, found.get(node.input[0], 0.0))
+    return found
 
 
 def float_from_quantised(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import math
 import platform
 import sys
 import time
@@ -100,8 +101,13 @@ class ModelContract:
             "resize_wh_px",
             "null, or width and height, positive and no larger than the input's",
         )
+        for field in ("output_names", "class_names"):
+            names = getattr(self, field)
+            check(isinstance(names, tuple) and all(isinstance(one, str) for one in names), field, "a list of names")
         for field in ("mean", "std", "pad_value"):
-            check(len(getattr(self, field)) == 3, field, "three numbers")
+            numbers = getattr(self, field)
+            finite = all(isinstance(one, (int, float)) and math.isfinite(one) for one in numbers)
+            check(len(numbers) == 3 and finite, field, "three numbers")
         check(min(self.std) > 0, "std", "three positive numbers")
         expected = OUTPUTS[self.outputs]
         check(len(self.output_names) == len(expected), "output_names", f"{len(expected)} names: {', '.join(expected)}")
@@ -109,7 +115,8 @@ class ModelContract:
         check(len(self.category_ids) == len(self.class_names), "category_ids", f"{len(self.class_names)} ids")
         check(0 <= self.score_threshold < 1, "score_threshold", "0 <= threshold < 1")
         check(0 < self.nms_iou_threshold <= 1, "nms_iou_threshold", "0 < threshold <= 1")
-        check(self.max_detections > 0, "max_detections", "a positive number")
+        whole = isinstance(self.max_detections, int)
+        check(whole and self.max_detections > 0, "max_detections", "a positive whole number")
 
     @property
     def input_height_px(self) -> int:

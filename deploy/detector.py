@@ -10,6 +10,7 @@ Needs numpy, OpenCV and what runs the file: ONNX Runtime for `.onnx`, TensorRT f
 
 from __future__ import annotations
 
+import sys
 from types import TracebackType
 from typing import List, Optional, Sequence, Tuple, Type, Union
 
@@ -83,20 +84,21 @@ class Detector:
         The detections of each of several images, which go through the network together.
 
         Args:
-            images: one to as many as the model's batch size, any number where that is dynamic. Of a fixed batch the
-                rest is filled with the last image.
+            images: one to as many as the model takes at once. Where it takes no fewer than some number, the rest is
+                filled with the last image.
 
         Raises:
             DataError: an image is none, or there are none or too many.
         """
-        size = self.contract.input_shape[0]
-        if not images or (size > 0 and len(images) > size):
+        fewest, most = self._session.batch_limits
+        if not images or len(images) > most:
+            limit = most if most < sys.maxsize else "any number"
             raise DataError(
-                f"{len(images)} images for one batch; expected 1 to {size if size > 0 else 'any number'}. Give fewer, "
-                "or export the model with a larger or a dynamic --batch"
+                f"{len(images)} images for one batch; expected 1 to {limit}. Give fewer, or export the model with a "
+                "larger or a dynamic --batch"
             )
         prepared = [preprocess(_checked(image), self.contract) for image in images]
-        filled = prepared + prepared[-1:] * (size - len(prepared))
+        filled = prepared + prepared[-1:] * (fewest - len(prepared))
         feed = prepared[0].input if len(filled) == 1 else np.concatenate([one.input for one in filled])
         outputs = self._session.infer({self.contract.input_name: feed})
         return [self._chosen(postprocess(outputs, self.contract, one, index)) for index, one in enumerate(prepared)]

@@ -136,6 +136,8 @@ def match_distances(reference: Arrays, found: Arrays, contract: ModelContract, i
             distances[~(np.isfinite(distances) & np.isfinite(other[1]) & (other[2] == labels[index]))] = np.inf
             if np.isfinite(distances).any():
                 nearest = int(np.argmin(distances))
+                if contract.score_threshold == 0 and (scores[index] > 0) != (other[1][nearest] > 0):
+                    continue  # at the threshold that this graph applies itself, where the last digit decides
                 rows.append((distances[nearest], abs(_logit(scores[index]) - _logit(other[1][nearest]))))
             else:
                 rows.append((np.inf, np.inf))

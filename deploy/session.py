@@ -154,9 +154,10 @@ class OrtSession(Session):
         if self._bound and len(self._bound[self.contract.output_names[0]]) == batch:
             return
         self._binding = self.runtime.io_binding()
-        self._bound = {name: np.empty((batch, *rest), dtype) for name, (dtype, rest) in self._shapes.items()}
-        for name, array in self._bound.items():
+        bound = {name: np.empty((batch, *rest), dtype) for name, (dtype, rest) in self._shapes.items()}
+        for name, array in bound.items():
             self._binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+        self._bound = bound
 
     def close(self) -> None:
         self._binding = None  # before the session that it belongs to

@@ -519,7 +519,8 @@ class PlanSession(Session):
         if sorted(names) != sorted(expected):
             raise ContractError(f"the engine has the tensors {names}; its contract expects {expected}. Build it again.")
         dtype, shape = self._dtype(contract.input_name), tuple(engine.get_tensor_shape(contract.input_name))
-        if dtype != contract.input_type or shape != tuple(contract.input_shape):
+        batch = contract.input_shape[0]
+        if dtype != contract.input_type or shape[1:] != tuple(contract.input_shape[1:]) or batch not in (-1, shape[0]):
             raise ContractError(
                 f"the engine takes {dtype} {shape}; its contract expects {contract.input_type} "
                 f"{tuple(contract.input_shape)}. Build it again."
@@ -541,13 +542,13 @@ class PlanSession(Session):
         """Gives all tensors their shapes for `batch` images."""
         self._cuda.drop_graph()  # it was captured for other shapes
         self._warm = self._captured = False
-        self._batch = batch
-        if self.batch_limits[0] != self.batch_limits[1]:
+        if self.contract.input_shape[0] == -1:
             shape = (batch, *self.contract.input_shape[1:])
             if not self._context.set_input_shape(self.contract.input_name, shape):
                 raise PipelineError(f"TensorRT refuses the input shape {shape}: {self._log.reasons()}")
         for name, tensor in self._tensors.items():
             self._set_shape(name, tensor)
+        self._batch = batch
 
     def _set_shape(self, name: str, tensor: _Tensor) -> None:
         shape = tuple(self._context.get_tensor_shape(name))
@@ -578,6 +579,8 @@ class PlanSession(Session):
             raise PipelineError(f"TensorRT refuses a buffer for the tensor {name!r}: {self._log.reasons()}")
 
     def infer(self, feed: Mapping[str, np.ndarray], times_ms: Optional[Dict[str, float]] = None) -> Arrays:
+        if self._context is None:
+            raise PipelineError(f"{self.description}: the session is closed; open another")
         array = self._input_of(feed)
         if array.shape[0] != self._batch:
             self._set_batch(array.shape[0])

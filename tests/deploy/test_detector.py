@@ -33,6 +33,8 @@ class Echo(Session):
 
     def __init__(self, contract: ModelContract) -> None:
         self.contract, self.description = contract, "echo"
+        size = contract.input_shape[0]
+        self.batch_limits = (size, size) if size > 0 else (1, sys.maxsize)
         self.batches: List[int] = []
         self.closed = 0
 
