@@ -40,7 +40,8 @@ def changes_from_reports(old: Mapping[str, Any], new: Mapping[str, Any], old_pat
     Raises:
         MeasurementError: the reports are of different data or classes.
     """
-    for key in ("annotations_sha256", "class_names", "images"):
+    both_accurate = all(any(row["AP"] is not None for row in report["rows"]) for report in (old, new))
+    for key in ("annotations_sha256", "class_names", *(["images"] if both_accurate else [])):
         if old["data"][key] != new["data"][key]:
             raise MeasurementError(
                 f"{old_path} and the results differ in data.{key}: {old['data'][key]!r:.80} and "
@@ -73,7 +74,7 @@ def changes_from_reports(old: Mapping[str, Any], new: Mapping[str, Any], old_pat
 
 def _machine(environment: Mapping[str, Any]) -> str:
     facts = environment["facts"]
-    return str(facts.get("machine") or facts.get("cpu"))
+    return ", ".join(str(one) for one in (facts.get("machine") or facts.get("cpu"), facts.get("gpu")) if one)
 
 
 def _change(old: Optional[Mapping[str, float]], new: Optional[Mapping[str, float]]) -> Optional[Dict[str, Any]]:

@@ -68,7 +68,9 @@ def evaluate_with_curves(
 
     with _no_garbage_collection():
         truth = coco([box for box in annotations["annotations"] if box["image_id"] in wanted])
-        evaluation = COCOeval_faster(truth, coco(detections), iouType="bbox")
+        keys = ("image_id", "category_id", "bbox", "score")  # an area of theirs does not count: pycocotools' loadRes
+        found = coco([{key: box[key] for key in keys} for box in detections])
+        evaluation = COCOeval_faster(truth, found, iouType="bbox")
         evaluation.print_function = lambda *_: None
         evaluation.evaluate()
         evaluation.accumulate()
@@ -124,7 +126,7 @@ def _fault(box: Any, image_ids: Any, category_ids: Any) -> str:
             return f"no image that is measured has the id {image_id!r}"
         if category_id not in category_ids:
             return f"no category has the id {category_id!r}"
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         return "a key is missing or of a wrong type"
     return ""
 

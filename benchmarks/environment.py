@@ -181,13 +181,13 @@ def clock_reasons(on_gpu: bool) -> List[str]:
         reasons.append(f"the CPU governor is {' and '.join(sorted(map(str, moving)))}, not performance")
     if _cpu_turbo():
         reasons.append("the CPU's turbo is on")
-    for device in _jetson_gpus() if on_gpu else []:
+    for device in jetson_gpus() if on_gpu else []:
         if not _is_fixed(device / "min_freq", "max_freq"):
             reasons.append("the clocks of the Jetson's GPU are not locked: sudo jetson_clocks")
     return reasons
 
 
-def _jetson_gpus() -> List[Path]:
+def jetson_gpus() -> List[Path]:
     """The GPU of a Jetson among the devices with clocks: 17000000.ga10b or .gpu on Orin, 17000000.gv11b on Xavier."""
     return [
         path
@@ -206,7 +206,7 @@ def _jetson_gpu_facts() -> Dict[str, Any]:
 
 
 def _jetson_gpu_mhz(name: str) -> Optional[float]:
-    found = [_first_line(device / name) for device in _jetson_gpus()]  # in Hz
+    found = [_first_line(device / name) for device in jetson_gpus()]  # in Hz
     return int(found[0]) / 1e6 if found and found[0] is not None and found[0].isdigit() else None
 
 
@@ -269,12 +269,13 @@ def process_memory_mib(pid: int) -> Optional[Tuple[float, float]]:
     return (kib["VmRSS"] / 1024, kib["VmHWM"] / 1024) if len(kib) == 2 else None
 
 
-def reset_peak_memory() -> None:
-    """Makes the highest resident memory of this process its present one, where the kernel allows it (man 5 proc)."""
+def reset_peak_memory() -> bool:
+    """Makes the highest resident memory of this process its present one; False if the kernel refuses (man 5 proc)."""
     try:
         (_PROC / "self/clear_refs").write_text("5")
     except OSError:
-        return
+        return False
+    return True
 
 
 # Facts, one by one

@@ -9,7 +9,7 @@ the device and back, inference, post-processing. Reading the image file is timed
 runs are excluded and every sample is kept. torch, ONNX Runtime and TensorRT go through one loop with the same images.
 
 What speaks against comparing a result with others is said in it: runs that scatter, clocks that move, a device that
-throttled, a machine that others kept busy.
+throttled, a machine that others kept busy before it began.
 
 An ONNX file needs onnx and onnxruntime, an engine TensorRT, a run directory the training side (in a process of its
 own). GPU clocks, memory and watts need nvidia-ml-py.
@@ -42,6 +42,7 @@ from benchmarks.environment import (
     NotHere,
     busy_cores,
     clock_reasons,
+    jetson_gpus,
     open_gpu,
     process_memory_mib,
     reset_peak_memory,
@@ -263,8 +264,7 @@ def open_detection(
         with contextlib.closing(TorchDetection(subject.path, images, arguments.threads)) as detection:
             yield detection
         return
-    reset_peak_memory()
-    memory = process_memory_mib(os.getpid())
+    memory = process_memory_mib(os.getpid()) if reset_peak_memory() else None
     with open_session(subject.path, threads=arguments.threads) as session:
         check_fits(session.contract, data, subject)
         fewest, most = session.batch_limits
@@ -472,12 +472,17 @@ def measure(detection: Detection, arguments: argparse.Namespace, gpu_before_mib:
         throttled, hot = throttle_count() - throttled, thermal_limits()
         host_peak = detection.memory_mib()
         idle_w = monitor.between("watts", rested_s, warm_up_s)
-        load_w, clocks, slowdowns = (
-            monitor.between(name, start_s, end_s) for name in ("watts", "clock_mhz", "slowdowns")
-        )
+        load_w = monitor.between("watts", start_s, end_s)
+        # With the reading behind the last run, since a short one has none of its own.
+        clocks, slowdowns = (monitor.between(name, start_s, math.inf) for name in ("clock_mhz", "slowdowns"))
         used_mib = monitor.between("used_mib", warm_up_s, math.inf)
     numbers = numbers_from_samples(samples, detection.description, arguments.threads)
     reasons = clock_reasons(detection.on_gpu) + gpu_reasons(clocks, slowdowns)
+    if detection.on_gpu and not (clocks and slowdowns) and not jetson_gpus():
+        reasons.append(
+            "the GPU's clocks and slow-downs could not be read: install nvidia-ml-py; with several GPUs set "
+            "CUDA_VISIBLE_DEVICES to a UUID"
+        )
     if not numbers["stable"]:
         reasons.append(
             f"it is unstable: the interquartile range is {100 * numbers['spread']:.0f} % of the median, above "
@@ -488,7 +493,7 @@ def measure(detection: Detection, arguments: argparse.Namespace, gpu_before_mib:
     if others is not None and others > OTHERS_CORES:
         reasons.append(f"other programs kept {others:.1f} processors busy before it began")
     if throttled:
-        reasons.append(f"the device throttled {throttled} times")
+        reasons.append("the device throttled")  # each of its events is counted for every core
     if hot:
         reasons.append(f"the device was too hot at the end: {' and '.join(hot)} held its clocks down")
     power, power_reason = None, watch.power_reason

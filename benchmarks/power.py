@@ -90,8 +90,9 @@ class RaplPower(PowerSource):
     description = "RAPL, the processor packages"
 
     def __init__(self) -> None:
-        zones = sorted(_POWERCAP.glob("intel-rapl:[0-9]*"))
-        self._zones = [zone for zone in zones if zone.name.count(":") == 1]  # two colons: a part of a package
+        # Two colons are a part of a package; psys is the platform, its packages included.
+        names = sorted(path for path in _POWERCAP.glob("intel-rapl:[0-9]*/name") if path.parent.name.count(":") == 1)
+        self._zones = [path.parent for path in names if path.read_text(encoding="utf-8").startswith("package")]
         if not self._zones:
             raise NotHere("no RAPL here: /sys/class/powercap has no intel-rapl")
         try:

@@ -220,6 +220,12 @@ def rows_from_groups(groups: Mapping[str, Results]) -> List[Row]:
     return rows
 
 
+def setting_of(result: Mapping[str, Any]) -> Tuple[Any, ...]:
+    """Machine, CPU, GPU, power mode, mode and pace: what two latencies must share to be compared."""
+    facts = [result["environment"].get(key) for key in ("machine", "cpu", "gpu", "nvpmodel")]
+    return (*map(str, facts), result["numbers"]["mode"], result["numbers"]["fps"])
+
+
 def _row(role: str, group: Results, teacher: Results, seed: int) -> Row:
     model = next(iter(group.values()))["model"]
     accuracy, latency = (group[kind]["numbers"] if kind in group else {} for kind in ("accuracy", "latency"))
@@ -240,8 +246,22 @@ def _row(role: str, group: Results, teacher: Results, seed: int) -> Row:
         "best_f1": accuracy.get("best_f1"),
         **{name: against.get(name) for name in ("score_shift", "lost", "gained")},
         "speedup": estimates["speedup"].value if estimates["speedup"] else None,
+        "same_setting": "latency" not in group
+        or "latency" not in teacher
+        or setting_of(group["latency"]) == setting_of(teacher["latency"]),
         "latency_ms": latency.get("summary_ms"),
-        **{name: latency.get(name) for name in ("stable", "comparable", "mode", "sweep", "power", "memory_mib")},
+        **{
+            name: latency.get(name)
+            for name in (
+                "stable",
+                "comparable",
+                "comparable_reasons",
+                "mode",
+                "sweep",
+                "power",
+                "memory_mib",
+            )
+        },
         "runs_on": latency.get("description"),
         "estimates": {name: dataclasses.asdict(found) if found else None for name, found in estimates.items()},
     }
@@ -344,7 +364,8 @@ def int8_from_groups(groups: Mapping[str, Results], rows: Sequence[Row]) -> Opti
     if "accuracy" in int8 and "accuracy" in float_:
         found = comparison(int8["accuracy"]["numbers"], float_["accuracy"]["numbers"])
         gain = Estimate(found["AP_difference"], found["low"], found["high"])
-    if "latency" in int8 and "latency" in float_:
+    timed = "latency" in int8 and "latency" in float_
+    if timed and setting_of(int8["latency"]) == setting_of(float_["latency"]):
         slow, fast = (
             resampled_percentile(group["latency"]["numbers"]["samples_ms"]["total"], 50, seed)
             for seed, group in enumerate((float_, int8))
@@ -370,7 +391,7 @@ def int8_from_groups(groups: Mapping[str, Results], rows: Sequence[Row]) -> Opti
 def _int8_sentence(titles: Sequence[str], gain: Optional[Estimate], speedup: Optional[Estimate], answer: str) -> str:
     start = {"yes": "Yes: ", "no": "No: ", "cannot tell": "It cannot be told: "}[answer]
     if gain is None or speedup is None:
-        return f"{start}accuracy and latency of both {titles[0]} and {titles[1]} are needed."
+        return f"{start}accuracy and latency of both {titles[0]} and {titles[1]} on one device are needed."
     return (
         f"{start}{titles[0]} is {speedup.value:.2f} times as fast as {titles[1]} ({speedup.low:.2f} to "
         f"{speedup.high:.2f}) and changes AP by {signed_points(gain.value)} points ({signed_points(gain.low)} to "
@@ -461,7 +482,7 @@ def notes_from_groups(
     for reason, titles in reasons.items():
         notes.append(f"Latency not comparable ({', '.join(titles)}): {reason}.".replace("..", "."))
     for what, values in (
-        ("machines", {(one["environment"].get("machine"), one["environment"]["cpu"]) for one in latencies.values()}),
+        ("machines", {setting_of(one)[:4] for one in latencies.values()}),
         (
             "thread counts",
             {one["numbers"]["threads"] for one in latencies.values() if one["model"]["format"] != "engine"},
@@ -721,10 +742,10 @@ def _output_paths(arguments: argparse.Namespace) -> List[Path]:
     if html.suffix != ".html":
         raise ConfigError(f"--output is {html}; expected a name that ends in .html")
     paths = [html, html.with_suffix(".md"), html.with_suffix(".json")]
-    inputs = {Path(path).resolve() for path in arguments.results}
+    inputs = {Path(path).resolve() for path in [*arguments.results, arguments.against, arguments.limits] if path}
     for path in paths:
         if path.resolve() in inputs:
-            raise ConfigError(f"{path} would be written over a result file; choose another --output")
+            raise ConfigError(f"{path} would be written over an input; choose another --output")
         check_writable(path)
     return paths
 

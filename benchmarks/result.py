@@ -149,7 +149,7 @@ def check_result(document: Any, path: AnyPath) -> None:
         raise MeasurementError(
             f"{path}: result_version is {document['result_version']!r}; expected {RESULT_VERSION}. Measure again."
         )
-    if document.get("kind") not in _KINDS:
+    if document.get("kind") not in list(_KINDS):
         raise MeasurementError(f"{path}: kind is {document.get('kind')!r}; expected one of {sorted(_KINDS)}")
     _check_keys(document, {**_COMMON, **_KINDS[document["kind"]]}, str(path), "")
 

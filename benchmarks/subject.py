@@ -170,8 +170,12 @@ def check_arguments(arguments: argparse.Namespace) -> str:
     The suffix is part of it: `student.onnx` without --role must not pass for the role "student", which is torch's.
 
     Raises:
-        ConfigError: an empty role. PipelineError: the output cannot be written.
+        ConfigError: an empty role, or the output is an input. PipelineError: the output cannot be written.
     """
+    for flag in ("model", "annotations", "against"):
+        given = getattr(arguments, flag, None)
+        if given is not None and Path(given).resolve() == Path(arguments.output).resolve():
+            raise ConfigError(f"--output is {arguments.output}, which would be written over; choose another")
     check_writable(arguments.output)
     role = Path(arguments.model).resolve().name if arguments.role is None else arguments.role.strip()
     if not role:

@@ -77,6 +77,7 @@ LIMITS = (
         "the latency{}, on a device that tells its power",
     ),
 )  # fmt: skip
+TIMES = ("median_ms", "p99_ms", "speedup")
 LEAST_TEACHER_AP = 0.01
 """Nothing can be judged by a teacher below it: a model that finds nothing would lose nothing against it."""
 _DEMAND = {"at most": "allowed", "at least": "required"}
@@ -138,6 +139,10 @@ def judge(ship: Row, allowed: Mapping[str, float]) -> List[Dict[str, Any]]:
         if kind.estimate == "AP_gain" and ship["AP"] - ship["AP_gain"] < LEAST_TEACHER_AP:
             found = "cannot tell"
             why = f"the teacher's own AP is {points(ship['AP'] - ship['AP_gain'])}: give one that has learnt"
+        elif kind.estimate == "speedup" and not ship["same_setting"]:
+            found, why = "cannot tell", "the teacher was timed on another machine or in another mode"
+        elif kind.estimate in TIMES and ship["comparable"] is False:
+            found, why = "cannot tell", f"its latency is not comparable: {ship['comparable_reasons'][0]}"
         judged.append(
             {
                 "flag": kind.flag,

@@ -222,7 +222,7 @@ def _int8_share(tables: _Tables, found: Dict[str, Convolution]) -> Optional[floa
         if node.op_type in PRODUCTS
     ]
     known = [(state, number) for state, number in counts if number is not None]
-    if len(known) < len(counts):
+    if not known or len(known) < len(counts):
         return None
     return sum(number for state, number in known if state == INT8) / sum(number for _, number in known)
 
@@ -265,7 +265,7 @@ def table_from_audit(result: Audit) -> str:
     """The audit as text, for people."""
     total = sum(entry.multiplications or 0 for entry in result.convolutions)
     counts = collections.Counter(entry.state for entry in result.convolutions)
-    width = max(len(entry.name) for entry in result.convolutions)
+    width = max((len(entry.name) for entry in result.convolutions), default=len("convolution"))
     lines = [f"{'convolution':{width}}  {'state':11}  share of  input scale  why", f"{'':{width + 15}}products"]
     for entry in result.convolutions:
         share = f"{entry.multiplications / total:8.1%}" if entry.multiplications and total else f"{'?':>8}"

@@ -186,11 +186,12 @@ def _sessions(
 def _groups(model: onnx.ModelProto, tensors: Iterable[str], contract: ModelContract) -> List[List[str]]:
     """The tensors but for the input, as they follow in the graph, in groups of at most LARGEST_GROUP_BYTES."""
     wanted, sizes = set(tensors) - {contract.input_name}, _sizes_in_bytes(model, contract)
+    unknown = max(sizes.values(), default=0)  # onnx cannot infer every size: then as large as the largest known
     groups: List[List[str]] = []
     free_bytes = 0
     for name in producers(model):
         if name in wanted:
-            size = sizes.get(name, 0)  # a shape that depends on the data is of a few detections
+            size = sizes.get(name) or unknown
             if not groups or size > free_bytes:
                 groups.append([])
                 free_bytes = LARGEST_GROUP_BYTES

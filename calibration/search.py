@@ -7,8 +7,8 @@ float, then the next, each step measured, until the budget holds. Then back: eac
 to INT8 again where the budget still holds without it. What INT8 costs is no sum over blocks, so that another set may
 be smaller still; but the one found is measured to hold.
 
-The drop is measured on the images that the blocks were chosen by, and is a little too good for that: the final figure
-is that of images which nothing was chosen by.
+The drop is measured on the images that the blocks were chosen by, and is a little too good for that: measure the result
+on another split.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ import io
 import json
 import math
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any, Dict, Iterable, List
 
@@ -214,7 +215,7 @@ def load_statistics(path: AnyPath, model: AnyPath, contract: ModelContract) -> C
             arrays = {name: archive[name] for name in archive.files}
         header = json.loads(str(arrays["header"]))
         version = header["schema_version"]
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise CalibrationError(
             f"cannot read the statistics in {path} ({error}); expected a file of calibration.quantize --statistics. "
             "Delete it, and they are collected anew."

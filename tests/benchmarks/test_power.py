@@ -103,11 +103,12 @@ def test_a_tegrastats_that_is_no_use_is_ended(tegrastats, monkeypatch, lines, re
 def rapl(tmp_path, monkeypatch):
     """`rapl(package, energy_uj)` sets the counter of a package, whose range is 1,000,000 uJ."""
 
-    def write(package, energy_uj):
+    def write(package, energy_uj, name="package-0"):
         for zone in (f"intel-rapl:{package}", f"intel-rapl:{package}:0"):  # the second is a part of the first
             (tmp_path / zone).mkdir(exist_ok=True)
             (tmp_path / zone / "energy_uj").write_text(f"{energy_uj}\n")
             (tmp_path / zone / "max_energy_range_uj").write_text("999999\n")
+            (tmp_path / zone / "name").write_text(f"{name}\n")
 
     monkeypatch.setattr(power, "_POWERCAP", tmp_path)
     return write
@@ -118,10 +119,12 @@ def test_rapl_is_the_energy_of_all_packages_over_time(rapl, monkeypatch):
     monkeypatch.setattr(power, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     rapl(0, 100_000)
     rapl(1, 900_000)
+    rapl(2, 0, "psys")  # the platform, in which the packages are counted already
     source = power.RaplPower()
     assert source.watts() is None  # no time has passed
     clock.now = 0.1
     rapl(0, 600_000)
+    rapl(2, 999_000, "psys")
     rapl(1, 400_000)  # its counter has started again at zero
     assert source.watts() == pytest.approx((500_000 + 500_000) / 1e6 / 0.1, rel=1e-9)
 

@@ -396,7 +396,7 @@ def test_output_paths(result, tmp_path, capsys):
     assert report.main([str(path), "-o", str(tmp_path / "report.json")]) == 2
     assert "expected a name that ends in .html" in capsys.readouterr().err
     assert report.main([str(path), "-o", str(path.with_suffix(".html"))]) == 2
-    assert "written over a result file" in capsys.readouterr().err
+    assert "written over an input" in capsys.readouterr().err
     assert json.loads(path.read_text())["kind"] == "accuracy"
 
 

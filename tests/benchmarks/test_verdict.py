@@ -30,6 +30,9 @@ def row(**estimates):
         "AP": 0.47,
         "AP_gain": -0.01,
         "speedup": 4.0,
+        "same_setting": True,
+        "comparable": True,
+        "comparable_reasons": [],
         "latency_ms": {"total": {"median": 12.0, "p99": 20.0}},
         "estimates": {**values, **estimates},
     }
@@ -183,3 +186,14 @@ def test_nothing_is_judged_by_a_teacher_that_finds_nothing():
     verdict = verdict_from_limits(nothing, judge(nothing, {"max_ap_drop": 1.5, "min_speedup": 2.0}))
     assert verdict["outcome"] == "cannot tell"
     assert verdict["sentence"].endswith("but the teacher's own AP is 0.0: give one that has learnt.")
+
+
+def test_times_that_do_not_compare_decide_nothing():
+    unstable = {**row(), "comparable": False, "comparable_reasons": ["it is unstable"]}
+    for key in ("max_latency_ms", "max_p99_ms", "min_speedup"):
+        (limit,) = judge(unstable, {key: 3.0})
+        assert (limit["outcome"], limit["why"]) == ("cannot tell", "its latency is not comparable: it is unstable")
+    (limit,) = judge({**row(), "same_setting": False}, {"min_speedup": 3.0})
+    assert limit["outcome"] == "cannot tell"
+    assert limit["why"] == "the teacher was timed on another machine or in another mode"
+    assert judge(unstable, {"min_ap": 40.0})[0]["outcome"] == "pass"
