@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Dict, Mapping, Optional
 
-from benchmarks.result import check_seal
+from deploy.contract import check_seal
 from deploy.errors import MeasurementError
 from deploy.files import AnyPath, read_json
 

@@ -25,12 +25,12 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
 from benchmarks.board_list import Board, boards_from_file
-from benchmarks.result import check_result, check_seal
+from benchmarks.result import check_result
 from benchmarks.ssh import BoardError, CommandError, Remote, check_asyncssh, connected, printable
 from benchmarks.wording import UNKNOWN, ms
 from deploy.board import Bundle
 from deploy.bundle import SUFFIX, unpack
-from deploy.contract import provenance
+from deploy.contract import check_seal, provenance
 from deploy.errors import ConfigError, MeasurementError, command
 from deploy.files import check_writable, replacing, sha256_of, write_json
 

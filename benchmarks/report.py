@@ -30,7 +30,7 @@ from benchmarks.gallery import Side, gallery, most_disagreed
 from benchmarks.junit import junit_from_limits
 from benchmarks.ladder import RUNGS, faults, movement
 from benchmarks.operating_point import comparison
-from benchmarks.result import STAGES, STATISTICS, check_same_data, read_result, sealed
+from benchmarks.result import STAGES, STATISTICS, check_same_data, read_result
 from benchmarks.subject import ROLES
 from benchmarks.verdict import (
     LIMITS,
@@ -58,7 +58,7 @@ from benchmarks.wording import (
     signed_score,
     times,
 )
-from deploy.contract import provenance
+from deploy.contract import provenance, sealed
 from deploy.errors import ConfigError, MeasurementError, MissingDependencyError, command
 from deploy.files import AnyPath, check_writable, read_json, replacing, sha256_of, write_json
 

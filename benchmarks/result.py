@@ -12,17 +12,14 @@ Versioned result files: what was measured, of which file, on which images, where
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from typing import Any, Dict, Mapping, Sequence, Tuple, Union
 
 from benchmarks.coco import METRICS
-from deploy.contract import provenance
+from deploy.contract import RESULT_VERSION, check_seal, provenance, sealed
 from deploy.errors import MeasurementError
 from deploy.files import AnyPath, read_json, write_json
 
-RESULT_VERSION = 2
 STAGES = ("read", "preprocess", "host_to_device", "inference", "device_to_host", "postprocess", "total")
 """Of a detection. `total` is all of it but for `read`, from the decoded image to the detections."""
 STATISTICS = ("median", "mean", "p90", "p95", "p99", "max")
@@ -102,26 +99,6 @@ def write_result(path: AnyPath, result: Mapping[str, Any], inputs: Mapping[str, 
     document = {"result_version": RESULT_VERSION, **provenance(inputs), **result}
     check_result(document, path)
     write_json(path, sealed(document))
-
-
-def sealed(document: Mapping[str, Any]) -> Dict[str, Any]:
-    """`document` with the hash of its content, which `check_seal` compares."""
-    return {**document, "content_sha256": _content_sha256(document)}
-
-
-def check_seal(document: Mapping[str, Any], path: AnyPath) -> None:
-    """Raises MeasurementError if the content is not what was written."""
-    recorded, found = document.get("content_sha256"), _content_sha256(document)
-    if recorded != found:
-        raise MeasurementError(
-            f"{path} was edited: the hash of its content is {found[:12]}..., content_sha256 says "
-            f"{str(recorded)[:12]}... Bring back the original, or measure again."
-        )
-
-
-def _content_sha256(document: Mapping[str, Any]) -> str:
-    content = {key: value for key, value in document.items() if key != "content_sha256"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def read_result(path: AnyPath) -> Dict[str, Any]:

@@ -18,8 +18,7 @@ import time
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from benchmarks.environment import read_environment
-from benchmarks.result import RESULT_VERSION
-from deploy.contract import provenance
+from deploy.contract import RESULT_VERSION, provenance
 from deploy.errors import ConfigError, command
 from deploy.files import check_writable, write_json
 from deploy.golden import noise_input

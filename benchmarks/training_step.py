@@ -22,9 +22,8 @@ import numpy as np
 
 from benchmarks.environment import read_environment
 from benchmarks.latency import UNSTABLE_SPREAD, relative_spread
-from benchmarks.result import RESULT_VERSION
 from benchmarks.subject import run_crosskd
-from deploy.contract import provenance
+from deploy.contract import RESULT_VERSION, provenance
 from deploy.errors import ConfigError, MeasurementError, command
 from deploy.files import check_writable, read_json, write_json
 from deploy.progress import progress

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from crosskd.config import load_config, path_beside
-from deploy.contract import read_sidecar
+from deploy.contract import RESULT_VERSION, check_seal, read_sidecar
 from deploy.dataset import SPLITS, load_coco, split_paths
 from deploy.errors import ConfigError, PipelineError, command
 from deploy.files import check_writable, read_json, sha256_of, write_json
@@ -229,6 +229,9 @@ def is_up_to_date(stage: Stage) -> bool:
     try:
         if stage.artefact.suffix == ".json":  # a result file is its own sidecar
             record = read_json(stage.artefact, PipelineError, "a result file")
+            check_seal(record, stage.artefact)
+            if stage.words[0] != "benchmarks.report" and record["result_version"] != RESULT_VERSION:
+                return False
         else:
             record = read_sidecar(stage.artefact)
         made_by = [word for word in record["command"] if word != "--resume"]

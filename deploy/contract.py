@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import hashlib
+import json
 import math
 import platform
 import sys
@@ -18,10 +20,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Tuple
 
-from deploy.errors import ContractError
+from deploy.errors import ContractError, MeasurementError
 from deploy.files import AnyPath, read_json, sha256_of, write_json
 
 SCHEMA_VERSION = 1
+RESULT_VERSION = 2
+"""Of the result files of benchmarks, which says what the versions are."""
 PACKAGES = (
     "crosskd", "torch", "torchvision", "mmdet", "onedl-mmdetection", "onedl-mmcv", "onedl-mmengine",
     "numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt", "opencv-python-headless", "opencv-python",
@@ -275,3 +279,23 @@ def weights_of_run(run_dir: AnyPath) -> Path:
             "crosskd.distill or crosskd.train"
         )
     return found[0]
+
+
+def sealed(document: Mapping[str, Any]) -> Dict[str, Any]:
+    """`document` with the hash of its content, which `check_seal` compares."""
+    return {**document, "content_sha256": _content_sha256(document)}
+
+
+def check_seal(document: Mapping[str, Any], path: AnyPath) -> None:
+    """Raises MeasurementError if the content is not what was written."""
+    recorded, found = document.get("content_sha256"), _content_sha256(document)
+    if recorded != found:
+        raise MeasurementError(
+            f"{path} was edited: the hash of its content is {found[:12]}..., content_sha256 says "
+            f"{str(recorded)[:12]}... Bring back the original, or measure again."
+        )
+
+
+def _content_sha256(document: Mapping[str, Any]) -> str:
+    content = {key: value for key, value in document.items() if key != "content_sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from benchmarks.result import RESULT_VERSION, read_result
+from benchmarks.result import read_result
+from deploy.contract import RESULT_VERSION
 from deploy.errors import MeasurementError
 
 
