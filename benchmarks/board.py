@@ -20,7 +20,7 @@ from typing import Any, Dict, List, Mapping, Optional
 import numpy as np
 
 from benchmarks.environment import clock_reasons, read_environment
-from benchmarks.result import STAGES, STATISTICS, write_result
+from benchmarks.result import LEAST_RUNS, STAGES, STATISTICS, UNSTABLE_SPREAD, relative_spread, summarize, write_result
 from deploy.board import Bundle, add_engine_argument, golden_path
 from deploy.contract import read_sidecar
 from deploy.errors import ConfigError
@@ -29,9 +29,6 @@ from deploy.progress import progress
 from deploy.session import Session
 from deploy.trt import TrtSession
 
-LEAST_RUNS = 10
-UNSTABLE_SPREAD = 0.1
-"""Interquartile range over median above which a run is called unstable (as torch.utils.benchmark does)."""
 NETWORK_ALONE = "total is that of the network alone: no image was prepared, no boxes were suppressed"
 
 Samples = Dict[str, List[float]]
@@ -125,15 +122,14 @@ def numbers_from_samples(
     Args:
         images: in each run.
     """
-    low, median, high = np.percentile(samples["total"], [25, 50, 75])
-    spread = float((high - low) / median)
+    spread = relative_spread(samples["total"])
     reasons = [NETWORK_ALONE, *clock_reasons(on_gpu=True)]
     if images != 1:
         reasons.append(f"each run takes {images} images")
     if spread > UNSTABLE_SPREAD:
         reasons.append(f"it is unstable: the interquartile range is {100 * spread:.0f} % of the median")
     return {
-        "summary_ms": {stage: _summary(samples[stage]) if stage in samples else None for stage in STAGES},
+        "summary_ms": {stage: summarize(samples[stage]) if stage in samples else None for stage in STAGES},
         "samples_ms": {stage: samples.get(stage) for stage in STAGES},
         "stable": spread <= UNSTABLE_SPREAD,
         "spread": spread,
@@ -150,11 +146,6 @@ def numbers_from_samples(
         "power_reason": "bench does not measure it",
         "sweep": None,
     }
-
-
-def _summary(samples_ms: List[float]) -> Dict[str, float]:
-    median, p90, p95, p99 = np.percentile(samples_ms, [50, 90, 95, 99]).tolist()
-    return dict(zip(STATISTICS, (median, float(np.mean(samples_ms)), p90, p95, p99, max(samples_ms))))
 
 
 def data_from_bundle(bundle: Bundle) -> Dict[str, Any]:

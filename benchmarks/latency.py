@@ -51,7 +51,7 @@ from benchmarks.environment import (
     usable_cores,
 )
 from benchmarks.power import Monitor, PowerSource, open_power, power_from_readings
-from benchmarks.result import STAGES, STATISTICS, write_result
+from benchmarks.result import LEAST_RUNS, STAGES, STATISTICS, UNSTABLE_SPREAD, relative_spread, summarize, write_result
 from benchmarks.subject import (
     Subject,
     add_arguments,
@@ -70,9 +70,6 @@ from deploy.progress import progress
 from deploy.session import Session, open_session
 
 IMAGES = 8
-LEAST_RUNS = 10
-UNSTABLE_SPREAD = 0.1
-"""Interquartile range over median above which a run is called unstable (as torch.utils.benchmark does)."""
 WARMUP_WINDOW = 5
 WARMUP_AGREEMENT = 0.05
 """Warm-up ends when the medians of its last two windows of runs differ by no more than this part."""
@@ -93,18 +90,6 @@ Samples = Dict[str, List[float]]
 
 
 # Statistics
-
-
-def summarize(samples_ms: Sequence[float]) -> Dict[str, float]:
-    """Median, mean, 90th, 95th and 99th percentile (linear between samples, numpy's default) and maximum, in ms."""
-    median, p90, p95, p99 = np.percentile(samples_ms, [50, 90, 95, 99]).tolist()
-    return dict(zip(STATISTICS, (median, float(np.mean(samples_ms)), p90, p95, p99, float(max(samples_ms)))))
-
-
-def relative_spread(samples_ms: Sequence[float]) -> float:
-    """Interquartile range over median: a fraction."""
-    low, median, high = np.percentile(samples_ms, [25, 50, 75])
-    return float((high - low) / median)
 
 
 def numbers_from_samples(

@@ -15,6 +15,8 @@ from __future__ import annotations
 import math
 from typing import Any, Dict, Mapping, Sequence, Tuple, Union
 
+import numpy as np
+
 from benchmarks.coco import METRICS
 from deploy.contract import RESULT_VERSION, check_seal, provenance, sealed
 from deploy.errors import MeasurementError
@@ -23,6 +25,9 @@ from deploy.files import AnyPath, read_json, write_json
 STAGES = ("read", "preprocess", "host_to_device", "inference", "device_to_host", "postprocess", "total")
 """Of a detection. `total` is all of it but for `read`, from the decoded image to the detections."""
 STATISTICS = ("median", "mean", "p90", "p95", "p99", "max")
+LEAST_RUNS = 10
+UNSTABLE_SPREAD = 0.1
+"""Interquartile range over median above which a run is called unstable (as torch.utils.benchmark does)."""
 
 _NUMBER = (int, float)
 _NUMBER_OR_NULL = (int, float, type(None))
@@ -170,3 +175,15 @@ def _is_a(value: Any, kind: Union[type, Tuple[type, ...]]) -> bool:
 def _words(kind: Union[type, Tuple[type, ...]]) -> str:
     kinds = kind if isinstance(kind, tuple) else (kind,)
     return " or ".join("null" if one is type(None) else one.__name__ for one in kinds)
+
+
+def summarize(samples_ms: Sequence[float]) -> Dict[str, float]:
+    """Median, mean, 90th, 95th and 99th percentile (linear between samples, numpy's default) and maximum, in ms."""
+    median, p90, p95, p99 = np.percentile(samples_ms, [50, 90, 95, 99]).tolist()
+    return dict(zip(STATISTICS, (median, float(np.mean(samples_ms)), p90, p95, p99, float(max(samples_ms)))))
+
+
+def relative_spread(samples_ms: Sequence[float]) -> float:
+    """Interquartile range over median: a fraction."""
+    low, median, high = np.percentile(samples_ms, [25, 50, 75])
+    return float((high - low) / median)

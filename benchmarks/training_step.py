@@ -21,7 +21,7 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence
 import numpy as np
 
 from benchmarks.environment import read_environment
-from benchmarks.latency import UNSTABLE_SPREAD, relative_spread
+from benchmarks.result import UNSTABLE_SPREAD, relative_spread
 from benchmarks.subject import run_crosskd
 from deploy.contract import RESULT_VERSION, provenance
 from deploy.errors import ConfigError, MeasurementError, command
