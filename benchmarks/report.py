@@ -469,16 +469,10 @@ def notes_from_groups(
     """What a reader must know before trusting the numbers."""
     notes = []
     latencies = {role: group["latency"] for role, group in groups.items() if "latency" in group}
-    for role, result in latencies.items():
-        if not result["numbers"]["stable"]:
-            share = 100 * result["numbers"]["spread"]
-            notes.append(
-                f"{ROLES.get(role, role)}: latency was unstable, interquartile range {share:.0f} % of the median."
-            )
     reasons: Dict[str, List[str]] = {}
     for role, result in latencies.items():
-        for reason in result["numbers"].get("comparable_reasons") or []:
-            reasons.setdefault(str(reason), []).append(ROLES.get(role, role))
+        if result["numbers"]["comparable_reasons"]:
+            reasons.setdefault("; ".join(result["numbers"]["comparable_reasons"]), []).append(ROLES.get(role, role))
     for reason, titles in reasons.items():
         notes.append(f"Latency not comparable ({', '.join(titles)}): {reason}.".replace("..", "."))
     for what, values in (

@@ -183,7 +183,7 @@ def test_notes_tell_what_to_distrust(result, run):
         result("onnx-int8", ms=10.0, made_from="elsewhere", spread=0.5, numbers__threads=4),
     ]
     notes = "\n".join(run(paths)[2]["notes"])
-    assert "ONNX INT8: latency was unstable, interquartile range 40 %" in notes
+    assert "Latency not comparable (ONNX INT8): it is unstable." in notes
     assert "different machines" in notes
     assert "different thread counts" in notes
     assert "Teacher: accuracy was not measured." in notes
