@@ -51,7 +51,16 @@ from benchmarks.environment import (
     usable_cores,
 )
 from benchmarks.power import Monitor, PowerSource, open_power, power_from_readings
-from benchmarks.result import LEAST_RUNS, STAGES, STATISTICS, UNSTABLE_SPREAD, relative_spread, summarize, write_result
+from benchmarks.result import (
+    LEAST_RUNS,
+    STAGES,
+    STATISTICS,
+    UNSTABLE,
+    UNSTABLE_SPREAD,
+    relative_spread,
+    summarize,
+    write_result,
+)
 from benchmarks.subject import (
     Subject,
     add_arguments,
@@ -470,7 +479,7 @@ def measure(detection: Detection, arguments: argparse.Namespace, gpu_before_mib:
         )
     if not numbers["stable"]:
         reasons.append(
-            f"it is unstable: the interquartile range is {100 * numbers['spread']:.0f} % of the median, above "
+            f"{UNSTABLE}: the interquartile range is {100 * numbers['spread']:.0f} % of the median, above "
             f"{100 * UNSTABLE_SPREAD:.0f} %"
         )
     if not warm:

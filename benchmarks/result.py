@@ -26,6 +26,8 @@ STAGES = ("read", "preprocess", "host_to_device", "inference", "device_to_host",
 """Of a detection. `total` is all of it but for `read`, from the decoded image to the detections."""
 STATISTICS = ("median", "mean", "p90", "p95", "p99", "max")
 LEAST_RUNS = 10
+UNSTABLE = "it is unstable"
+"""Begins that reason of `comparable_reasons`: runs that scatter, which the bounds of a number say already."""
 UNSTABLE_SPREAD = 0.1
 """Interquartile range over median above which a run is called unstable (as torch.utils.benchmark does)."""
 

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from typing import Any, Dict, List, Mapping, Optional, Sequence
 
+from benchmarks.result import UNSTABLE
 from benchmarks.toml_file import read_toml
 from benchmarks.wording import amount, amount_between, ms, points, signed_points
 from deploy.errors import ConfigError, MeasurementError
@@ -141,8 +142,10 @@ def judge(ship: Row, allowed: Mapping[str, float]) -> List[Dict[str, Any]]:
             why = f"the teacher's own AP is {points(ship['AP'] - ship['AP_gain'])}: give one that has learnt"
         elif kind.estimate == "speedup" and not ship["same_setting"]:
             found, why = "cannot tell", "the teacher was timed on another machine or in another mode"
-        elif kind.estimate in TIMES and ship["comparable"] is False:
-            found, why = "cannot tell", f"its latency is not comparable: {ship['comparable_reasons'][0]}"
+        elif kind.estimate in TIMES:
+            biased = [one for one in ship["comparable_reasons"] or () if not one.startswith(UNSTABLE)]
+            if biased:
+                found, why = "cannot tell", f"its latency is not comparable: {biased[0]}"
         judged.append(
             {
                 "flag": kind.flag,
