@@ -350,12 +350,11 @@ def ladder_from_groups(
     return rungs
 
 
-def int8_from_groups(groups: Mapping[str, Results], rows: Sequence[Row]) -> Optional[Dict[str, Any]]:
+def int8_from_groups(groups: Mapping[str, Results]) -> Optional[Dict[str, Any]]:
     """
     Whether INT8 is worth it against the same model in float on the same runtime; None where none of INT8_PAIRS was
     measured. `AP` and `speedup` are estimates (None: not measured), `answer` is 'yes', 'no' or 'cannot tell'.
     """
-    by_role = {row["role"]: row for row in rows}
     pair = next((pair for pair in INT8_PAIRS if all(role in groups for role in pair)), None)
     if pair is None:
         return None
@@ -380,7 +379,7 @@ def int8_from_groups(groups: Mapping[str, Results], rows: Sequence[Row]) -> Opti
     titles = [ROLES[role] for role in pair]
     return {
         "titles": titles,
-        "rows": [by_role[role]["role"] for role in pair],
+        "rows": list(pair),
         "AP": dataclasses.asdict(gain) if gain else None,
         "speedup": dataclasses.asdict(speedup) if speedup else None,
         "answer": answer,
@@ -537,7 +536,7 @@ def report_from_results(
         "data": (accuracies or list(next(iter(groups.values())).values()))[0]["data"],
         "rows": rows,
         "distillation": distillation,
-        "int8": int8_from_groups(groups, rows),
+        "int8": int8_from_groups(groups),
         "ladder": ladder,
         "first_bad_rung": next((rung["role"] for rung in ladder if rung["faults"]), None),
         "classes": classes_from_groups(groups, ship["role"]),

@@ -16,9 +16,10 @@ from typing import Dict, List, Mapping, Set, Tuple
 
 import numpy as np
 
+from calibration.collect import runtime_session
 from calibration.placement import Graph, node_name
 from deploy.contract import ModelContract
-from deploy.errors import CalibrationError, MissingDependencyError
+from deploy.errors import CalibrationError
 from deploy.graph import remove_unused
 
 BLOCK_KINDS = ("grouped", "each")
@@ -48,10 +49,6 @@ def count_multiplications(graph: Graph, contract: ModelContract) -> Dict[str, in
         MissingDependencyError: onnxruntime is not installed.
         CalibrationError: ONNX Runtime cannot run the graph.
     """
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise MissingDependencyError("onnxruntime", "counting operations", "pip install onnxruntime") from error
     import onnx
 
     model = onnx.ModelProto()
@@ -61,11 +58,9 @@ def count_multiplications(graph: Graph, contract: ModelContract) -> Dict[str, in
         model.graph.node.append(onnx.helper.make_node("Shape", [node.output[0]], [f"sizes_of_convolution_{index}"]))
         model.graph.output.append(onnx.ValueInfoProto(name=f"sizes_of_convolution_{index}"))
     remove_unused(model)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors only
+    session = runtime_session(model, "counting operations")
     image = np.zeros((max(1, contract.input_shape[0]), *contract.input_shape[1:]), contract.input_type)
     try:
-        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         shapes = session.run(None, {contract.input_name: image})
     except Exception as error:  # ONNX Runtime raises a dozen types, none of them documented
         raise CalibrationError(f"ONNX Runtime cannot run the model: {error}. Export it again.") from error

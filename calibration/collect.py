@@ -164,21 +164,34 @@ def _sessions(
     model: onnx.ModelProto, tensors: Iterable[str], contract: ModelContract
 ) -> List[onnxruntime.InferenceSession]:
     """One for each group of tensors, which are its outputs."""
+    return [
+        runtime_session(_with_outputs(model, group), "calibration", lean=True)
+        for group in _groups(model, tensors, contract)
+    ]
+
+
+def runtime_session(model: onnx.ModelProto, needed_for: str, lean: bool = False) -> onnxruntime.InferenceSession:
+    """
+    The model on ONNX Runtime's CPU provider.
+
+    Args:
+        lean: take less memory and leave the processor alone between runs, for sessions beside which Python counts.
+
+    Raises:
+        MissingDependencyError: onnxruntime is not installed.
+        CalibrationError: ONNX Runtime cannot open the model.
+    """
     try:
         import onnxruntime
     except ImportError as error:
-        raise MissingDependencyError("onnxruntime", "calibration", "pip install onnxruntime") from error
+        raise MissingDependencyError("onnxruntime", needed_for, "pip install onnxruntime") from error
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors only
-    options.enable_cpu_mem_arena = False  # which would keep what each session took
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # not while Python counts
+    if lean:
+        options.enable_cpu_mem_arena = False  # which would keep what each session took
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # not while Python counts
     try:
-        return [
-            onnxruntime.InferenceSession(
-                _with_outputs(model, group).SerializeToString(), options, providers=["CPUExecutionProvider"]
-            )
-            for group in _groups(model, tensors, contract)
-        ]
+        return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime raises a dozen types, none of them documented
         raise CalibrationError(f"ONNX Runtime cannot run the model: {error}. Export it again.") from error
 

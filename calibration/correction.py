@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Dict, List, Sequence, Tuple
 
 import numpy as np
 
+from calibration.collect import runtime_session
 from calibration.placement import Graph, Placement
 from calibration.qdq import QUANTIZATION_FROM_RANGE
 from calibration.ranges import int8_from_weight, weight_scales
 from deploy.contract import ModelContract
 from deploy.dataset import CocoImage, read_image
-from deploy.errors import CalibrationError, MissingDependencyError
 from deploy.graph import remove_unused
 from deploy.preprocess import preprocess
 from deploy.progress import progress
@@ -47,19 +47,7 @@ def bias_corrections(
         CalibrationError: ONNX Runtime cannot run the graph.
         DataError: an image cannot be read.
     """
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise MissingDependencyError("onnxruntime", "bias correction", "pip install onnxruntime") from error
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors only
-    model = _with_errors(graph, placement, ranges, target)
-    try:
-        session = onnxruntime.InferenceSession(
-            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )  # fmt: skip
-    except Exception as error:  # ONNX Runtime raises a dozen types, none of them documented
-        raise CalibrationError(f"ONNX Runtime cannot run the model: {error}. Export it again.") from error
+    session = runtime_session(_with_errors(graph, placement, ranges, target), "bias correction")
     sums = [np.zeros(0)] * len(graph.quantized)
     for image in progress(images, len(images), "bias correction"):
         one = preprocess(read_image(image.path), contract).input

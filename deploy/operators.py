@@ -11,7 +11,6 @@ A restriction that is no key of RESTRICTIONS stands there to be read, and is not
 from __future__ import annotations
 
 import functools
-import itertools
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Tuple
@@ -20,6 +19,7 @@ import numpy as np
 
 from deploy.errors import EngineBuildError
 from deploy.graph import ONNX_DOMAINS, constants, producers
+from deploy.trt import version_numbers
 
 if TYPE_CHECKING:
     import onnx
@@ -78,7 +78,7 @@ def _document() -> Dict[str, Any]:
 
 def _numbers(version: str) -> Tuple[int, ...]:
     """(10, 13, 3, 9) of "10.13.3.9.post1"; at least two numbers."""
-    numbers = tuple(int(part) for part in itertools.takewhile(str.isdigit, version.split(".")))
+    numbers = version_numbers(version)
     return numbers if len(numbers) != 1 else (*numbers, 0)
 
 

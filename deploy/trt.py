@@ -688,10 +688,12 @@ def check_same_machine(built_on: Mapping[str, Any], here: Mapping[str, str], pat
     for key in ("tensorrt", "device", "compute_capability"):
         built, found = str(built_on.get(key)), here[key]
         if key == "tensorrt" and built_on.get("version_compatible"):
-            fits = _numbers(built)[:1] == _numbers(found)[:1] and _numbers(built) <= _numbers(found)
+            fits = version_numbers(built)[:1] == version_numbers(found)[:1] and version_numbers(
+                built
+            ) <= version_numbers(found)
             rule = "Version-compatible engines run on the same major version of TensorRT, on that one or newer"
         elif key != "tensorrt" and built_on.get("hardware_compatible"):
-            fits = key == "device" or _numbers(found) >= AMPERE
+            fits = key == "device" or version_numbers(found) >= AMPERE
             rule = "Hardware-compatible engines run on GPUs of compute capability 8.0 or higher"
         else:
             fits = built == found
@@ -703,6 +705,6 @@ def check_same_machine(built_on: Mapping[str, Any], here: Mapping[str, str], pat
             )
 
 
-def _numbers(version: str) -> Tuple[int, ...]:
+def version_numbers(version: str) -> Tuple[int, ...]:
     """(10, 13, 3, 9) for "10.13.3.9.post1"."""
     return tuple(int(part) for part in itertools.takewhile(str.isdigit, version.split(".")))
