@@ -688,9 +688,8 @@ def check_same_machine(built_on: Mapping[str, Any], here: Mapping[str, str], pat
     for key in ("tensorrt", "device", "compute_capability"):
         built, found = str(built_on.get(key)), here[key]
         if key == "tensorrt" and built_on.get("version_compatible"):
-            fits = version_numbers(built)[:1] == version_numbers(found)[:1] and version_numbers(
-                built
-            ) <= version_numbers(found)
+            old, new = version_numbers(built), version_numbers(found)
+            fits = old[:1] == new[:1] and old <= new
             rule = "Version-compatible engines run on the same major version of TensorRT, on that one or newer"
         elif key != "tensorrt" and built_on.get("hardware_compatible"):
             fits = key == "device" or version_numbers(found) >= AMPERE
