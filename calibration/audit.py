@@ -28,7 +28,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, Iterable, List, Optional, Set, Tuple
 
-from calibration.placement import final_convolutions, node_name, only_moves
+from calibration.placement import INTEGER_PRODUCTS, final_convolutions, node_name, only_moves
 from deploy.contract import read_sidecar, sidecar_path
 from deploy.errors import CalibrationError, command
 from deploy.graph import TRANSPARENT_OPS, check_graph, constants, consumers, load_onnx, producers
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 NORMS = ("InstanceNormalization", "GroupNormalization", "LayerNormalization")
 PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 """The operators whose multiplications are counted."""
-INTEGER_PRODUCTS = ("QLinearConv", "ConvInteger", "QLinearMatMul", "MatMulInteger")
 INT8, WEIGHT_ONLY, FLOAT = "INT8", "weight-only", "float"
 
 
@@ -137,8 +136,9 @@ def audit(model: onnx.ModelProto, kept: Optional[Dict[str, str]] = None) -> Audi
         kept: name of a convolution -> why it was kept in float; the sidecar's `float_convolutions`.
 
     Raises:
-        CalibrationError: it has no Q/DQ pairs, or integer operators instead of them.
+        CalibrationError: it has no Q/DQ pairs, integer operators instead of them, or control flow.
     """
+    _check_no_subgraph(model)
     operators = {node.op_type for node in model.graph.node}
     if operators.intersection(INTEGER_PRODUCTS):
         raise CalibrationError(
@@ -159,6 +159,19 @@ def audit(model: onnx.ModelProto, kept: Optional[Dict[str, str]] = None) -> Audi
         _norm_sandwiches(tables, found),
         {weight: levels for weight, levels in shared.items() if len(levels) > 1},
     )
+
+
+def _check_no_subgraph(model: onnx.ModelProto) -> None:
+    """Raises CalibrationError if a node holds a subgraph: what it reads from outside is not among its inputs."""
+    import onnx
+
+    for node in model.graph.node:
+        if any(a.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS) for a in node.attribute):
+            raise CalibrationError(
+                f"the node {node_name(node)} ({node.op_type}) holds a subgraph, in which convolutions and predictions "
+                "would not be seen; expected a graph without control flow. Export the model again by tracing, then "
+                "quantise it."
+            )
 
 
 def _convolution(tables: _Tables, node: onnx.NodeProto, kept: Dict[str, str]) -> Convolution:
@@ -302,7 +315,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     check_graph(model)
     kept: Dict[str, Any] = {}
     if sidecar_path(Path(arguments.model)).is_file():  # who else wrote the file need not have left one
-        kept = read_sidecar(arguments.model)["details"].get("float_convolutions", {})
+        kept = read_sidecar(arguments.model).get("details", {}).get("float_convolutions", {})
     result = audit(model, kept)
     if arguments.json:
         print(json.dumps({**dataclasses.asdict(result), "faults": result.faults}, indent=1))

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 MOVING_OPS = ("Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Split")
 """Their outputs are values of the first input, in other places: one scale fits both."""
+INTEGER_PRODUCTS = ("QLinearConv", "ConvInteger", "QLinearMatMul", "MatMulInteger")
+"""Operators of a graph that was quantised to another format than Q/DQ pairs."""
 INTEGER_OPS = ("Add", "Mul", "Concat", "LeakyRelu", "Sigmoid", "AveragePool", "GlobalAveragePool")
 """Those with kernels for uint8 in ONNX Runtime's CPU provider: docs/ContribOperators.md of version 1.31, QLinear*."""
 

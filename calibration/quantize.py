@@ -15,7 +15,8 @@ Runtime's integer kernels add pairs of products in 16 bits, which can saturate: 
 
 The ranges of activations come from calibration images, by a method of `calibration.ranges`; `--method auto` quantises
 with each and takes the one of the best AP on images of the same split that were not calibrated on. Or they come from a
-calibration cache of TensorRT, and no images are needed. `--bias-correction`: see `calibration.correction`.
+calibration cache of TensorRT, or from a training with INT8 in the loop (`--ranges`), and no images are needed.
+`--bias-correction`: see `calibration.correction`.
 
 With `--max-ap-drop` blocks of convolutions are kept in float until INT8 costs no more AP than that, measured on the
 images of `--budget-split`: see `calibration.search`.
@@ -35,7 +36,7 @@ from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence, Tuple
 
 from calibration.collect import check_no_overlap, choose_images, sha256_of_images
 from calibration.measure import ERROR_IMAGES, OutputError, accuracy_numbers, saved, total_error
-from calibration.placement import PLACEMENTS, Graph, Placement, node_name
+from calibration.placement import INTEGER_PRODUCTS, PLACEMENTS, Graph, Placement, node_name
 from calibration.qdq import quantize_graph
 from calibration.ranges import METHODS, PERCENTILE
 from calibration.recipe import (
@@ -43,11 +44,12 @@ from calibration.recipe import (
     Recipe,
     calibration_images,
     collect,
+    key_of_measurements,
     tensors_of_any_choice,
     tensors_of_placement,
     warn,
 )
-from calibration.search import kept_for_budget
+from calibration.search import Journal, journal_path, kept_for_budget, text_of_result
 from deploy.calibration_cache import amax_from_quantised, read_cache, write_cache
 from deploy.contract import ModelContract, load_contract, write_sidecar
 from deploy.dataset import SPLITS, CocoImage, CocoSet, check_image_files, load_coco, load_split, split_paths
@@ -62,7 +64,25 @@ SMALLEST_OPSET = 13
 """The first in which QuantizeLinear has an axis."""
 HELD_OUT_IMAGES = 128
 """Of the calibration split, for `--method auto` to compare methods on; beyond those that are calibrated on."""
+QUANTIZING_OPS = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", *INTEGER_PRODUCTS)
 FOR_THE_BUDGET = "kept in float for the AP budget"
+TARGET = "tensorrt"
+NUM_IMAGES = 512
+LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
+"""Beyond it a scale could not be written."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedRanges:
+    """What a training with INT8 in the loop leaves of it: a file that `crosskd.distill --quantize int8` writes."""
+
+    path: str
+    target: str
+    keep_float: Tuple[str, ...]
+    """Names of convolutions."""
+    ranges: Ranges
+    """Of each tensor that gets a pair: (-127 scale, 127 scale), or for onnxruntime, with the zero point z,
+    (-z scale, (255 - z) scale)."""
 
 
 @dataclasses.dataclass
@@ -83,9 +103,7 @@ def check_quantizable(graph: Graph) -> None:
     Raises CalibrationError if the model is quantised already, of too old an opset, has batch normalisations to fold, or
     has no convolution to quantise.
     """
-    done = sorted(
-        {node.op_type for node in graph.nodes} & {"QuantizeLinear", "DequantizeLinear", "QLinearConv", "ConvInteger"}
-    )
+    done = sorted({node.op_type for node in graph.nodes}.intersection(QUANTIZING_OPS))
     if done:
         raise CalibrationError(f"the model is quantised already: it has {done}; expected the float model")
     opset = next((entry.version for entry in graph.model.opset_import if entry.domain in ("", "ai.onnx")), 0)
@@ -123,6 +141,39 @@ def ranges_from_cache(path: str, placement: Placement) -> Ranges:
     return {name: (-amax[name], amax[name]) for name in tensors}
 
 
+def read_trained_ranges(path: str) -> TrainedRanges:
+    """
+    The content of a file of `--ranges`.
+
+    Raises:
+        CalibrationError: it is missing or no such file, or a range is none.
+    """
+    what = "the int8.json of a run of crosskd.distill --quantize int8"
+    document = read_json(path, CalibrationError, what)
+    if not isinstance(document, dict):
+        raise CalibrationError(f"{path} holds a {type(document).__name__}; expected an object: {what}")
+    missing = [key for key in ("target", "keep_float", "ranges") if key not in document]
+    if missing:
+        raise CalibrationError(f"{path} has no {', '.join(missing)}; expected {what}")
+    target, keep_float, ranges = document["target"], document["keep_float"], document["ranges"]
+    if not isinstance(target, str) or target not in PLACEMENTS:
+        raise CalibrationError(f"{path}: target is {target!r}; expected one of {sorted(PLACEMENTS)}")
+    if not isinstance(keep_float, list) or not all(isinstance(name, str) for name in keep_float):
+        raise CalibrationError(f"{path}: keep_float is {keep_float!r}; expected a list of names of convolutions")
+    if not isinstance(ranges, dict):
+        raise CalibrationError(f"{path}: ranges is {ranges!r}; expected an object, tensor -> [smallest, largest]")
+    for name, one in ranges.items():
+        numbers = isinstance(one, list) and all(type(end) in (int, float) for end in one)  # JSON's true is an int
+        if not numbers or len(one) != 2 or not -LARGEST_FLOAT32 <= one[0] < one[1] <= LARGEST_FLOAT32:
+            raise CalibrationError(
+                f"{path}: the range of the tensor {name} is {one!r}; expected [smallest, largest], two finite numbers, "
+                "the first below the second. The training may have diverged: look at its losses."
+            )
+    return TrainedRanges(
+        path, target, tuple(keep_float), {name: (float(low), float(high)) for name, (low, high) in ranges.items()}
+    )
+
+
 def best_method(
     candidates: Dict[str, onnx.ModelProto], held_out: Sequence[CocoImage], calibration: CocoSet, contract: ModelContract
 ) -> Tuple[str, Dict[str, float]]:
@@ -148,6 +199,8 @@ def best_method(
             with saved(model, contract) as path:
                 found[method] = float(accuracy_numbers(path, annotations, calibration.images_dir)["AP"])
             print(f"{method}: AP {100 * found[method]:.2f} on {len(held_out)} held-out images", file=sys.stderr)
+    if not any(found.values()):
+        warn("no model finds anything in the held-out images, so that their AP says nothing of the methods")
     return max(found, key=lambda method: found[method]), found
 
 
@@ -206,13 +259,16 @@ def parse_arguments(argv: Optional[List[str]]) -> argparse.Namespace:
     source.add_argument(
         "--calibration-cache", metavar="FILE", help="ranges from a calibration cache of TensorRT instead of images"
     )
+    source.add_argument(
+        "--ranges", metavar="FILE",
+        help="target, what is kept in float and ranges, of a student that was trained with INT8: its int8.json",
+    )  # fmt: skip
     parser.add_argument("--images-dir", metavar="DIR", help="folder of the images of --annotations")
     parser.add_argument("--split", choices=SPLITS, help="split of --data to calibrate on (default: train)")
     parser.add_argument(
         "--target",
         choices=sorted(PLACEMENTS),
-        default="tensorrt",
-        help="runtime that will run it (default: %(default)s)",
+        help=f"runtime that will run it (default: {TARGET}, or that of --ranges)",
     )
     parser.add_argument(
         "--method", choices=(*METHODS, "auto"), default="max",
@@ -238,7 +294,7 @@ def parse_arguments(argv: Optional[List[str]]) -> argparse.Namespace:
         "--budget-split", choices=SPLITS, help="split of --data that --max-ap-drop is measured on (default: val)"
     )
     parser.add_argument(
-        "--num-images", type=int, default=512, metavar="N", help="images to calibrate on (default: %(default)s)"
+        "--num-images", type=int, default=NUM_IMAGES, metavar="N", help="images to calibrate on (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the choice of images (default: %(default)s)")
     parser.add_argument(
@@ -266,8 +322,19 @@ def parse_arguments(argv: Optional[List[str]]) -> argparse.Namespace:
 def check_arguments(arguments: argparse.Namespace) -> None:
     """Raises ConfigError if flags do not go together, PipelineError if a file could not be written."""
     output = Path(arguments.output)
-    if output.suffix != ".onnx" or output.resolve() == Path(arguments.model).resolve():
-        raise ConfigError(f"--output is {output}; expected another file than the model, with the suffix .onnx")
+    if output.suffix != ".onnx":
+        raise ConfigError(f"--output is {output}; expected a file with the suffix .onnx")
+    files = {
+        flag: Path(path).resolve()
+        for flag, path in (
+            ("the model", arguments.model), ("--output", output), ("--statistics", arguments.statistics),
+            ("--write-calibration-cache", arguments.write_calibration_cache),
+        )
+        if path
+    }  # fmt: skip
+    if len(set(files.values())) < len(files):
+        named = ", ".join(f"{flag}: {path}" for flag, path in files.items())
+        raise ConfigError(f"two of the files to read and write are one ({named}); expected a file for each")
     if arguments.percentile is not None:
         if arguments.method not in ("percentile", "auto"):
             raise ConfigError(
@@ -275,10 +342,6 @@ def check_arguments(arguments: argparse.Namespace) -> None:
             )
         if not 50 < arguments.percentile <= 100:
             raise ConfigError(f"--percentile is {arguments.percentile}; expected above 50, at most 100, such as 99.99")
-    if arguments.target != "tensorrt" and (arguments.calibration_cache or arguments.write_calibration_cache):
-        raise ConfigError(
-            f"--target is {arguments.target}; expected tensorrt with a calibration cache, which has symmetric ranges"
-        )
     if arguments.max_ap_drop is not None and not (math.isfinite(arguments.max_ap_drop) and arguments.max_ap_drop >= 0):
         raise ConfigError(f"--max-ap-drop is {arguments.max_ap_drop}; expected points of AP, 0 or more, such as 0.3")
     if arguments.max_ap_drop is not None and not arguments.data:
@@ -289,23 +352,37 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         raise ConfigError("expected both --write-calibration-cache and --tensorrt-version, or neither; one is given")
     if arguments.tensorrt_version and not re.fullmatch(r"\d+\.\d+\.\d+(\.\d+)?", arguments.tensorrt_version):
         raise ConfigError(f"--tensorrt-version is {arguments.tensorrt_version!r}; expected one such as 8.5.3")
-    if arguments.calibration_cache:
+    without_images = [flag for flag in ("calibration_cache", "ranges") if getattr(arguments, flag)]
+    if without_images:
         given = [
             flag
             for flag, value in (
                 ("--images-dir", arguments.images_dir), ("--split", arguments.split),
                 ("--statistics", arguments.statistics), ("--method", arguments.method != "max"),
                 ("--bias-correction", arguments.bias_correction),
+                ("--num-images", arguments.num_images != NUM_IMAGES), ("--seed", arguments.seed),
                 ("--evaluation-annotations", arguments.evaluation_annotations),
                 ("--evaluation-images-dir", arguments.evaluation_images_dir),
             )
             if value
         ]  # fmt: skip
         if given:
-            raise ConfigError(f"{', '.join(given)}: expected none with --calibration-cache, which needs no images")
+            flag = without_images[0].replace("_", "-")
+            raise ConfigError(f"{', '.join(given)}: expected none with --{flag}, which needs no images")
+    given = [flag for flag, value in (("--target", arguments.target), ("--keep-float", arguments.keep_float)) if value]
+    if arguments.ranges and given:
+        raise ConfigError(f"{', '.join(given)}: expected none with --ranges, whose file says it as it was trained")
     for path in (arguments.output, arguments.statistics, arguments.write_calibration_cache):
         if path and not (path == arguments.statistics and Path(path).is_file()):
             check_writable(path)
+
+
+def check_target(arguments: argparse.Namespace) -> None:
+    """Raises ConfigError if what is to be read or written is not for the target."""
+    if arguments.target != "tensorrt" and (arguments.calibration_cache or arguments.write_calibration_cache):
+        raise ConfigError(
+            f"the target is {arguments.target}; expected tensorrt with a calibration cache, which has symmetric ranges"
+        )
 
 
 def read_model(path: str, keep_float: Sequence[str]) -> Tuple[Graph, ModelContract]:
@@ -342,6 +419,48 @@ def int8_from_cache(arguments: argparse.Namespace, graph: Graph) -> Quantized:
         {"calibration_cache": arguments.calibration_cache},
         {"method": "calibration cache", "ranges": ranges},
         f"ranges of {arguments.calibration_cache}",
+    )
+
+
+def int8_from_trained(trained: TrainedRanges, graph: Graph) -> Quantized:
+    """
+    The model quantised as it was in the loop of its training.
+
+    Args:
+        graph: with nothing kept in float that need not be.
+
+    Raises:
+        CalibrationError: the file was made for another graph.
+    """
+    made_for = f"{trained.path} was made for another graph: it"
+    way_out = "expected the int8.json of the run that this model was exported from"
+    names = {node_name(node) for node in graph.convolutions}
+    unknown = [name for name in trained.keep_float if name not in names]
+    if unknown:
+        raise CalibrationError(
+            f"{made_for} keeps {len(unknown)} convolutions in float that the model has not: {', '.join(unknown[:5])}; "
+            f"{way_out}."
+        )
+    graph = Graph(graph.model, trained.keep_float)
+    check_quantizable(graph)
+    placement = PLACEMENTS[trained.target](graph)
+    tensors = set(placement.pairs.values())
+    missing, needless = sorted(tensors - set(trained.ranges)), sorted(set(trained.ranges) - tensors)
+    if missing:
+        raise CalibrationError(
+            f"{made_for} has no range for {len(missing)} of {len(tensors)} tensors: {', '.join(missing[:5])}; "
+            f"{way_out}."
+        )
+    if needless:
+        raise CalibrationError(
+            f"{made_for} has ranges of tensors that need none, {len(needless)}: {', '.join(needless[:5])}; {way_out}."
+        )
+    return Quantized(
+        graph,
+        quantize_graph(graph, placement, trained.ranges, trained.target),
+        {"ranges": trained.path},
+        {"method": "trained ranges", "ranges": trained.ranges},
+        f"ranges of {trained.path}",
     )
 
 
@@ -399,13 +518,21 @@ def int8_from_images(arguments: argparse.Namespace, graph: Graph, contract: Mode
     inputs: Dict[str, AnyPath] = {"annotations": calibration.annotations_path}
     source = f"method {method}, {len(images)} images of {calibration.annotations_path}, seed {arguments.seed}"
     if budget is not None:
-        kept, drop, details["budget"] = kept_for_budget(
-            recipe, arguments.max_ap_drop, Path(arguments.model), budget, contract
+        settings = {
+            "target": arguments.target,
+            "method": method,
+            "percentile": percentile,
+            "bias correction": arguments.bias_correction,
+        }
+        key = key_of_measurements(arguments.model, contract, graph, settings, images, budget)
+        journal = Journal(journal_path(arguments.output), key)
+        kept, final, details["budget"] = kept_for_budget(
+            recipe, arguments.max_ap_drop, Path(arguments.model), budget, contract, journal
         )
         graph = recipe.graph(kept)
         graph.kept.update((node.output[0], FOR_THE_BUDGET) for node in graph.convolutions if node_name(node) in kept)
         inputs["budget_annotations"] = budget.annotations_path
-        source += f"; {drop}, on {len(budget.images)} images of {budget.annotations_path}"
+        source += f"\n{text_of_result(final, arguments.max_ap_drop, budget)}"
     return Quantized(
         graph,
         recipe.quantize(graph),
@@ -474,8 +601,13 @@ def main(argv: Optional[List[str]] = None) -> int:
     """Quantises one model; see the module's docstring."""
     arguments = parse_arguments(argv)
     check_arguments(arguments)
+    trained = read_trained_ranges(arguments.ranges) if arguments.ranges else None
+    arguments.target = trained.target if trained else arguments.target or TARGET
+    check_target(arguments)
     graph, contract = read_model(arguments.model, arguments.keep_float)
-    if arguments.calibration_cache:
+    if trained:
+        quantized = int8_from_trained(trained, graph)
+    elif arguments.calibration_cache:
         quantized = int8_from_cache(arguments, graph)
     else:
         quantized = int8_from_images(arguments, graph, contract)
@@ -492,12 +624,14 @@ def main(argv: Optional[List[str]] = None) -> int:
         {
             "target": arguments.target,
             **quantized.details,
-            "keep_float": arguments.keep_float,
+            "keep_float": list(trained.keep_float) if trained else arguments.keep_float,
             "quantized_convolutions": [node_name(node) for node in graph.quantized],
             "float_convolutions": kept,
             "op_counts": dict(sorted(collections.Counter(node.op_type for node in quantized.model.graph.node).items())),
         },
     )
+    if arguments.max_ap_drop is not None:
+        journal_path(arguments.output).unlink()  # the sidecar has it now
     reasons = ", ".join(f"{number} {why}" for why, number in collections.Counter(kept.values()).items())
     print(
         f"{arguments.output}: {len(graph.quantized)} of {len(graph.convolutions)} convolutions in INT8 for "

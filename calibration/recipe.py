@@ -7,11 +7,18 @@ Needs onnx, and onnxruntime to collect statistics.
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Dict, List, Optional, Sequence, Set, Tuple
+from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional, Sequence, Set, Tuple
 
-from calibration.collect import check_no_overlap, choose_images, empty_statistics, extend_statistics
+from calibration.collect import (
+    check_no_overlap,
+    choose_images,
+    empty_statistics,
+    extend_statistics,
+    sha256_of_images,
+)
 from calibration.correction import Corrections, bias_corrections, with_corrected_biases
 from calibration.placement import PLACEMENTS, Graph, Placement, node_name
 from calibration.qdq import quantize_graph
@@ -20,7 +27,7 @@ from calibration.statistics import Statistics, load_statistics, save_statistics
 from deploy.contract import ModelContract
 from deploy.dataset import CocoImage, CocoSet, check_image_files
 from deploy.errors import CalibrationError
-from deploy.files import sha256_of
+from deploy.files import AnyPath, sha256_of
 
 if TYPE_CHECKING:
     import onnx
@@ -185,6 +192,35 @@ def collect(
     if file is not None and len(collected.image_ids) > known:
         save_statistics(file, collected, model_path, contract)
     return collected.statistics
+
+
+def key_of_measurements(
+    model_path: AnyPath,
+    contract: ModelContract,
+    graph: Graph,
+    settings: Mapping[str, Any],
+    images: Sequence[CocoImage],
+    measured: CocoSet,
+) -> Dict[str, Any]:
+    """
+    What measurements of INT8 models depend on, as JSON gives it back: those of an equal key can be gone on with.
+
+    Args:
+        model_path: of the float model.
+        graph: with what is kept in float in any case.
+        settings: name -> value, of what else they depend on; the name is for people.
+        images: that are calibrated on.
+        measured: the images to measure on.
+    """
+    return {
+        "model": sha256_of(model_path),
+        "contract": json.loads(json.dumps(contract.to_json())),  # tuples become lists
+        **settings,
+        "convolutions kept in float": [node_name(n) for n in graph.convolutions if n.output[0] in graph.kept],
+        "calibration images": sha256_of_images(images),
+        "annotations": sha256_of(measured.annotations_path),
+        "measured images": sha256_of_images(measured.images),
+    }
 
 
 def ranges_from_statistics(

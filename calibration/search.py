@@ -9,6 +9,9 @@ be smaller still; but the one found is measured to hold.
 
 The drop is measured on the images that the blocks were chosen by, and is a little too good for that: measure the result
 on another split.
+
+What was measured is kept in a file beside the model to write, `X.search.json`, until this is there: run again, a search
+that was cut off goes on, and one whose budget could not be met takes what it knows for a larger one.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import dataclasses
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Mapping, Sequence, Tuple
+from typing import Any, Callable, Dict, FrozenSet, List, Mapping, Optional, Sequence, Tuple
 
 from calibration.blocks import Block, blocks_from_graph, count_multiplications
 from calibration.collect import choose_images
@@ -26,6 +29,7 @@ from calibration.recipe import Recipe
 from deploy.contract import ModelContract
 from deploy.dataset import CocoSet
 from deploy.errors import CalibrationError
+from deploy.files import AnyPath, read_json, write_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +51,7 @@ class Drop:
 
     def __str__(self) -> str:
         low, high = points(self.low), points(self.high)
-        return f"AP {points(self.ap)}, {points(self.drop)} points below float ({low} to {high})"
+        return f"AP {points(self.ap)}, {points(self.drop)} points below float (95 % interval {low} to {high})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +71,67 @@ class Step:
     def to_json(self) -> Dict[str, Any]:
         document = dataclasses.asdict(self)
         return {**document, **document.pop("drop")}
+
+
+class Journal:
+    """
+    What has been measured so far, in a file that is written after each measurement.
+
+    Args:
+        key: what the measurements depend on. Those of another key in the file are left behind, which is said.
+
+    Raises:
+        CalibrationError: the file is no JSON.
+    """
+
+    def __init__(self, path: Path, key: Mapping[str, Any]) -> None:
+        self.path = path
+        self.float_ap: Optional[float] = None
+        self.errors: Dict[str, float] = {}
+        """Name of each block -> how far it moves the detections when it alone is in INT8."""
+        self._key = dict(key)
+        self._drops: Dict[FrozenSet[str], Drop] = {}  # by the names of the blocks in float
+        if path.is_file():
+            self._read()
+
+    def drop(self, kept: Sequence[Block]) -> Optional[Drop]:
+        """That of the model with these blocks in float, if it is known."""
+        return self._drops.get(frozenset(block.name for block in kept))
+
+    def add_drop(self, kept: Sequence[Block], drop: Drop) -> None:
+        self._drops[frozenset(block.name for block in kept)] = drop
+        self._write()
+
+    def add_error(self, block: Block, error: float) -> None:
+        self.errors[block.name] = error
+        self._write()
+
+    def _read(self) -> None:
+        document = read_json(
+            self.path, CalibrationError, "what an earlier search has measured; delete it to begin anew"
+        )
+        if not isinstance(document, dict) or document.get("key") != self._key:
+            say(f"{self.path} is of another model, other data or other settings: the search begins anew")
+            return
+        self.float_ap, self.errors = document["float_ap"], document["errors"]
+        for row in document["drops"]:
+            kept = frozenset(row.pop("kept"))
+            self._drops[kept] = Drop(**row)
+        say(f"{self.path}: {len(self._drops)} sets and {len(self.errors)} blocks are known from an earlier run")
+
+    def _write(self) -> None:
+        drops = [{"kept": sorted(kept), **dataclasses.asdict(drop)} for kept, drop in self._drops.items()]
+        write_json(self.path, {"key": self._key, "float_ap": self.float_ap, "errors": self.errors, "drops": drops})
+
+
+def journal_path(output: AnyPath) -> Path:
+    """`X.search.json` for the model X that is to be written."""
+    return Path(f"{output}.search.json")
+
+
+def say(text: str) -> None:
+    """Prints for people, at once."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def points(fraction: float) -> str:
@@ -101,11 +166,9 @@ def blocks_to_keep(
         step = Step(change, tuple(block.name for block in kept), share, drop, drop.drop <= budget)
         steps.append(step)
         verdict = "holds" if step.holds else "does not hold"
-        print(
+        say(
             f"step {len(steps)}: {change}; {100 * share:.1f} % of the multiplications in float; {drop}; the budget of "
-            f"{100 * budget:g} {verdict}",
-            file=sys.stderr,
-            flush=True,
+            f"{100 * budget:g} {verdict}"
         )
         return step
 
@@ -134,61 +197,88 @@ def blocks_to_keep(
     return kept, steps
 
 
+def text_of_result(final: Step, budget_points: float, data: CocoSet) -> str:
+    """What a search came to, for people, and how far it can be relied on."""
+    text = f"{final.drop}, on {len(data.images)} images of {data.annotations_path}"
+    if 100 * final.drop.high > budget_points:
+        text += f"\nthe interval reaches beyond the budget of {budget_points:g}: on more images it may not hold"
+    if final.kept:
+        text += (
+            f"\nin float for it: {', '.join(final.kept)}, {100 * final.float_share:.1f} % of the multiplications; "
+            "chosen by the drop on these very images, which is a little too good for that: measure the model on "
+            "another split"
+        )
+    return text
+
+
 def kept_for_budget(
-    recipe: Recipe, budget_points: float, model_path: Path, data: CocoSet, contract: ModelContract
-) -> Tuple[List[str], Drop, Dict[str, Any]]:
+    recipe: Recipe, budget_points: float, model_path: Path, data: CocoSet, contract: ModelContract, journal: Journal
+) -> Tuple[List[str], Step, Dict[str, Any]]:
     """
-    The convolutions to keep in float so that AP drops by no more than the budget; the drop that is left; and what the
-    sidecar says of the search.
+    The convolutions to keep in float so that AP drops by no more than the budget; the step of the search that says so;
+    and what the sidecar says of the search.
 
     Args:
         model_path: of the float model.
         data: the images to measure on.
+        journal: what it has is not measured again.
 
     Raises:
-        CalibrationError: AP cannot be measured, or the budget cannot be met.
+        CalibrationError: AP cannot be measured, the float model has none, or the budget cannot be met.
     """
     graph = recipe.graph()
     blocks = blocks_from_graph(graph, "grouped", count_multiplications(graph, contract))
-    errors: Dict[str, float] = {}
 
     def find_errors() -> Dict[str, float]:
-        output_error = OutputError(model_path, choose_images(data.images, ERROR_IMAGES, seed=0))
+        output_error = None
         for number, block in enumerate(blocks, start=1):
-            with saved(recipe.quantize(recipe.graph_of(block.convolutions)), contract) as path:
-                errors[block.name] = total_error(output_error.of(path))
-            print(
+            if block.name not in journal.errors:
+                if output_error is None:
+                    output_error = OutputError(model_path, choose_images(data.images, ERROR_IMAGES, seed=0))
+                with saved(recipe.quantize(recipe.graph_of(block.convolutions)), contract) as path:
+                    journal.add_error(block, total_error(output_error.of(path)))
+            say(
                 f"block {number}/{len(blocks)}: alone in INT8, {block.name} has an error of "
-                f"{100 * errors[block.name]:.2f} %",
-                file=sys.stderr,
-                flush=True,
+                f"{100 * journal.errors[block.name]:.2f} %"
             )
-        return errors
+        return journal.errors
 
     with tempfile.TemporaryDirectory() as folder:
         against = Path(folder) / "float.result.json"
-        float_ap = accuracy_numbers(model_path, data.annotations_path, data.images_dir, output=against)["AP"]
 
         def measure(kept: Sequence[Block]) -> Drop:
+            known = journal.drop(kept)
+            if known is not None:
+                return known
+            if not against.is_file():
+                numbers = accuracy_numbers(model_path, data.annotations_path, data.images_dir, output=against)
+                journal.float_ap = numbers["AP"]
+                if numbers["AP"] == 0:
+                    raise CalibrationError(
+                        f"the float model {model_path} has AP 0 on {data.annotations_path}; expected one that finds "
+                        "something, to see what INT8 costs. Is it trained, and are these images for it?"
+                    )
             model = recipe.quantize(recipe.graph([name for block in kept for name in block.convolutions]))
             with saved(model, contract) as path:
                 numbers = accuracy_numbers(path, data.annotations_path, data.images_dir, against=against)
-            return Drop.from_numbers(numbers)
+            drop = Drop.from_numbers(numbers)
+            journal.add_drop(kept, drop)
+            return drop
 
         kept, steps = blocks_to_keep(blocks, measure, find_errors, budget_points / 100)
     final = next(step for step in reversed(steps) if step.holds)
     return (
         [name for block in kept for name in block.convolutions],
-        final.drop,
+        final,
         {
             "max_ap_drop": budget_points,
             "annotations": str(data.annotations_path),
             "num_images": len(data.images),
-            "float_ap": float_ap,
+            "float_ap": journal.float_ap,
             "kept_blocks": list(final.kept),
             "float_share": final.float_share,
             **dataclasses.asdict(final.drop),
-            "errors": errors,
+            "errors": journal.errors,
             "steps": [step.to_json() for step in steps],
         },
     )

@@ -18,24 +18,23 @@ from __future__ import annotations
 
 import argparse
 import html
-import json
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from calibration.blocks import BLOCK_KINDS, Block, blocks_from_graph, count_multiplications
-from calibration.collect import choose_images, sha256_of_images
+from calibration.collect import choose_images
 from calibration.measure import ERROR_IMAGES, OutputError, accuracy_numbers, saved, total_error
-from calibration.placement import PLACEMENTS, node_name
+from calibration.placement import PLACEMENTS
 from calibration.quantize import read_model
 from calibration.ranges import METHODS, PERCENTILE
-from calibration.recipe import Recipe, calibration_images, collect, tensors_of_any_choice
+from calibration.recipe import Recipe, calibration_images, collect, key_of_measurements, tensors_of_any_choice
 from calibration.search import Drop, points
 from deploy.contract import ModelContract, provenance
 from deploy.dataset import SPLITS, CocoSet, load_coco, load_split, split_paths
 from deploy.errors import CalibrationError, ConfigError, command
-from deploy.files import check_writable, read_json, replacing, sha256_of, write_json
+from deploy.files import check_writable, read_json, replacing, write_json
 
 METRICS = ("ap", "error")
 SIZES = ("AP_small", "AP_medium", "AP_large")
@@ -213,18 +212,13 @@ def main(argv: Optional[List[str]] = None) -> int:
     calibration = load_coco(*split_paths(arguments.data, "train"), check_files=False)
     measured = load_split(arguments.data, arguments.split, arguments.limit)
     images = calibration_images(calibration, arguments.num_images, arguments.seed, [measured])
-    key = {
-        "model": sha256_of(arguments.model),
-        "contract": json.loads(json.dumps(contract.to_json())),  # tuples become lists, as in the file
+    settings = {
         "target": arguments.target,
         "method": arguments.method,
         "metric": arguments.metric,
         "block kind": arguments.blocks,
-        "convolutions kept in float": [node_name(n) for n in graph.convolutions if n.output[0] in graph.kept],
-        "calibration images": sha256_of_images(images),
-        "annotations": sha256_of(measured.annotations_path),
-        "measured images": sha256_of_images(measured.images),
     }
+    key = key_of_measurements(arguments.model, contract, graph, settings, images, measured)
     rows = resumed_rows(output, key)
 
     file = Path(arguments.statistics) if arguments.statistics else None

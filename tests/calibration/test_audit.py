@@ -8,7 +8,7 @@ import pytest
 from onnx import numpy_helper, parser
 
 from calibration.audit import FLOAT, INT8, WEIGHT_ONLY, audit, main, table_from_audit
-from deploy.contract import write_sidecar
+from deploy.contract import sidecar_path, write_sidecar
 from deploy.errors import CalibrationError
 from deploy.graph import initializers
 
@@ -143,6 +143,28 @@ def test_command_fails_for_a_fault(tmp_path, capsys):
     onnx.save(model_of(pair("wq", "w"), "a = Conv (x, wq)", "y = Conv (a, w)"), path)
     assert main([str(path)]) == 1
     assert "fault: a: weight-only" in capsys.readouterr().err
+
+
+def test_control_flow_is_refused(tmp_path, quantized, capsys):
+    """Its subgraph could hold convolutions and read predictions: neither would be seen."""
+    branch = parser.parse_graph("g () => (float y) { y = Constant <value_float = 1.0> () }")
+    quantized.graph.initializer.append(numpy_helper.from_array(np.array(True), "condition"))
+    quantized.graph.node.append(
+        onnx.helper.make_node("If", ["condition"], ["chosen"], name="choice", then_branch=branch, else_branch=branch)
+    )
+    onnx.save(quantized, tmp_path / "other.onnx")
+    assert main([str(tmp_path / "other.onnx")]) == 2
+    assert "the node choice (If) holds a subgraph" in capsys.readouterr().err
+
+
+def test_sidecar_without_details_says_nothing_of_why(tmp_path, quantized):
+    path = tmp_path / "other.onnx"
+    onnx.save(quantized, path)
+    write_sidecar(path, {})
+    sidecar = json.loads(sidecar_path(path).read_text())
+    del sidecar["details"]
+    sidecar_path(path).write_text(json.dumps(sidecar))
+    assert main([str(path)]) == 0
 
 
 def test_unknown_shapes_are_said_so():

@@ -16,9 +16,10 @@ from benchmarks import accuracy
 from calibration import quantize, search
 from calibration.audit import INT8, audit
 from calibration.collect import choose_images
-from calibration.placement import Graph
+from calibration.placement import PLACEMENTS, Graph
 from calibration.quantize import check_quantizable, main
 from calibration.ranges import METHODS
+from calibration.search import journal_path
 from deploy.calibration_cache import amax_from_quantised, read_cache, write_cache
 from deploy.contract import load_contract, read_sidecar, sidecar_path, write_sidecar
 from deploy.dataset import read_image
@@ -56,6 +57,16 @@ def test_old_opset_is_refused(detector):
     model.CopyFrom(detector)
     model.opset_import[0].version = 12
     with pytest.raises(CalibrationError, match="opset 12; expected 13 or newer"):
+        check_quantizable(Graph(model))
+
+
+@pytest.mark.parametrize("operator", ["DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "MatMulInteger"])
+def test_model_that_is_quantised_already_is_refused(detector, operator):
+    """Whatever format it is in."""
+    model = onnx.ModelProto()
+    model.CopyFrom(detector)
+    model.graph.node[3].op_type = operator
+    with pytest.raises(CalibrationError, match=f"quantised already: it has \\['{operator}'\\]"):
         check_quantizable(Graph(model))
 
 
@@ -172,6 +183,13 @@ def test_auto_takes_the_method_of_the_best_ap(words, model_path, data_dir, contr
     assert "percentile: AP 50.00 on 3 held-out images" in capsys.readouterr().err
 
 
+def test_auto_says_where_ap_tells_nothing(words, monkeypatch, capsys):
+    monkeypatch.setattr(quantize, "METHODS", ("max", "percentile"))
+    monkeypatch.setattr(quantize, "accuracy_numbers", lambda *paths: {"AP": 0.0})
+    assert main([*words, "--method", "auto"]) == 0
+    assert "AP says nothing of the methods" in capsys.readouterr().err
+
+
 def annotate(data_dir, image_ids):
     """One box on each of these training images, none on others."""
     path = data_dir / "annotations" / "instances_train.json"
@@ -228,7 +246,7 @@ class FakeAccuracy:
     """In place of benchmarks.accuracy: each convolution in INT8 costs the AP that `costs` says."""
 
     def __init__(self, costs):
-        self.costs, self.hashes = costs, {}
+        self.costs, self.hashes, self.measured, self.fails_at = costs, {}, [], None
 
     def __call__(self, model, annotations, images_dir, limit=None, against=None, output=None):
         assert annotations.name == "instances_val.json"
@@ -237,6 +255,9 @@ class FakeAccuracy:
             return {"AP": 0.4}
         names = {entry.name for entry in audit(load_onnx(model)).convolutions if entry.state == INT8}
         drop = sum(self.costs.get(name, 0.0) for name in names)
+        if len(self.measured) + 1 == self.fails_at:
+            raise KeyboardInterrupt
+        self.measured.append(names)
         self.hashes[drop] = sha256_of(model)
         return {"AP": 0.4 - drop, "against": {"AP_difference": -drop, "low": -drop - 0.001, "high": -drop + 0.002}}
 
@@ -264,7 +285,11 @@ def test_budget_keeps_blocks_in_float(words, model_path, target, monkeypatch, ca
     assert sha256_of(output) == fake.hashes[0.002]  # the very file that was measured
     assert "step 1: all blocks in INT8; 0.0 % of the multiplications in float; AP 37.80, 2.20 points" in printed.err
     assert "10 of 14 convolutions in INT8" in printed.out
-    assert "AP 39.80, 0.20 points below float (0.00 to 0.30), on 3 images of" in printed.out
+    assert "AP 39.80, 0.20 points below float (95 % interval 0.00 to 0.30), on 3 images of" in printed.out
+    assert "in float for it: node_down1, " in printed.out
+    assert "chosen by the drop on these very images" in printed.out
+    assert "the interval reaches beyond" not in printed.out
+    assert not journal_path(output).exists()
     audited = audit(load_onnx(output))
     assert budget["float_share"] == pytest.approx(
         sum(entry.multiplications for entry in audited.convolutions if entry.name in ("node_down1", "node_down2"))
@@ -272,21 +297,88 @@ def test_budget_keeps_blocks_in_float(words, model_path, target, monkeypatch, ca
     )
 
 
-def test_budget_that_is_met_keeps_nothing(words, model_path, monkeypatch):
+def test_budget_of_a_model_that_finds_nothing_is_an_error(model_path, data_dir, monkeypatch, capsys):
+    """It would always be met."""
+
+    def measure(model, annotations, images_dir, limit=None, against=None, output=None):
+        output.write_text("the result of the float model")
+        return {"AP": 0.0}
+
+    monkeypatch.setattr(search, "accuracy_numbers", measure)
+    words = ["--data", str(data_dir), "--max-ap-drop", "0.3"]
+    check_refused(model_path, data_dir, words, "student.onnx has AP 0 on", capsys)
+
+
+def test_budget_that_is_met_keeps_nothing(words, model_path, monkeypatch, capsys):
     monkeypatch.setattr(search, "accuracy_numbers", FakeAccuracy({"node_down2": 0.002}))
     output = model_path.with_name("student.int8.onnx")
     assert main([*words, "--max-ap-drop", "0.3"]) == 0
     with_budget = sha256_of(output)
     assert len(read_sidecar(output)["details"]["budget"]["steps"]) == 1
+    assert "chosen by" not in capsys.readouterr().out  # nothing was
     assert main(words) == 0
     assert sha256_of(output) == with_budget
 
 
-def test_budget_that_cannot_be_met_is_one_message_and_no_file(model_path, data_dir, monkeypatch, capsys):
+def test_budget_that_cannot_be_met_is_one_message_and_no_model(model_path, data_dir, monkeypatch, capsys):
     costs = {f"node_{name}": 0.01 for name in QUANTIZED}
     monkeypatch.setattr(search, "accuracy_numbers", FakeAccuracy(costs))
     words = ["--data", str(data_dir), "--num-images", "3", "--max-ap-drop", "0.3"]
-    check_refused(model_path, data_dir, words, "the budget of 0.3 points of AP cannot be met: the best of 7", capsys)
+    output = model_path.with_name("student.int8.onnx")
+    words = [str(model_path), *words, "-o", str(output)]
+    assert main(words) == 2
+    assert "the budget of 0.3 points of AP cannot be met: the best of 7" in capsys.readouterr().err
+    journal = journal_path(output)
+    assert sorted(model_path.parent.iterdir()) == sorted([data_dir, model_path, sidecar_path(model_path), journal])
+    monkeypatch.setattr(search, "accuracy_numbers", None)  # what is known is enough for a larger budget
+    monkeypatch.setattr(search, "OutputError", None)
+    assert main([*words, "--max-ap-drop", "11"]) == 0
+    assert not journal.exists()
+    budget = read_sidecar(output)["details"]["budget"]
+    assert (budget["float_ap"], len(budget["steps"])) == (0.4, 2)
+
+
+def test_a_search_that_was_cut_off_goes_on(words, model_path, monkeypatch, capsys):
+    costs = {"node_lateral4": 0.02, "node_stem": 0.002}
+    output = model_path.with_name("student.int8.onnx")
+    words = [*words, "--max-ap-drop", "0.3"]
+    monkeypatch.setattr(search, "accuracy_numbers", FakeAccuracy(costs))
+    assert main(words) == 0
+    whole = read_sidecar(output)["details"]["budget"], sha256_of(output)
+    expected = capsys.readouterr().err
+    sets = len(whole[0]["steps"])
+    assert sets > 2
+    output.unlink()
+    for fails_at in (1, 2, sets):
+        fake = FakeAccuracy(costs)
+        fake.fails_at = fails_at
+        monkeypatch.setattr(search, "accuracy_numbers", fake)
+        assert main(words) == 130
+        assert not output.exists()
+        fake.fails_at = None
+        fake.measured.clear()
+        assert main(words) == 0
+        assert len(fake.measured) == sets - fails_at + 1
+        assert (read_sidecar(output)["details"]["budget"], sha256_of(output)) == whole
+        printed = capsys.readouterr().err
+        assert [line for line in printed.splitlines() if line.startswith("step ")][-sets:] == [
+            line for line in expected.splitlines() if line.startswith("step ")
+        ]
+        output.unlink()
+
+
+@pytest.mark.parametrize("further", [["--method", "percentile", "--percentile", "99"], ["--num-images", "4"]])
+def test_a_search_of_other_settings_begins_anew(words, monkeypatch, capsys, further):
+    fake = FakeAccuracy({"node_down2": 0.02})
+    fake.fails_at = 2
+    monkeypatch.setattr(search, "accuracy_numbers", fake)
+    words = [*words, "--max-ap-drop", "0.3"]
+    assert main(words) == 130
+    fake.fails_at = None
+    fake.measured.clear()
+    assert main([*words, *further]) == 0
+    assert "other settings: the search begins anew" in capsys.readouterr().err
+    assert len(fake.measured[0]) >= 11  # all in INT8 once more
 
 
 def test_budget_with_the_command_of_the_benchmarks(words, model_path, data_dir, contract, capsys):
@@ -381,6 +473,131 @@ def test_calibration_cache_of_another_model_is_refused(model_path, tmp_path, cap
     words = [str(model_path), "-o", str(model_path.with_name("student.int8.onnx"))]
     assert main([*words, "--calibration-cache", str(cache)]) == 2
     assert "has no range for 10 of 11 tensors" in capsys.readouterr().err
+
+
+def quantization_of(model):
+    """Tensor -> (scale, zero point) of each activation that has a pair."""
+    known = initializers(model)
+    return {
+        node.input[0]: tuple(numpy_helper.to_array(known[name]) for name in node.input[1:3])
+        for node in model.graph.node
+        if node.op_type == "QuantizeLinear" and node.input[0] not in known
+    }
+
+
+def trained_file(path, target, quantization, keep_float=()):
+    """As the training writes it: the ends of INT8, from scale and zero point."""
+    lowest, highest = (-127, 127) if target == "tensorrt" else (0, 255)
+    ranges = {
+        name: [float(scale) * (lowest - int(zero)), float(scale) * (highest - int(zero))]
+        for name, (scale, zero) in quantization.items()
+    }
+    path.write_text(json.dumps({"target": target, "keep_float": list(keep_float), "ranges": ranges}))
+    return path
+
+
+def test_trained_ranges_give_the_same_model_back(words, model_path, target, tmp_path):
+    """Made by calibration first, with two convolutions in float: scales, zero points and biases, bit for bit."""
+    output, kept = model_path.with_name("student.int8.onnx"), ["node_down1", "node_tower_3"]
+    assert main([*words, "--target", target, "--keep-float", *kept]) == 0
+    expected, float_convolutions = sha256_of(output), read_sidecar(output)["details"]["float_convolutions"]
+    quantization = quantization_of(load_onnx(output))
+    needed = set(PLACEMENTS[target](Graph(load_onnx(model_path), kept)).pairs.values())
+    assert needed <= set(quantization)
+    quantization = {name: one for name, one in quantization.items() if name in needed}
+    trained = trained_file(tmp_path / "int8.json", target, quantization, kept)
+    assert main([str(model_path), "--ranges", str(trained), "-o", str(output)]) == 0
+    assert sha256_of(output) == expected
+    sidecar = read_sidecar(output)
+    assert sidecar["inputs"]["ranges"]["sha256"] == sha256_of(trained)
+    details = sidecar["details"]
+    assert (details["method"], details["target"], details["keep_float"]) == ("trained ranges", target, kept)
+    assert details["float_convolutions"] == float_convolutions
+    assert details["ranges"] == json.loads(trained.read_text())["ranges"]
+    assert load_contract(output) == load_contract(model_path)
+
+
+def test_trained_scales_and_zero_points_come_back(model_path, target, tmp_path):
+    random, output = np.random.default_rng(0), model_path.with_name("student.int8.onnx")
+    tensors = sorted(set(PLACEMENTS[target](Graph(load_onnx(model_path))).pairs.values()))
+    scales = np.exp(random.uniform(-12, 6, len(tensors))).astype(np.float32)
+    zeros = random.integers(0, 256, len(tensors)) if target == "onnxruntime" else np.zeros(len(tensors), np.int64)
+    zeros[:2] = (0, 255) if target == "onnxruntime" else 0  # behind a ReLU; and nothing above 0
+    expected = dict(zip(tensors, zip(scales, zeros, strict=True), strict=True))
+    trained = trained_file(tmp_path / "int8.json", target, expected)
+    assert main([str(model_path), "--ranges", str(trained), "-o", str(output)]) == 0
+    found = quantization_of(load_onnx(output))
+    for name, (scale, zero) in expected.items():
+        assert found[name][0] == pytest.approx(scale, rel=2**-23)
+        assert found[name][1] == zero
+
+
+def test_trained_ranges_write_a_calibration_cache_too(words, model_path, tmp_path):
+    output, cache = model_path.with_name("student.int8.onnx"), tmp_path / "calibration.cache"
+    assert main(words) == 0
+    trained = trained_file(tmp_path / "int8.json", "tensorrt", quantization_of(load_onnx(output)))
+    further = ["--write-calibration-cache", str(cache), "--tensorrt-version", "8.5.3"]
+    assert main([str(model_path), "--ranges", str(trained), "-o", str(output), *further]) == 0
+    assert read_cache(cache) == pytest.approx(amax_from_quantised(load_onnx(output)))
+
+
+GOOD = {"target": "tensorrt", "keep_float": [], "ranges": {"image": [-1.0, 1.0]}}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot read"),
+        ('{"target": "tensorrt", "keep', "is not JSON"),
+        ("[1, 2]", "holds a list; expected an object"),
+        ({**GOOD, "target": "openvino"}, "target is 'openvino'; expected one of"),
+        ({**GOOD, "target": ["tensorrt"]}, "target is ['tensorrt']"),
+        ({"target": "tensorrt"}, "has no keep_float, ranges"),
+        ({**GOOD, "keep_float": "node_stem"}, "keep_float is 'node_stem'; expected a list"),
+        ({**GOOD, "ranges": [1]}, "ranges is [1]"),
+        ({**GOOD, "ranges": {"image": [0, float("nan")]}}, "the range of the tensor image is [0, nan]"),
+        ({**GOOD, "ranges": {"image": [0, float("inf")]}}, "the range of the tensor image is [0, inf]"),
+        ({**GOOD, "ranges": {"image": [0, 10**400]}}, "two finite numbers"),
+        ({**GOOD, "ranges": {"image": [0, 1e300]}}, "two finite numbers"),
+        ({**GOOD, "ranges": {"image": [1, -1]}}, "the first below the second"),
+        ({**GOOD, "ranges": {"image": [1]}}, "the range of the tensor image is [1]"),
+        ({**GOOD, "ranges": {"image": ["0", "1"]}}, "the range of the tensor image is ['0', '1']"),
+        ({**GOOD, "ranges": {"image": 3}}, "the range of the tensor image is 3"),
+        (GOOD, "was made for another graph: it has no range for 10 of 11 tensors: "),
+        ({**GOOD, "keep_float": ["/neck"]}, "it keeps 1 convolutions in float that the model has not: /neck"),
+        (
+            {**GOOD, "keep_float": [f"node_{name}" for name in QUANTIZED]},
+            "none of the 14 convolutions can be quantised",
+        ),
+    ],
+)
+def test_bad_trained_ranges_are_one_message_and_no_file(model_path, tmp_path, capsys, content, message):
+    trained, output = tmp_path / "int8.json", model_path.with_name("student.int8.onnx")
+    if content is not None:
+        trained.write_text(content if isinstance(content, str) else json.dumps(content))
+    assert main([str(model_path), "--ranges", str(trained), "-o", str(output)]) == 2
+    assert message in capsys.readouterr().err
+    assert not output.exists()
+
+
+def test_trained_ranges_without_use_are_of_another_graph(words, model_path, tmp_path, capsys):
+    output = model_path.with_name("student.int8.onnx")
+    assert main(words) == 0
+    quantization = quantization_of(load_onnx(output))
+    output.unlink()
+    quantization["backbone_5"] = quantization["image"]
+    trained = trained_file(tmp_path / "int8.json", "tensorrt", quantization)
+    assert main([str(model_path), "--ranges", str(trained), "-o", str(output)]) == 2
+    assert "it has ranges of tensors that need none, 1: backbone_5" in capsys.readouterr().err
+    assert not output.exists()
+
+
+def test_a_calibration_cache_is_not_for_trained_ranges_of_onnxruntime(model_path, tmp_path, capsys):
+    trained = tmp_path / "int8.json"
+    trained.write_text(json.dumps({**GOOD, "target": "onnxruntime"}))
+    words = ["--ranges", str(trained), "--write-calibration-cache", str(tmp_path / "c"), "--tensorrt-version", "8.5.3"]
+    assert main([str(model_path), *words, "-o", str(model_path.with_name("student.int8.onnx"))]) == 2
+    assert "the target is onnxruntime; expected tensorrt with a calibration cache" in capsys.readouterr().err
 
 
 def test_what_is_kept_in_float_is_said(words, model_path):
@@ -489,11 +706,21 @@ def test_bad_model_is_one_message_and_no_file(model_path, data_dir, contract, ca
         (["--data", "DATA", "--method", "percentile", "--percentile", "30"], "--percentile is 30.0"),
         (["--data", "DATA", "--percentile", "99"], "expected none with --method max"),
         (["--data", "DATA", "--write-calibration-cache", "CACHE"], "and --tensorrt-version, or neither"),
+        (["--data", "DATA", "--statistics", "DATA/../student.int8.onnx"], "two of the files to read and write are one"),
+        (
+            ["--data", "DATA", "--write-calibration-cache", "DATA/../student.onnx", "--tensorrt-version", "8.5.3"],
+            "two of the files to read and write are one",
+        ),
         (
             ["--data", "DATA", "--write-calibration-cache", "CACHE", "--tensorrt-version", "ten"],
             "--tensorrt-version is 'ten'",
         ),
-        (["--calibration-cache", "CACHE", "--target", "onnxruntime"], "--target is onnxruntime"),
+        (["--calibration-cache", "CACHE", "--target", "onnxruntime"], "the target is onnxruntime"),
+        (["--calibration-cache", "CACHE", "--num-images", "5"], "--num-images: expected none with --calibration-cache"),
+        (["--ranges", "R", "--seed", "5", "--split", "val"], "--split, --seed: expected none with --ranges"),
+        (["--ranges", "R", "--target", "tensorrt"], "--target: expected none with --ranges"),
+        (["--ranges", "R", "--keep-float", "node_stem"], "--keep-float: expected none with --ranges"),
+        (["--ranges", "R", "--max-ap-drop", "1"], "--max-ap-drop is given without --data"),
         (
             ["--calibration-cache", "CACHE", "--method", "mse", "--split", "val", "--bias-correction"],
             "--split, --method, --bias-correction: expected none with",

@@ -5,7 +5,8 @@ import random
 import pytest
 
 from calibration.blocks import Block
-from calibration.search import Drop, blocks_to_keep
+from calibration.search import Drop, Journal, Step, blocks_to_keep, text_of_result
+from deploy.dataset import CocoSet
 from deploy.errors import CalibrationError
 
 
@@ -76,6 +77,47 @@ def test_a_budget_that_cannot_be_met_is_an_error():
     with pytest.raises(CalibrationError, match=r"budget of 0.3 points of AP cannot be met.*2 of 3 blocks in float"):
         blocks_to_keep(make({"a": 1, "b": 1, "c": 1}), measure, lambda: {"a": 1, "b": 3, "c": 2}, 0.003)
     assert asked == [set(), {"b"}, {"b", "c"}]
+
+
+def test_journal_gives_back_what_was_measured(tmp_path, capsys):
+    a, b = make({"a": 1, "b": 2})
+    journal, drop = Journal(tmp_path / "x.search.json", {"model": "m"}), Drop(0.3, 0.1, 0.05, 0.2)
+    journal.float_ap = 0.4
+    journal.add_drop([a, b], drop)
+    journal.add_error(a, 0.25)
+    assert capsys.readouterr().err == ""
+    again = Journal(journal.path, {"model": "m"})
+    assert (again.drop([b, a]), again.drop([a]), again.drop([])) == (drop, None, None)
+    assert (again.float_ap, again.errors) == (0.4, {"a": 0.25})
+    assert "1 sets and 1 blocks are known from an earlier run" in capsys.readouterr().err
+
+
+def test_journal_of_other_settings_is_left_behind_and_said(tmp_path, capsys):
+    a, b = make({"a": 1, "b": 2})
+    path = tmp_path / "x.search.json"
+    Journal(path, {"method": "max"}).add_drop([a], Drop(0.3, 0.1, 0.05, 0.2))
+    other = Journal(path, {"method": "mse"})
+    assert other.drop([a]) is None
+    assert "other settings: the search begins anew" in capsys.readouterr().err
+    other.add_error(b, 0.5)
+    assert Journal(path, {"method": "mse"}).errors == {"b": 0.5}
+    assert Journal(path, {"method": "max"}).drop([a]) is None
+
+
+def test_journal_that_is_damaged_is_an_error(tmp_path):
+    path = tmp_path / "x.search.json"
+    path.write_text('{"key": {')
+    with pytest.raises(CalibrationError, match="delete it to begin anew"):
+        Journal(path, {})
+
+
+@pytest.mark.parametrize(("high", "kept"), [(0.006, ("a",)), (0.004, ("a",)), (0.006, ()), (0.004, ())])
+def test_what_a_search_came_to_is_said_with_its_limits(tmp_path, high, kept):
+    final = Step("a in float", kept, 0.25, Drop(0.3, 0.002, -0.001, high), holds=True)
+    text = text_of_result(final, 0.5, CocoSet(tmp_path / "val.json", tmp_path, [], (), (), 0))
+    assert text.startswith(f"AP 30.00, 0.20 points below float (95 % interval -0.10 to {100 * high:.2f}), on 0 images")
+    assert ("the interval reaches beyond the budget of 0.5" in text) == (high > 0.005)
+    assert ("in float for it: a, 25.0 %" in text) == ("another split" in text) == bool(kept)
 
 
 def test_drop_is_what_is_missing_against_float():
