@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,10 @@ from crosskd.heads import FAMILIES, HeadFamily, HeadPass, check_heads_match, fam
 from crosskd.losses import aligned_to_teacher, feature_distance
 from crosskd.ops import register_mmcv_ops
 from deploy.errors import ConfigError, PipelineError
+from deploy.files import AnyPath
+
+if TYPE_CHECKING:
+    from crosskd.fake_quantization import FakeQuantization
 
 register_mmcv_ops()  # before mmdet is imported, which asks for them then
 from mmcv.cnn.utils import fuse_conv_bn  # noqa: E402
@@ -66,6 +71,9 @@ class CrossKDDetector(BaseDetector):
     ) -> None:
         student = ConfigDict(student)
         super().__init__(data_preprocessor=student.data_preprocessor, **kwargs)
+        self.has_weights = False
+        self.quantization: FakeQuantization | None = None
+        """The rounding of INT8 that the student learns to live with, if any; of the weights that it starts from."""
         self.student = MODELS.build(student)  # before the teacher: the same seed gives the baseline's initial weights
         check_distill(distill)
         self.parts = METHODS[distill["method"]]
@@ -106,8 +114,19 @@ class CrossKDDetector(BaseDetector):
         return self
 
     def init_weights(self) -> None:
-        """Initialises the student only: the teacher's weights are its own."""
-        self.student.init_weights()
+        """Initialises the student only, unless it starts from weights: the teacher's weights are its own."""
+        if not self.has_weights:
+            self.student.init_weights()
+
+    def start_from(self, weights: AnyPath, class_names: Sequence[str]) -> None:
+        """
+        Gives the student trained weights to start from.
+
+        Raises:
+            CheckpointError: as `load_detector_weights`.
+        """
+        load_detector_weights(self.student, weights, class_names)
+        self.has_weights = True
 
     def prepare_teacher(self, dtype: torch.dtype | None = None) -> None:
         """
@@ -136,18 +155,24 @@ class CrossKDDetector(BaseDetector):
             batch_data_samples: N mmdet `DetDataSample`s with `gt_instances`.
         """
         if self.teacher is None:
-            return self.student.loss(batch_inputs, batch_data_samples)
+            with self._as_quantized():
+                return self.student.loss(batch_inputs, batch_data_samples)
         teacher = self._pass_of_teacher(batch_inputs)
         head = self.student.bbox_head
-        with self.family.recorded_pass(head, self.split, self.before_activation) as student:
+        with self.family.recorded_pass(head, self.split, self.before_activation) as student, self._as_quantized():
             if set(self.parts) - {"pkd"}:
                 with self.family.recorded_assignment(head) as calls:
                     losses = self.student.loss(batch_inputs, batch_data_samples)
             else:
                 losses, calls = self.student.loss(batch_inputs, batch_data_samples), []
+        if self.quantization is not None:
+            student.taps = [tuple(map(self.quantization.as_read, taps)) for taps in student.taps]
         for key, values in self._losses_by_method(student, teacher, calls).items():
             losses[key] = [self.loss_weights[key] * value for value in values]
         return losses
+
+    def _as_quantized(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.quantization is None else self.quantization.applied()
 
     @torch.no_grad()
     def _pass_of_teacher(self, batch_inputs: Tensor) -> HeadPass:
@@ -212,7 +237,8 @@ class CrossKDDetector(BaseDetector):
         return ((pixels.flip(1) if _turned(mine, theirs) else pixels) - theirs.mean) / theirs.std
 
     def predict(self, batch_inputs: Tensor, batch_data_samples: list[Any], rescale: bool = True) -> list[Any]:
-        return self.student.predict(batch_inputs, batch_data_samples, rescale=rescale)
+        with self._as_quantized():
+            return self.student.predict(batch_inputs, batch_data_samples, rescale=rescale)
 
     def _forward(self, batch_inputs: Tensor, batch_data_samples: Any = None) -> Any:
         return self.student._forward(batch_inputs, batch_data_samples)

@@ -4,6 +4,17 @@ RUN_DIR`.
 
 Writes `RUN_DIR/student.pth`, plain mmdet weights of the student alone. Needs the training packages (torch, mmdet).
 
+INT8-aware, for a trained student that loses too much AP by `calibration.quantize`:
+
+    python -m crosskd.distill CONFIG --data DIR --teacher-checkpoint X --quantize int8 --from RUN/student.pth -o RUN_DIR
+
+trains it further while it computes with the rounding of its INT8 graph, and its rounded tower features go through the
+float teacher's head: see `crosskd.fake_quantization`. Placement and first ranges are those of the student's INT8 file,
+`--calibrated`, or of one that is made for `--target` on the way. Writes also `RUN_DIR/student.onnx` and
+`RUN_DIR/student.int8.onnx`, and `RUN_DIR/int8.json`, the trained ranges: `calibration.quantize --ranges` takes them for
+another export of the same run. A quarter of the config's epochs at a tenth of its learning rate, in float32, unless
+--epochs, `--set optim_wrapper.optimizer.lr=...` and --precision say otherwise.
+
 In several processes, each with batches of its own: `torchrun --nproc-per-node 2 -m crosskd.distill ...`, by NCCL on
 GPUs and gloo on CPUs; on several nodes by torchrun's rendezvous, with data and RUN_DIR under the same paths on all.
 Only the first process prints and writes. The learning rate stays that of the config unless --auto-scale-lr is given.
@@ -23,11 +34,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from crosskd.config import data_from_arguments, load_config, set_classes
-from crosskd.distributed import first_of_each_machine_first, is_first_process, joined_processes
+from crosskd import int8_aware
+from crosskd.config import TrainingData, data_from_arguments, load_config, set_classes, set_epochs
+from crosskd.distributed import first_of_each_machine_first, is_first_process, joined_processes, wait_for_all
 from crosskd.training import add_training_arguments, overrides_of, run_dir_of, run_training, seed_everything
 from deploy.errors import ConfigError, command
 from deploy.files import check_writable
+
+TARGETS = ("onnxruntime", "tensorrt")
+LEARNING_RATE = "optim_wrapper.optimizer.lr"
 
 
 @command
@@ -53,10 +68,38 @@ def main(argv: list[str] | None = None) -> int:
         metavar="N",
         help="validation images on which the teacher's AP is measured before the first step (default: 100; 0: none)",
     )
+    group = parser.add_argument_group("fine-tuning")
+    group.add_argument(
+        "--from", dest="start", metavar="FILE", help="weights of a finished run of the student to start from"
+    )
+    group.add_argument("--quantize", choices=("int8",), help="train for INT8; with --from")
+    group.add_argument("--target", choices=TARGETS, help="runtime that INT8 is for (default: tensorrt)")
+    group.add_argument(
+        "--calibrated",
+        metavar="FILE",
+        help="INT8 file of the weights --from, by calibration.quantize, whose placement and ranges to start with "
+        "(default: made for --target)",
+    )
     arguments = parser.parse_args(argv)
+    check_fine_tuning(arguments)
     with joined_processes():
         distil(arguments)
     return 0
+
+
+def check_fine_tuning(arguments: argparse.Namespace) -> None:
+    """Raises ConfigError if --from, --quantize and what belongs to them do not go together."""
+    if not arguments.quantize:
+        given = [flag for flag in ("target", "calibrated") if getattr(arguments, flag)]
+        if given:
+            raise ConfigError(f"--{given[0]} is given without --quantize int8; expected both or neither")
+        return
+    if not arguments.start:
+        raise ConfigError("--quantize int8 is given without --from; expected student.pth of a trained student with it")
+    if arguments.target and arguments.calibrated:
+        raise ConfigError("--target is given with --calibrated, which is for one target already; expected one of them")
+    if arguments.ema is not None:
+        raise ConfigError("--ema is given with --quantize int8, whose ranges it would not average; leave it out")
 
 
 def distil(arguments: argparse.Namespace) -> None:
@@ -78,6 +121,11 @@ def distil(arguments: argparse.Namespace) -> None:
     if arguments.teacher_checkpoint:
         config.model.teacher.checkpoint = arguments.teacher_checkpoint
     set_classes(config, data.class_names)
+    start = Path(arguments.start) if arguments.start else None
+    if start is not None:
+        int8_aware.check_start(start)
+    if arguments.quantize:
+        set_fine_tuning(config, arguments)
 
     from crosskd.detector import detector_from_config
 
@@ -88,7 +136,43 @@ def distil(arguments: argparse.Namespace) -> None:
         detector = detector_from_config(config, class_names=data.class_names)
     teacher = config.model.teacher.get("checkpoint") if detector.teacher is not None else None
     inputs = {"teacher_checkpoint": teacher} if teacher and Path(teacher).is_file() else {}
-    run_training(config, detector, data, run_dir, arguments, "student.pth", inputs)
+    if start is not None:
+        detector.start_from(start, data.class_names)
+        inputs["start"] = str(start)
+    if not arguments.quantize:
+        run_training(config, detector, data, run_dir, arguments, "student.pth", inputs)
+        return
+    int8 = int8_to_start_with(arguments, data, run_dir)
+    detector.quantization = int8_aware.fake_quantization_of(detector.student, int8, start)
+    run_training(config, detector, data, run_dir, arguments, "student.pth", {**inputs, "calibrated": str(int8)})
+    if is_first_process():
+        int8_aware.write_int8(run_dir, int8, detector.quantization)
+
+
+def set_fine_tuning(config: Any, arguments: argparse.Namespace) -> None:
+    """Sets length, learning rate and precision of INT8-aware training, where nobody did, and says so."""
+    overrides = overrides_of(arguments)
+    if not any(key.endswith("max_epochs") for key in overrides):
+        set_epochs(config, max(1, round(config.train_cfg.max_epochs / 4)))
+    if LEARNING_RATE not in overrides:
+        config.optim_wrapper.optimizer.lr /= 10
+    arguments.precision = arguments.precision or "fp32"  # bf16 would round as coarsely as INT8 does
+    print(
+        f"INT8-aware training: {config.train_cfg.max_epochs} epochs, learning rate "
+        f"{config.optim_wrapper.optimizer.lr:g}, {arguments.precision}; --epochs, --set {LEARNING_RATE}=... and "
+        "--precision to choose"
+    )
+
+
+def int8_to_start_with(arguments: argparse.Namespace, data: TrainingData, run_dir: Path) -> Path:
+    """The INT8 file whose placement and ranges the training takes: --calibrated, or made here by the first process."""
+    if arguments.calibrated:
+        return Path(arguments.calibrated)
+    int8 = run_dir / int8_aware.START
+    if is_first_process() and not (arguments.resume and int8.is_file()):
+        int8_aware.quantize_start(Path(arguments.start), data, arguments.target or "tensorrt", arguments.seed, run_dir)
+    wait_for_all()
+    return int8
 
 
 def local_checkpoint(teacher: Any) -> str:
