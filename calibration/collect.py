@@ -2,9 +2,9 @@
 Calibration images, and the statistics of a float model's activations over them.
 
 One pass with ONNX Runtime, one image at a time. The activations looked at are outputs of the graph, which ONNX Runtime
-keeps until a run ends; where they would be larger than LARGEST_GROUP_BYTES, a run looks at some of them only and runs
-the graph only that far. Memory does not depend on the number of images, but for two sums (16 bytes) of each tensor and
-image. Needs the packages onnx and onnxruntime.
+keeps until a run ends; where they would be larger than LARGEST_GROUP_BYTES, there are several passes, each of which
+looks at some of them and runs the graph only that far. Memory does not depend on the number of images, but for two sums
+(16 bytes) of each tensor and image. Needs the packages onnx and onnxruntime.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Dict, Iterable, Iterator, List, Sequence, Tupl
 
 import numpy as np
 
-from calibration.statistics import Collected, Statistics
+from calibration.statistics import Collected, Seen, Statistics
 from deploy.contract import ModelContract
 from deploy.dataset import CocoImage, CocoSet, read_image
 from deploy.errors import CalibrationError, ConfigError, DataError, MissingDependencyError
@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     import onnxruntime
 
 
+IMAGES_PER_COUNT = 8
+"""Whose samples are counted together: numpy's calls, and going through the bins, cost as much as the values do."""
+SLOPES = {"Relu": 0.0, "LeakyRelu": 0.01}
+"""Operator -> slope of negative values where no attribute says it."""
 LARGEST_GROUP_BYTES = 512 * 2**20
 """Of the activations that one run keeps."""
 
@@ -132,50 +136,76 @@ def extend_statistics(
     """
     by_content = {sha256_of(image.path): image for image in images}
     further = {digest: image for digest, image in by_content.items() if digest not in collected.image_ids}
-    sessions = _sessions(model, collected.statistics, contract) if further else []
-    for digest, image in progress(further.items(), len(further), "calibration"):
-        for name, values in _activations(sessions, image, contract):
-            if values.ndim == 4 and len(values) == _images_per_run(contract):  # (N, channels, height, width)
-                values = values[:1]
-            if name in collected.statistics and not collected.statistics[name].update(values):
-                raise CalibrationError(
-                    f"the tensor {name} holds NaN or infinity for the image {image.path}; expected finite activations. "
-                    "The weights may have diverged in training: measure the float model first."
-                )
-        collected.image_ids[digest] = image.image_id
+    if not further:
+        return
+    rectified = _rectified(model, collected.statistics)
+    groups = _groups(model, set(collected.statistics).difference(*rectified.values()), contract)
+    for number, group in enumerate(groups, start=1):
+        part = f"calibration, part {number} of {len(groups)}" if len(groups) > 1 else "calibration"
+        session = runtime_session(_with_outputs(model, group), "calibration", quiet=True)
+        waiting: Dict[str, List[Seen]] = {name: [] for name in group}
+        for done, image in enumerate(progress(further.values(), len(further), part), start=1):
+            for name, seen in _seen(session, image, contract):
+                waiting[name].append(seen)
+            if done % IMAGES_PER_COUNT == 0 or done == len(further):
+                _count(collected.statistics, waiting, rectified)
+        del session  # and its memory, before there is another
+    collected.image_ids.update((digest, image.image_id) for digest, image in further.items())
 
 
-def _activations(
-    sessions: Sequence[onnxruntime.InferenceSession], image: CocoImage, contract: ModelContract
-) -> Iterator[Tuple[str, np.ndarray]]:
-    """(name, values) of the network's input and of each output of the sessions."""
+def _seen(
+    session: onnxruntime.InferenceSession, image: CocoImage, contract: ModelContract
+) -> Iterator[Tuple[str, Seen]]:
+    """(name, what the image shows) of each output of the session; raises as `extend_statistics`."""
     batch = np.repeat(preprocess(read_image(image.path), contract).input, _images_per_run(contract), axis=0)
-    yield contract.input_name, batch
-    for session in sessions:
-        names = [output.name for output in session.get_outputs()]
-        yield from zip(names, session.run(names, {contract.input_name: batch}))
+    names = [output.name for output in session.get_outputs()]
+    for name, values in zip(names, session.run(names, {contract.input_name: batch})):
+        if values.ndim == 4 and len(values) == len(batch):  # (N, channels, height, width)
+            values = values[:1]
+        seen = Seen.of(values)
+        if not seen.is_finite:
+            raise CalibrationError(
+                f"the tensor {name} holds NaN or infinity for the image {image.path}; expected finite activations. "
+                "The weights may have diverged in training: measure the float model first."
+            )
+        yield name, seen
 
 
-def _images_per_run(contract: ModelContract) -> int:
-    return max(1, contract.input_shape[0])  # -1: any number
+def _count(
+    statistics: Dict[str, Statistics], waiting: Dict[str, List[Seen]], rectified: Dict[str, Dict[str, float]]
+) -> None:
+    """Moves what waits into the statistics, and what follows from it."""
+    for name, parts in waiting.items():
+        seen = Seen.joined(parts)
+        parts.clear()
+        statistics[name].update(seen)
+        for output, slope in rectified.get(name, {}).items():
+            statistics[output].update(seen.rectified(slope))
 
 
-def _sessions(
-    model: onnx.ModelProto, tensors: Iterable[str], contract: ModelContract
-) -> List[onnxruntime.InferenceSession]:
-    """One for each group of tensors, which are its outputs."""
-    return [
-        runtime_session(_with_outputs(model, group), "calibration", lean=True)
-        for group in _groups(model, tensors, contract)
-    ]
+def _rectified(model: onnx.ModelProto, tensors: Iterable[str]) -> Dict[str, Dict[str, float]]:
+    """
+    Of these tensors: input of a ReLU or LeakyReLU -> its outputs, with their slopes of negative values.
+
+    What the outputs show follows from what the inputs show: they need not leave the graph.
+    """
+    wanted = set(tensors)
+    found: Dict[str, Dict[str, float]] = {}
+    for node in model.graph.node:
+        if node.op_type in SLOPES and wanted.issuperset([node.input[0], node.output[0]]):
+            slope = next((field.f for field in node.attribute if field.name == "alpha"), SLOPES[node.op_type])
+            if 0 <= slope <= 1:
+                found.setdefault(node.input[0], {})[node.output[0]] = slope
+                wanted.remove(node.output[0])
+    return found
 
 
-def runtime_session(model: onnx.ModelProto, needed_for: str, lean: bool = False) -> onnxruntime.InferenceSession:
+def runtime_session(model: onnx.ModelProto, needed_for: str, quiet: bool = False) -> onnxruntime.InferenceSession:
     """
     The model on ONNX Runtime's CPU provider.
 
     Args:
-        lean: take less memory and leave the processor alone between runs, for sessions beside which Python counts.
+        quiet: leave the processor alone between runs, for sessions beside which Python counts.
 
     Raises:
         MissingDependencyError: onnxruntime is not installed.
@@ -187,22 +217,25 @@ def runtime_session(model: onnx.ModelProto, needed_for: str, lean: bool = False)
         raise MissingDependencyError("onnxruntime", needed_for, "pip install onnxruntime") from error
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors only
-    if lean:
-        options.enable_cpu_mem_arena = False  # which would keep what each session took
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # not while Python counts
+    if quiet:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
         return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime raises a dozen types, none of them documented
         raise CalibrationError(f"ONNX Runtime cannot run the model: {error}. Export it again.") from error
 
 
+def _images_per_run(contract: ModelContract) -> int:
+    return max(1, contract.input_shape[0])  # -1: any number
+
+
 def _groups(model: onnx.ModelProto, tensors: Iterable[str], contract: ModelContract) -> List[List[str]]:
-    """The tensors but for the input, as they follow in the graph, in groups of at most LARGEST_GROUP_BYTES."""
-    wanted, sizes = set(tensors) - {contract.input_name}, _sizes_in_bytes(model, contract)
+    """The tensors as they follow in the graph, in groups of at most LARGEST_GROUP_BYTES."""
+    wanted, sizes = set(tensors), _sizes_in_bytes(model, contract)
     unknown = max(sizes.values(), default=0)  # onnx cannot infer every size: then as large as the largest known
     groups: List[List[str]] = []
     free_bytes = 0
-    for name in producers(model):
+    for name in [contract.input_name, *producers(model)]:
         if name in wanted:
             size = sizes.get(name) or unknown
             if not groups or size > free_bytes:
@@ -222,9 +255,10 @@ def _sizes_in_bytes(model: onnx.ModelProto, contract: ModelContract) -> Dict[str
     for value in fixed.graph.input:
         if value.name == contract.input_name:
             value.type.tensor_type.shape.dim[0].dim_value = _images_per_run(contract)
+    graph = onnx.shape_inference.infer_shapes(fixed, data_prop=True).graph
     shapes = {
         value.name: [dimension.dim_value for dimension in value.type.tensor_type.shape.dim]
-        for value in onnx.shape_inference.infer_shapes(fixed, data_prop=True).graph.value_info
+        for value in (*graph.input, *graph.value_info)
     }
     return {name: 4 * int(np.prod(shape, dtype=np.int64)) for name, shape in shapes.items()}
 

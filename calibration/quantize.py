@@ -493,12 +493,12 @@ def int8_from_images(arguments: argparse.Namespace, graph: Graph, contract: Mode
     percentile = PERCENTILE if arguments.percentile is None else arguments.percentile
     choose_tensors = tensors_of_placement if budget is None else tensors_of_any_choice
     file = Path(arguments.statistics) if arguments.statistics else None
-    statistics = collect(
-        graph.model, choose_tensors(graph, arguments.target), images, contract, file, Path(arguments.model)
-    )
+    methods = METHODS if arguments.method == "auto" else (arguments.method,)
+    tensors = choose_tensors(graph, arguments.target)
+    statistics = collect(graph.model, tensors, images, contract, file, Path(arguments.model), methods)
     recipes = {
         method: Recipe(graph.model, arguments.target, method, percentile, tuple(arguments.keep_float), statistics)
-        for method in (METHODS if arguments.method == "auto" else [arguments.method])
+        for method in methods
     }
     method: str = arguments.method
     details: Dict[str, Any] = {}

@@ -162,19 +162,24 @@ def collect(
     contract: ModelContract,
     file: Optional[Path],
     model_path: Path,
+    methods: Sequence[str],
 ) -> Dict[str, Statistics]:
     """
     Tensor -> statistics over the images: of `tensors`, and extremes of those of `tensors_that_may_grow`.
 
     Args:
-        file: where they are kept; statistics that it has already are not collected again.
+        file: where they are kept, for any method; statistics that it has already are not collected again.
+        methods: that they are for. `max` alone needs no histograms, which cost time.
         model_path: of the model.
 
     Raises:
         CalibrationError: the file is of another model, of other images or for another target, or an activation is not
             finite.
     """
-    minmax_only = sorted(set(tensors_that_may_grow(model)) - set(tensors))
+    growing = tensors_that_may_grow(model)
+    if file is None and set(methods) == {"max"}:
+        tensors, growing = [], [*tensors, *growing]
+    minmax_only = sorted(set(growing) - set(tensors))
     if file is not None and file.is_file():
         collected = load_statistics(file, model_path, contract)
         collected.check_tensors(tensors, minmax_only, file)

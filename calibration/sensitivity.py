@@ -223,7 +223,7 @@ def main(argv: Optional[List[str]] = None) -> int:
 
     file = Path(arguments.statistics) if arguments.statistics else None
     tensors = tensors_of_any_choice(graph, arguments.target)
-    statistics = collect(graph.model, tensors, images, contract, file, Path(arguments.model))
+    statistics = collect(graph.model, tensors, images, contract, file, Path(arguments.model), [arguments.method])
     keep_float = tuple(arguments.keep_float)
     recipe = Recipe(graph.model, arguments.target, arguments.method, PERCENTILE, keep_float, statistics)
     blocks = blocks_from_graph(graph, arguments.blocks, count_multiplications(graph, contract))

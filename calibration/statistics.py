@@ -1,6 +1,10 @@
 """
 Statistics of a float model's activations over the calibration images, and the file that keeps them.
 
+    python -m calibration.statistics student.statistics.npz
+
+prints such a file of `calibration.quantize --statistics`, and what share of the values each method would clip.
+
 Of each tensor: its smallest and largest value, taken over all values; and a histogram, the number of zeros and two
 moments, taken over a fixed lattice of at most SAMPLE values per image, since counting each of millions of values would
 take longer than the network itself. All of them are sums or extremes of what single images give, and are kept such
@@ -10,23 +14,25 @@ several.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import io
 import json
 import math
+import sys
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Any, Dict, Iterable, List
+from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
 
 import numpy as np
 
 from deploy.contract import ModelContract
-from deploy.errors import CalibrationError
+from deploy.errors import CalibrationError, command
 from deploy.files import AnyPath, replacing, sha256_of
 
-SAMPLE = 8192
-"""The most values of one tensor and image that are counted: 4 million over 512 images."""
+SAMPLE = 4096
+"""The most values of one tensor and image that are counted: 2 million over 512 images."""
 BINS_LOG2 = 12
 BINS = 2**BINS_LOG2
 """Bins on each side of 0; at least half of them lie below the largest absolute value."""
@@ -38,6 +44,53 @@ PREPROCESSING = (
     "resize_wh_px",
 )  # fmt: skip
 """What of a contract changes the input of the network, and so the statistics."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Seen:
+    """What one image, or several, show of one tensor."""
+
+    smallest: float
+    largest: float
+    sample: np.ndarray
+    """(images, at most SAMPLE), float32 or integer: the values that are counted."""
+
+    @classmethod
+    def of(cls, values: np.ndarray) -> Seen:
+        """
+        What the values of a tensor for one image show: NaN as smallest and largest if one is NaN.
+
+        Args:
+            values: of any shape, float32 or integer, at least one.
+        """
+        sample = values.reshape(1, -1)[:, :: sample_stride(values.size)]
+        return cls(float(values.min()), float(values.max()), sample.copy())  # so that the values themselves can go
+
+    @classmethod
+    def joined(cls, parts: Sequence[Seen]) -> Seen:
+        """What several images show together."""
+        return cls(
+            min(part.smallest for part in parts),
+            max(part.largest for part in parts),
+            np.concatenate([part.sample for part in parts]),
+        )
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all values are, those outside the sample too."""
+        return math.isfinite(self.smallest) and math.isfinite(self.largest)
+
+    def rectified(self, slope: float) -> Seen:
+        """
+        What a ReLU or LeakyReLU makes of it, in float32 as there.
+
+        Args:
+            slope: of negative values, 0 to 1.
+        """
+        extremes = np.array([self.smallest, self.largest], np.float32)
+        # + 0 since a slope of 0 makes -0 of negative values
+        (smallest, largest), sample = (np.maximum(x, np.float32(slope) * x) + 0 for x in (extremes, self.sample))
+        return Seen(float(smallest), float(largest), sample)
 
 
 @dataclasses.dataclass(eq=False)
@@ -78,6 +131,24 @@ class Statistics:
         return int(self.counts.sum()) + self.zeros
 
     @property
+    def zero_share(self) -> float:
+        """Of the values counted; NaN if there are none."""
+        return self.zeros / self.count if self.count else float("nan")
+
+    def share_outside(self, lowest: float, highest: float) -> float:
+        """
+        Share of the values counted that lie outside a range, widened to hold 0; NaN if there are none.
+
+        Those of a bin that the range cuts are taken to be spread evenly over it.
+        """
+        ends = [
+            -math.inf if lowest <= self.minimum else min(lowest, 0.0),
+            math.inf if highest >= self.maximum else max(highest, 0.0),
+        ]
+        below, not_above = np.interp(ends, self.edges, np.append(0, np.cumsum(self.counts)))
+        return (int(self.counts.sum()) - (not_above - below)) / self.count if self.count else float("nan")
+
+    @property
     def mean(self) -> float:
         """Of the values counted; NaN if there are none."""
         return math.fsum(self.sums) / self.count if self.count else float("nan")
@@ -87,23 +158,14 @@ class Statistics:
         """Standard deviation of the values counted; NaN if there are none."""
         return math.sqrt(max(0.0, math.fsum(self.squares) / self.count - self.mean**2)) if self.count else float("nan")
 
-    def update(self, values: np.ndarray) -> bool:
-        """
-        Takes in the values of the tensor for one image; False, and nothing is changed, if one is NaN or infinite.
-
-        Args:
-            values: of any shape, float32 or integer, at least one.
-        """
-        smallest, largest = float(values.min()), float(values.max())  # NaN if one value is
-        if not (math.isfinite(smallest) and math.isfinite(largest)):
-            return False
-        self.minimum, self.maximum = min(self.minimum, smallest), max(self.maximum, largest)
+    def update(self, seen: Seen) -> None:
+        """Takes in what further images show of the tensor, all of it finite."""
+        self.minimum, self.maximum = min(self.minimum, seen.smallest), max(self.maximum, seen.largest)
         if self.has_histogram:
-            absolute_largest = max(-smallest, largest)
+            absolute_largest = max(-seen.smallest, seen.largest)
             if absolute_largest > 0:
                 self._widen(math.frexp(absolute_largest)[1] - BINS_LOG2)
-            self._count(values.ravel()[:: sample_stride(values.size)].astype(np.float64))
-        return True
+            self._count(seen.sample.astype(np.float64))
 
     def _widen(self, exponent: int) -> None:
         """Makes bins at least 2**exponent wide."""
@@ -113,14 +175,18 @@ class Statistics:
             self.counts = np.concatenate([np.zeros(BINS // 2, np.int64), pairs, np.zeros(BINS // 2, np.int64)])
 
     def _count(self, values: np.ndarray) -> None:
-        """In float64, where dividing a float32 by a power of two is exact, so that merged bins are exact too."""
+        """
+        Counts (images, values) float64, where dividing a float32 by a power of two is exact: so merged bins are too.
+        """
         zeros = int(np.count_nonzero(values == 0))
-        bins = np.floor(values * 2.0**-self.exponent).astype(np.intp) + BINS
+        self.sums += values.sum(axis=1).tolist()
+        self.squares += np.square(values).sum(axis=1).tolist()
+        values *= 2.0**-self.exponent
+        bins = np.floor(values, out=values).astype(np.intp).ravel()
+        bins += BINS
         self.counts += np.bincount(bins, minlength=2 * BINS)
         self.counts[BINS] -= zeros
         self.zeros += zeros
-        self.sums.append(float(values.sum()))
-        self.squares.append(float(np.einsum("i,i->", values, values)))
 
 
 def sample_stride(size: int) -> int:
@@ -210,6 +276,13 @@ def load_statistics(path: AnyPath, model: AnyPath, contract: ModelContract) -> C
         CalibrationError: the file is missing, damaged or of another version; or the statistics are of another model
             or of other pre-processing.
     """
+    header, arrays = _read(path)
+    _check_same_network(header, path, model, contract)
+    return Collected(_statistics_from_arrays(header["tensors"], arrays), header["images"])
+
+
+def _read(path: AnyPath) -> Tuple[Dict[str, Any], Dict[str, np.ndarray]]:
+    """(header, arrays) of a file; raises CalibrationError if it is missing, damaged or of another version."""
     try:
         with np.load(io.BytesIO(Path(path).read_bytes()), allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
@@ -225,8 +298,7 @@ def load_statistics(path: AnyPath, model: AnyPath, contract: ModelContract) -> C
             f"{path}: schema_version is {version!r}; expected {SCHEMA_VERSION}. Delete it, and the statistics are "
             "collected anew."
         )
-    _check_same_network(header, path, model, contract)
-    return Collected(_statistics_from_arrays(header["tensors"], arrays), header["images"])
+    return header, arrays
 
 
 def _check_same_network(header: Dict[str, Any], path: AnyPath, model: AnyPath, contract: ModelContract) -> None:
@@ -263,6 +335,54 @@ def _statistics_from_arrays(names: List[str], arrays: Dict[str, np.ndarray]) -> 
     return found
 
 
+def table_from_statistics(collected: Collected, target: str) -> str:
+    """
+    The statistics as text, for people, and what share of the values each method of `calibration.ranges` would clip.
+
+    Args:
+        target: runtime, by which the ranges are symmetric about 0 (tensorrt) or not.
+    """
+    from calibration.ranges import METHODS, range_from_statistics
+
+    methods = [method for method in METHODS if method != "max"]
+    width = max((len(name) for name in collected.statistics), default=0)
+    columns = ["smallest", "largest", "mean", "deviation", "zeros", *methods]
+    lines = [
+        f"{len(collected.image_ids)} images; clipped, for {target}, by {', '.join(methods)}:",
+        f"{'tensor':{width}}{''.join(f'{column:>12}' for column in columns)}",
+    ]
+    for name, one in collected.statistics.items():
+        line = f"{name:{width}}{one.minimum:12.4g}{one.maximum:12.4g}"
+        if one.has_histogram:
+            ranges = [range_from_statistics(one, method, target == "tensorrt") for method in methods]
+            shares = [one.zero_share, *(one.share_outside(*limits) for limits in ranges)]
+            line += f"{one.mean:12.4g}{one.std:12.4g}{''.join(f'{share:12.3%}' for share in shares)}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+@command
+def main(argv: Optional[List[str]] = None) -> int:
+    """Prints one file; see the module's docstring."""
+    parser = argparse.ArgumentParser(
+        prog="python -m calibration.statistics", description="What was seen of a model's activations."
+    )
+    parser.add_argument("file", help="file of calibration.quantize --statistics")
+    parser.add_argument(
+        "--target", choices=("onnxruntime", "tensorrt"), default="tensorrt",
+        help="runtime that the ranges are for (default: %(default)s)",
+    )  # fmt: skip
+    arguments = parser.parse_args(argv)
+    header, arrays = _read(arguments.file)
+    collected = Collected(_statistics_from_arrays(header["tensors"], arrays), header["images"])
+    print(table_from_statistics(collected, arguments.target))
+    return 0
+
+
 def _preprocessing(contract: ModelContract) -> Dict[str, Any]:
     document = contract.to_json()
     return {key: document[key] for key in PREPROCESSING}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -67,8 +67,9 @@ def same(found, expected):
     return list(found) == list(expected)
 
 
-def test_statistics_are_those_of_all_images_in_any_order(detector, contract, data_dir):
+def test_statistics_are_those_of_all_images_in_any_order(detector, contract, data_dir, monkeypatch):
     """Independent values: every activation of every image kept, and reduced at the end."""
+    monkeypatch.setattr("calibration.statistics.SAMPLE", 10_000)  # all values
     images = load_split(data_dir, "train").images
     model = onnx.ModelProto()
     model.CopyFrom(detector)
@@ -125,8 +126,8 @@ def test_large_activations_are_looked_at_in_groups(detector, contract, data_dir,
     assert (
         groups
         == {
-            0: [["stem_relu"], ["plain1_relu"], ["merged"], ["fpn4"]],
-            20_000: [["stem_relu", "plain1_relu", "merged", "fpn4"]],
+            0: [["image"], ["stem_relu"], ["plain1_relu"], ["merged"], ["fpn4"]],
+            20_000: [["image"], ["stem_relu", "plain1_relu", "merged", "fpn4"]],
         }[limit_bytes]
     )
     found = collect_statistics(detector, tensors, images, contract)
@@ -147,6 +148,46 @@ def test_statistics_do_not_depend_on_the_batch_size(contract, data_dir, images_p
 
     number = -1 if images_per_batch == "N" else int(images_per_batch)
     assert same({"x": collect(images_per_batch, number)}, {"x": collect("1", 1)})
+
+
+@pytest.mark.parametrize("number", [1, 3, 100])
+def test_statistics_do_not_depend_on_how_many_are_counted_together(detector, contract, data_dir, monkeypatch, number):
+    images = load_split(data_dir, "train").images
+    expected = collect_statistics(detector, TENSORS, images, contract)
+    monkeypatch.setattr("calibration.collect.IMAGES_PER_COUNT", number)
+    assert same(collect_statistics(detector, TENSORS, images, contract), expected)
+
+
+@pytest.mark.parametrize(
+    ("activation", "looked_at"),
+    [
+        ("Relu (image)", ["image"]),
+        ("LeakyRelu (image)", ["image"]),
+        ("LeakyRelu <alpha = 0.3> (image)", ["image"]),
+        ("LeakyRelu <alpha = -0.3> (image)", ["image", "x"]),
+        ("LeakyRelu <alpha = 2.0> (image)", ["image", "x"]),
+        ("Abs (image)", ["image", "x"]),
+    ],
+)
+def test_what_follows_from_an_input_does_not_leave_the_graph(contract, data_dir, monkeypatch, activation, looked_at):
+    model = parser.parse_model(f"""
+        <ir_version: 8, opset_import: ["" : 17]>
+        g (float[1, 3, 32, 48] image) => (float[1, 3, 32, 48] z) {{ x = {activation}  y = Relu (x)  z = Abs (y) }}
+    """)
+    images = load_split(data_dir, "train").images
+    expected = collect_statistics(model, ["x"], images, contract)  # without the input, x itself is looked at
+    expected.update(collect_statistics(model, ["y"], images, contract))
+    outputs = []
+    with_outputs = calibration.collect._with_outputs
+    monkeypatch.setattr(
+        "calibration.collect._with_outputs", lambda m, names: outputs.extend(names) or with_outputs(m, names)
+    )
+    found = collect_statistics(model, ["x"], images, contract, minmax_only=["image"])
+    assert outputs == looked_at
+    assert found["x"].minimum < found["x"].maximum
+    assert same({"x": found["x"]}, {"x": expected["x"]})
+    chain = collect_statistics(model, ["image", "x", "y"], images, contract)
+    assert same({name: chain[name] for name in "xy"}, expected)
 
 
 def test_pixels_as_input(contract, data_dir):

@@ -16,7 +16,7 @@ from calibration.ranges import (
     unsigned_from_range,
     weight_scales,
 )
-from calibration.statistics import SAMPLE, Statistics
+from calibration.statistics import SAMPLE, Seen, Statistics
 from deploy.errors import CalibrationError, ConfigError
 
 
@@ -76,7 +76,7 @@ def statistics_of(values):
     """In parts of fewer values than are sampled of one image."""
     statistics = Statistics()
     for start in range(0, len(values), SAMPLE):
-        statistics.update(values[start : start + SAMPLE].astype(np.float32))
+        statistics.update(Seen.of(values[start : start + SAMPLE].astype(np.float32)))
     assert statistics.count == len(values)
     return statistics
 
@@ -267,7 +267,7 @@ def test_bad_arguments_are_one_message():
 
 def test_a_method_that_needs_a_histogram_says_so():
     statistics = Statistics.minmax_only()
-    statistics.update(np.float32([-1, 2]))
+    statistics.update(Seen.of(np.float32([-1, 2])))
     assert range_from_statistics(statistics, "max", True) == (-1, 2)
     with pytest.raises(CalibrationError, match="mse needs a histogram"):
         range_from_statistics(statistics, "mse", True)

@@ -3,6 +3,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,17 +14,21 @@ from calibration.statistics import (
     BINS,
     SAMPLE,
     Collected,
+    Seen,
     Statistics,
     load_statistics,
+    main,
     sample_stride,
     save_statistics,
+    table_from_statistics,
 )
 from deploy.errors import CalibrationError
 
 
 def statistics_of(arrays):
     statistics = Statistics()
-    assert all(statistics.update(values) for values in arrays)
+    for values in arrays:
+        statistics.update(Seen.of(values))
     return statistics
 
 
@@ -82,13 +89,51 @@ def test_a_huge_value_after_small_ones():
 
 
 @pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
-def test_what_is_not_finite_changes_nothing(arrays, wrong):
-    statistics = statistics_of(arrays)
-    before = fields(statistics)
-    values = arrays[0].copy()
-    values[0, 2, 3, 4] = wrong
-    assert not statistics.update(values)
-    assert fields(statistics) == before
+@pytest.mark.parametrize("index", [0, 1, SAMPLE, -1])
+def test_what_is_not_finite_is_seen_wherever_it_is(wrong, index):
+    values = np.random.default_rng(0).normal(size=3 * SAMPLE).astype(np.float32)
+    assert Seen.of(values).is_finite
+    values[index] = wrong
+    assert not Seen.of(values).is_finite
+
+
+@pytest.mark.parametrize("size", [1, 50, SAMPLE, 3 * SAMPLE])
+def test_images_counted_together_or_one_by_one_are_the_same(size):
+    random = np.random.default_rng(0)
+    arrays = [random.normal(0, scale, size).astype(np.float32) for scale in (1, 30, 0.2, 5, 1e-3)]
+    expected, found = statistics_of(arrays), Statistics()
+    for part in (arrays[:3], arrays[3:]):
+        found.update(Seen.joined([Seen.of(values) for values in part]))
+    assert fields(found) == fields(expected)
+    assert (found.sums, found.squares) == (expected.sums, expected.squares)
+
+
+@pytest.mark.parametrize("slope", [0.0, 0.01, 0.3, 1.0])
+def test_rectified_is_what_the_rectified_values_show(slope):
+    values = np.random.default_rng(0).normal(size=2 * SAMPLE).astype(np.float32)
+    found = Seen.of(values).rectified(slope)
+    expected = Seen.of(np.where(values < 0, np.float32(slope) * values, values))
+    assert (found.smallest, found.largest) == (expected.smallest, expected.largest)
+    np.testing.assert_array_equal(found.sample, expected.sample)
+
+
+def test_share_outside_a_range():
+    """Independent values: the values themselves, 64 to a bin or thereabouts, a quarter of them 0."""
+    values = np.random.default_rng(0).normal(size=(100, SAMPLE)).astype(np.float32)
+    values[:, ::4] = 0
+    statistics = statistics_of(values)
+    assert statistics.zero_share == pytest.approx(0.25)
+    for lowest, highest in [(-1, 1), (-0.5, 2), (-1.0, 0.0), (-3, 3)]:
+        share = np.mean((values < lowest) | (values > highest))
+        assert statistics.share_outside(lowest, highest) == pytest.approx(share, abs=3e-4)
+        assert share > 1e-3
+    assert statistics.share_outside(statistics.minimum, statistics.maximum) == 0
+    assert statistics.share_outside(0.7, 1) == statistics.share_outside(0, 1)  # widened
+
+
+def test_shares_of_no_values():
+    assert math.isnan(Statistics().zero_share)
+    assert math.isnan(Statistics().share_outside(-1, 1))
 
 
 def test_a_large_tensor_is_sampled_evenly_but_its_extremes_are_exact():
@@ -111,7 +156,7 @@ def test_stride_has_no_factor_in_common_with_the_size(size):
 
 def test_without_a_histogram_only_extremes_are_kept(arrays):
     statistics = Statistics.minmax_only()
-    assert all(statistics.update(values) for values in arrays)
+    statistics.update(Seen.joined([Seen.of(values) for values in arrays]))
     assert not statistics.has_histogram
     assert (statistics.minimum, statistics.maximum) == (min(map(np.min, arrays)), max(map(np.max, arrays)))
     assert statistics.count == 0
@@ -122,7 +167,7 @@ def test_without_a_histogram_only_extremes_are_kept(arrays):
 @pytest.fixture
 def collected(arrays):
     flat = Statistics.minmax_only()
-    flat.update(arrays[0])
+    flat.update(Seen.of(arrays[0]))
     statistics = {"late": statistics_of(arrays), "flat": flat, "early": statistics_of(arrays[:1] * 5)}
     return Collected(statistics, {"ab" * 32: 7, "cd" * 32: 3})
 
@@ -138,7 +183,7 @@ def test_a_file_gives_them_back(tmp_path, model_path, contract, collected):
         assert fields(found.statistics[name]) == fields(expected)
         assert (found.statistics[name].sums, found.statistics[name].squares) == (expected.sums, expected.squares)
         assert found.statistics[name].counts.dtype == np.int64
-        assert found.statistics[name].update(np.float32([1]))
+        found.statistics[name].update(Seen.of(np.float32([1])))
 
 
 def test_a_file_without_histograms(tmp_path, model_path, contract, collected):
@@ -210,3 +255,49 @@ def test_missing_tensors_are_named(collected):
         collected.check_tensors(["late", "flat"], [], "s.npz")
     with pytest.raises(CalibrationError, match=r"2 tensors: \['gone', 'lost'\]"):
         collected.check_tensors(["lost"], ["gone"], "s.npz")
+
+
+def rows(table):
+    return {line.split()[0]: line.split()[1:] for line in table.splitlines()[1:]}
+
+
+def test_table_for_people(arrays):
+    plain = np.linspace(-1, 1, SAMPLE, dtype=np.float32)
+    outlier = np.stack([plain] * 20)
+    outlier[3, 7] = 50
+    flat = Statistics.minmax_only()
+    flat.update(Seen.of(np.float32([-1.5, 2])))
+    seen = {"outlier": statistics_of(outlier), "flat": flat, "relu": statistics_of([np.maximum(plain, 0)])}
+    collected = Collected(seen, {"ab" * 32: 7, "cd" * 32: 3})
+    for target in ("tensorrt", "onnxruntime"):
+        table = table_from_statistics(collected, target)
+        assert table.startswith(f"2 images; clipped, for {target}, by percentile, entropy, mse")
+        found = rows(table)
+        assert found["tensor"] == ["smallest", "largest", "mean", "deviation", "zeros", "percentile", "entropy", "mse"]
+        assert found["flat"] == ["-1.5", "2"]
+        assert found["outlier"][:2] == ["-1", "50"]
+        assert [float(value) for value in found["outlier"][2:4]] == pytest.approx(
+            [outlier.mean(), outlier.std()], rel=1e-3
+        )
+        percentile, entropy, mse = (float(share.rstrip("%")) for share in found["outlier"][5:])
+        assert 0.005 <= percentile <= 0.011
+        assert 0 < entropy <= 1  # MOST_CLIPPED of calibration.ranges
+        assert mse > 0
+        assert float(found["relu"][4].rstrip("%")) == pytest.approx(50, abs=0.1)
+
+
+def test_command_prints_a_file(tmp_path, model_path, contract, collected, capsys):
+    path = tmp_path / "s.npz"
+    save_statistics(path, collected, model_path, contract)
+    assert main([str(path), "--target", "onnxruntime"]) == 0
+    printed = capsys.readouterr().out
+    assert printed == table_from_statistics(collected, "onnxruntime") + "\n"
+    words = [sys.executable, "-m", "calibration.statistics", str(path), "--target", "onnxruntime"]
+    root = Path(__file__).parents[2]
+    assert subprocess.run(words, cwd=root, capture_output=True, text=True, check=True).stdout == printed
+
+
+def test_command_says_what_is_wrong_with_a_file(tmp_path, capsys):
+    (tmp_path / "s.npz").write_text("not statistics")
+    assert main([str(tmp_path / "s.npz")]) == 2
+    assert "cannot read the statistics in" in capsys.readouterr().err
