@@ -13,28 +13,24 @@ the same line goes on.
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
-import contextlib
 import dataclasses
 import functools
-import os
 import signal
 import statistics
-import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 
 from benchmarks.bootstrap import interval_from_aps, resampled_ap
 from benchmarks.coco import evaluate
 from benchmarks.environment import read_environment
+from benchmarks.processes import Processes, locked, tail_of, work_through
 from deploy.contract import provenance, read_sidecar, sidecar_path
 from deploy.dataset import SPLITS, split_paths
-from deploy.errors import ConfigError, MeasurementError, PipelineError, command
+from deploy.errors import ConfigError, MeasurementError, command
 from deploy.files import check_writable, read_json, replacing, sha256_of, write_json
 
 METRICS = {
@@ -45,8 +41,6 @@ METRICS = {
 SHAPES = ("--images", "4000", "--size", "128", "--seed", "0", "--held-out", "0.25")
 BCCD = "../shared/data/bccd"
 RESAMPLES = 1000
-LOG_LINES = 15
-"""Of a failed run's log are shown."""
 GROUP_NORM = "model.student.bbox_head.norm_cfg={'type':'GN','num_groups':32,'requires_grad':True}"
 
 
@@ -121,6 +115,9 @@ class Run:
     """The module and its arguments, without `python -m`."""
     weights: Path
 
+    def __str__(self) -> str:
+        return str(self.folder)
+
     @property
     def command(self) -> List[str]:
         return ["python", "-m", *self.words]
@@ -135,53 +132,6 @@ class Run:
 
 Record = Dict[str, Any]
 """What the result file says of a finished run."""
-
-
-class Processes:
-    """Runs commands of the training side, each as a process of its own, and ends them all when told so."""
-
-    def __init__(self, jobs: int) -> None:
-        self._jobs = jobs
-        self._running: List[subprocess.Popen] = []
-        self._guard = threading.Lock()
-        self._stopped = False
-
-    def run(self, words: Sequence[str], log: Path, alone: bool = False, keep_open: Sequence[int] = ()) -> int:
-        """
-        The exit status of `python -m <words>`, whose output is appended to `log`.
-
-        Args:
-            alone: nothing else runs beside it, so that it may have all the cores.
-            keep_open: file descriptors that it inherits.
-        """
-        environment = dict(os.environ)
-        if self._jobs > 1 and not alone:  # a thread each: two such trainings do more than one with two threads
-            environment.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE")
-        with log.open("ab") as output:
-            with self._guard:
-                if self._stopped:
-                    raise MeasurementError("stopped")
-                process = subprocess.Popen(
-                    [sys.executable, "-m", *words], stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                    env=environment, pass_fds=keep_open,
-                )  # fmt: skip
-                self._running.append(process)
-            try:
-                return process.wait()
-            except BaseException:  # Ctrl-C while nothing else runs beside it
-                process.terminate()
-                process.wait()
-                raise
-            finally:
-                with self._guard:
-                    self._running.remove(process)
-
-    def stop(self) -> None:
-        """Ends what runs; nothing starts after it."""
-        with self._guard:
-            self._stopped = True
-            for process in self._running:
-                process.terminate()
 
 
 @command
@@ -256,24 +206,12 @@ def run_experiment(experiment: Experiment, arguments: argparse.Namespace, proces
         write_results(experiment, Path(arguments.output), data, teacher_record, done, len(runs))
 
     write()
-    failed: List[str] = []
-    with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
-        futures = {pool.submit(complete, run): run for run in todo}
-        try:
-            for future in concurrent.futures.as_completed(futures):
-                run = futures[future]
-                try:
-                    records[run] = future.result()
-                except PipelineError as error:
-                    failed.append(str(run.folder))
-                    print(f"error: {run.folder}: {error}", file=sys.stderr, flush=True)
-                    continue
-                write()
-        except BaseException:  # Ctrl-C above all
-            for future in futures:
-                future.cancel()
-            processes.stop()
-            raise
+
+    def done(run: Run, record: Record) -> None:
+        records[run] = record
+        write()
+
+    failed = [str(run) for run in work_through(todo, complete, done, processes, arguments.jobs)]
     if failed:
         raise MeasurementError(
             f"{len(failed)} of {len(todo)} runs failed: {', '.join(failed)}; why is above and in their log.txt. Put "
@@ -381,7 +319,7 @@ def complete_run(run: Run, data: Path, processes: Processes, jobs: int, alone: b
         PipelineError: it failed, with the end of its log; or another process is at it.
     """
     run.folder.mkdir(parents=True, exist_ok=True)
-    with _locked(run.folder) as lock:
+    with locked(run.folder) as lock:
         began = time.monotonic()
         if not sidecar_path(run.weights).is_file():
             _train(run, processes, 1 if alone else jobs, alone, lock)
@@ -393,26 +331,6 @@ def complete_run(run: Run, data: Path, processes: Processes, jobs: int, alone: b
     ap = record["numbers"]["AP"]
     print(f"{run.folder}: AP {100 * ap:.1f}, {time.monotonic() - began:.0f} s", flush=True)
     return record
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[int]:
-    """
-    A file descriptor that holds the folder; a training that inherits it holds it too, even where we were killed.
-
-    Raises:
-        MeasurementError: another process has it.
-    """
-    import fcntl
-
-    with (folder / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise MeasurementError(
-                f"another process is training or measuring in {folder}; wait for it, or end it"
-            ) from error
-        yield file.fileno()
 
 
 def _train(run: Run, processes: Processes, jobs: int, alone: bool, lock: int) -> None:
@@ -460,10 +378,6 @@ def _measured_of(run: Run, data: Path) -> Dict[str, str]:
 
 def _json_or_empty(path: Path) -> Dict[str, Any]:
     return dict(read_json(path, MeasurementError, "what an earlier run left")) if path.is_file() else {}
-
-
-def tail_of(log: Path) -> str:
-    return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:])
 
 
 def write_results(

@@ -23,7 +23,7 @@ WIDTH = 100
 FOLDERS = {
     "crosskd": ("Training", ("pipeline", "shapes", "train", "adopt", "distill", "predict")),
     "deploy": ("From a checkpoint to an engine", ("export", "adopt_onnx", "build_trt", "bundle", "detect", "doctor")),
-    "calibration": ("INT8", ("quantize", "audit", "sensitivity")),
+    "calibration": ("INT8", ("quantize", "audit", "sensitivity", "statistics")),
     "benchmarks": ("Measuring and judging", ("accuracy", "latency", "report", "fleet")),
 }
 """Folder -> title and its commands in the order of use; those not named here come after these."""

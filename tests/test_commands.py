@@ -40,7 +40,22 @@ print("HEAVY", sorted(set(sys.modules) & set(sys.argv[2:])))
 """
 BAD_INPUT = {
     "benchmarks.fleet": ["nope.toml", "nope.tar.gz", "-o", "out"],
+    "benchmarks.calibration": ["methods", "x=nope.onnx:nope", "-o", "out"],
+    "benchmarks.calibration_child": [
+        "modelopt",
+        "nope.onnx",
+        "--method",
+        "max",
+        "--annotations",
+        "nope.json",
+        "--images-dir",
+        "nope",
+        "-o",
+        "out.onnx",
+    ],
+    "benchmarks.calibration_tools": ["nope.onnx", "--data", "nope", "-o", "out"],
     "calibration.audit": ["nope.onnx"],
+    "calibration.statistics": ["nope.npz"],
     "calibration.sensitivity": ["nope.onnx", "--data", "nope", "-o", "out.json"],
     "deploy.adopt_onnx": ["nope.onnx", "--contract", "nope.json"],
     "crosskd.adopt": ["nope.py", "--checkpoint", "nope.pth", "--data", "nope", "-o", "out"],

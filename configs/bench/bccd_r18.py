@@ -1,5 +1,5 @@
-# A student of the usual size on blood cells: GFL, ResNet-18, 256 channels, four tower layers, with BatchNorm in its head.
-# `make bench-calibration` times its INT8.
+# A student of the usual size on blood cells: GFL, ResNet-18, 256 channels, four tower layers, with BatchNorm in its
+# head. `make bench-calibration` times its INT8.
 _base_ = "../gfl_r18_half_320.py"
 
 model = dict(

@@ -2,11 +2,9 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +12,8 @@ import pytest
 
 from benchmarks import distillation
 from benchmarks.coco import evaluate
-from benchmarks.distillation import EXPERIMENTS, Processes, complete_run, planned_runs, run_experiment, teacher_run
+from benchmarks.distillation import EXPERIMENTS, complete_run, planned_runs, run_experiment, teacher_run
+from benchmarks.processes import Processes, locked
 from deploy.contract import read_sidecar, sidecar_path, write_sidecar
 from deploy.errors import ConfigError, MeasurementError
 from deploy.files import write_json
@@ -355,7 +354,7 @@ def test_a_run_that_another_process_is_at_is_left_alone(bench):
     run = teacher_run(EXPERIMENTS["shapes"], arguments, bench.runs / "data")
     run.folder.mkdir()
     fake = FakeProcesses()
-    with distillation._locked(run.folder) as lock:
+    with locked(run.folder) as lock:
         orphan = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], pass_fds=[lock])
     try:  # as if this process had been killed and its training had gone on
         with pytest.raises(MeasurementError, match="another process is training"):
@@ -366,45 +365,6 @@ def test_a_run_that_another_process_is_at_is_left_alone(bench):
         orphan.wait()
     complete_run(run, bench.runs / "data", fake, jobs=1)
     assert fake.folders("crosskd.train") == ["shapes_teacher"]
-
-
-@pytest.fixture
-def module(tmp_path, monkeypatch):
-    """A module that can be run: it prints its arguments and threads, and ends with the status that it is told."""
-    (tmp_path / "told.py").write_text(
-        "import os, sys, time\n"
-        "print(sys.argv[1:], os.environ.get('OMP_NUM_THREADS'), os.environ.get('OMP_WAIT_POLICY'), flush=True)\n"
-        "time.sleep(float(sys.argv[1]))\n"
-        "sys.exit(int(sys.argv[2]))\n"
-    )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    return "told"
-
-
-def test_processes_beside_one_another_have_a_thread_each(module, tmp_path):
-    log = tmp_path / "log.txt"
-    assert Processes(jobs=2).run([module, "0", "3"], log) == 3
-    assert Processes(jobs=2).run([module, "0", "0"], log, alone=True) == 0
-    assert Processes(jobs=1).run([module, "0", "0"], log) == 0
-    assert log.read_text().splitlines() == [
-        "['0', '3'] 1 PASSIVE", "['0', '0'] None None", "['0', '0'] None None",
-    ]  # fmt: skip
-
-
-def test_stop_ends_what_runs_and_nothing_starts_after_it(module, tmp_path):
-    processes, statuses = Processes(jobs=2), []
-    log = tmp_path / "log.txt"
-    thread = threading.Thread(target=lambda: statuses.append(processes.run([module, "60", "0"], log)))
-    thread.start()
-    while not log.is_file() or not log.read_text():
-        time.sleep(0.02)
-    processes.stop()
-    thread.join(timeout=20)
-    assert statuses == [-signal.SIGTERM]
-    with pytest.raises(MeasurementError, match="stopped"):
-        processes.run([module, "0", "0"], log)
 
 
 @pytest.mark.parametrize(
