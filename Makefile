@@ -5,7 +5,8 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-bindings check docs bench-bccd bench-distillation bench-training-step clean
+.PHONY: help setup demo test test-slow test-bindings check docs bench-bccd bench-distillation bench-training-step \
+	bench-calibration clean
 
 help:
 	@echo "make demo        train, distil, export, quantise, measure and report on drawn images (6 to 8 minutes on 2 cores)"
@@ -16,6 +17,7 @@ help:
 	@echo "make docs        docs/commands.md, from what the commands say to --help"
 	@echo "make bench-bccd  the same job on real images: ../shared/data/bccd"
 	@echo "make bench-distillation   what each method of distillation gains, over seeds (hours; goes on where it was cut off)"
+	@echo "make bench-calibration    what INT8 costs and gains by each method, by INT8-aware training, by other tools (hours; goes on)"
 	@echo "make bench-training-step  the time of a training step, plain and fast (3 minutes on a quiet machine)"
 
 setup: $(READY)
@@ -64,5 +66,47 @@ bench-distillation: $(READY)
 bench-training-step: $(READY)
 	$(BIN)/python -m benchmarks.training_step --threads 2 --steps 4 --rounds 3 -o benchmarks/results/training_step/cpu.json
 
+# What INT8 costs: the models, then three tables. A run that ended has its config.py.
+CALIBRATION := runs/bench/calibration
+RESULTS := benchmarks/results/calibration
+BCCD := ../shared/data/bccd
+COCO := ../shared/data/coco_open
+STUDENTS := batchnorm groupnorm r18 nanodet
+ON_BCCD := $(STUDENTS:%=%=$(CALIBRATION)/%.onnx:$(BCCD))
+GROUP_NORM := model.student.bbox_head.norm_cfg={'type':'GN','num_groups':32,'requires_grad':True}
+
+$(CALIBRATION)/teacher/config.py: | $(READY)
+	$(BIN)/python -m crosskd.train configs/bench/bccd_teacher.py --data $(BCCD) -o $(@D)
+
+$(CALIBRATION)/r18/config.py: | $(READY)
+	$(BIN)/python -m crosskd.train configs/bench/bccd_r18.py --data $(BCCD) -o $(@D)
+
+$(CALIBRATION)/batchnorm/config.py $(CALIBRATION)/groupnorm/config.py: $(CALIBRATION)/teacher/config.py
+	$(BIN)/python -m crosskd.distill configs/bench/bccd_crosskd.py --data $(BCCD) --epochs 10 -o $(@D) \
+		--teacher-checkpoint $(CALIBRATION)/teacher/detector.pth $(if $(findstring groupnorm,$@),--set "$(GROUP_NORM)")
+
+$(CALIBRATION)/nanodet/config.py: | $(READY)
+	mkdir -p $(CALIBRATION)
+	$(BIN)/python -m configs.bench.nanodet_detector ../shared/data/weights/nanodet_m_coco_torch_rgb.pth \
+		-o $(CALIBRATION)/nanodet.pth
+	$(BIN)/python -m crosskd.adopt configs/bench/nanodet.py --data $(COCO) --checkpoint $(CALIBRATION)/nanodet.pth -o $(@D)
+
+$(CALIBRATION)/%.onnx: $(CALIBRATION)/%/config.py
+	$(BIN)/python -m deploy.export $(<D) -o $@
+
+# INT8-aware, for ONNX Runtime: the rows of the table of methods.
+$(CALIBRATION)/int8-%/config.py: $(CALIBRATION)/%.onnx
+	$(BIN)/python -m crosskd.distill configs/bench/$(if $(findstring nanodet,$@),nanodet,bccd)_crosskd.py --quantize int8 \
+		--target onnxruntime --data $(if $(findstring nanodet,$@),$(COCO),$(BCCD)) -o $(@D) \
+		--from $(wildcard $(CALIBRATION)/$*/*r.pth $(CALIBRATION)/$*/student.pth) \
+		--teacher-checkpoint $(CALIBRATION)/$(if $(findstring nanodet,$@),nanodet,teacher)/detector.pth \
+		--set optim_wrapper.optimizer.lr=1.5e-4 $(if $(findstring groupnorm,$@),"$(GROUP_NORM)")
+
+# ModelOpt's own environment; where it cannot be installed, its rows say so.
+.venv-modelopt/.ready:
+	$(PYTHON) -m venv .venv-modelopt
+	.venv-modelopt/bin/pip install --quiet "nvidia-modelopt[onnx]==0.47.*" opencv-python-headless==4.12.0.88
+	@touch $@
+
 clean:
-	rm -rf .venv demo
+	rm -rf .venv .venv-modelopt demo

@@ -27,6 +27,8 @@ from deploy.dataset import split_paths
 from deploy.errors import MeasurementError
 
 INT8_AWARE, FINE_TUNED = "INT8-aware", "fine-tuned, then INT8"
+STILL_NORMS = "custom_hooks=[{'type':'FreezeHeadNormsHook','begin':0.0,'whole_detector':True}]"
+"""As in INT8-aware training."""
 
 Record = Dict[str, Any]
 """What the result file says of a training."""
@@ -70,7 +72,7 @@ def planned_fine_tunings(arguments: argparse.Namespace, folder: Path, calibrated
     rate = f"optim_wrapper.optimizer.lr={arguments.learning_rate:g}"
     found = []
     for seed in arguments.seeds:
-        for kind, flags, name in ((INT8_AWARE, quantize, "int8-aware"), (FINE_TUNED, (), "float")):
+        for kind, flags, name in ((INT8_AWARE, quantize, "int8-aware"), (FINE_TUNED, (STILL_NORMS,), "float")):
             run = folder / f"{name}-{seed}"
             words = (
                 "crosskd.distill", arguments.config, "--data", arguments.data, "--teacher-checkpoint",
@@ -253,9 +255,10 @@ def int8_aware_markdown(document: Mapping[str, Any]) -> str:
             *table(columns, rows),
             "",
             f"Both kinds start from the student and train for {document['epochs']} epochs, at a learning rate of "
-            f"{document['learning_rate']:g}, with the same seeds; `{FINE_TUNED}` without rounding, quantised "
-            "afterwards as the student was: what longer training alone gains. Intervals are a paired bootstrap over "
-            "the images, of means over the seeds where they are of means; no share where the loss itself may be none.",
+            f"{document['learning_rate']:g}, with the same seeds, and hold the statistics of all norms still; "
+            f"`{FINE_TUNED}` without rounding, quantised afterwards as the student was: what longer training alone "
+            "gains. Intervals are a paired bootstrap over the images, of means over the seeds where they are of means; "
+            "no share where the loss itself may be none.",
             "",
         ]
     )

@@ -306,18 +306,21 @@ class FreezeHeadNormsHook(Hook):
 
     Args:
         begin: share of the epochs (or iterations) after which it does so.
+        whole_detector: hold those of backbone and neck, too: for fine-tuning on few images.
     """
 
-    def __init__(self, begin: float) -> None:
+    def __init__(self, begin: float, whole_detector: bool = False) -> None:
         if not 0 <= begin <= 1:
             raise ConfigError(f"FreezeHeadNormsHook.begin is {begin!r}; expected a share of the run, 0 to 1")
-        self.begin = begin
+        self.begin, self.whole_detector = begin, whole_detector
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
         # Before each one, since a runner sets the training mode anew after each epoch and each validation.
         if runner.iter >= self.begin * runner.max_iters:
             detector = detector_of(runner)
-            for module in getattr(detector, "student", detector).bbox_head.modules():
+            detector = getattr(detector, "student", detector)
+            part = detector if self.whole_detector else detector.bbox_head
+            for module in part.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.eval()
 

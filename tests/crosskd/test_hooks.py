@@ -222,5 +222,8 @@ def test_the_norms_of_the_head_are_held_still_after_their_share_of_the_run(
         assert detector.student.backbone.bn1.training
         assert norm.weight.requires_grad
     assert seen == [False, False, True, True]
+    whole = FreezeHeadNormsHook(begin=0.0, whole_detector=True)
+    whole.before_train_iter(SimpleNamespace(model=detector.train(), iter=0, max_iters=4), 0)
+    assert not detector.student.backbone.bn1.training
     with pytest.raises(ConfigError, match=r"FreezeHeadNormsHook.begin is 60; expected a share of the run, 0 to 1"):
         FreezeHeadNormsHook(begin=60)
