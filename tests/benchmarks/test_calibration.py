@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks import accuracy, calibration, calibration_methods
 from benchmarks.calibration_methods import METHODS, is_finished, latency_of, rows_of, run_methods, take_turns
-from benchmarks.calibration_training import recovery, run_int8_aware
+from benchmarks.calibration_training import STILL_NORMS, recovery, run_int8_aware
 from benchmarks.detections import write_detections
 from benchmarks.operating_point import comparison
 from benchmarks.processes import Processes
