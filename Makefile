@@ -66,14 +66,31 @@ bench-distillation: $(READY)
 bench-training-step: $(READY)
 	$(BIN)/python -m benchmarks.training_step --threads 2 --steps 4 --rounds 3 -o benchmarks/results/training_step/cpu.json
 
-# What INT8 costs: the models, then three tables. A run that ended has its config.py.
+# What INT8 costs and gains: models, INT8-aware students, then three tables. A run that has ended has its config.py.
 CALIBRATION := runs/bench/calibration
 RESULTS := benchmarks/results/calibration
 BCCD := ../shared/data/bccd
 COCO := ../shared/data/coco_open
-STUDENTS := batchnorm groupnorm r18 nanodet
-ON_BCCD := $(STUDENTS:%=%=$(CALIBRATION)/%.onnx:$(BCCD))
-GROUP_NORM := model.student.bbox_head.norm_cfg={'type':'GN','num_groups':32,'requires_grad':True}
+UNDER_BCCD := --data $(BCCD) --teacher-checkpoint $(CALIBRATION)/teacher/detector.pth
+UNDER_NANODET := --data $(COCO) --teacher-checkpoint $(CALIBRATION)/nanodet/detector.pth
+GROUP_NORM := --set "model.student.bbox_head.norm_cfg={'type':'GN','num_groups':32,'requires_grad':True}"
+INT8_AWARE := --quantize int8 --target onnxruntime
+
+bench-calibration: $(CALIBRATION)/batchnorm.onnx $(CALIBRATION)/groupnorm.onnx $(CALIBRATION)/r18.onnx $(CALIBRATION)/nanodet.onnx \
+		$(CALIBRATION)/int8-batchnorm/config.py $(CALIBRATION)/int8-groupnorm/config.py $(CALIBRATION)/int8-nanodet/config.py
+	-$(MAKE) .venv-modelopt/.ready
+	$(BIN)/python -m benchmarks.calibration int8-aware configs/bench/nanodet_crosskd.py --data $(COCO) \
+		--student $(CALIBRATION)/nanodet --teacher $(CALIBRATION)/nanodet/detector.pth --epochs 10 --learning-rate 1.5e-4 \
+		--runs-dir $(CALIBRATION)/int8_aware -o $(RESULTS)/int8_aware
+	$(BIN)/python -m benchmarks.calibration methods batchnorm=$(CALIBRATION)/batchnorm.onnx:$(BCCD) \
+		groupnorm=$(CALIBRATION)/groupnorm.onnx:$(BCCD) r18=$(CALIBRATION)/r18.onnx:$(BCCD) nanodet=$(CALIBRATION)/nanodet.onnx:$(COCO) \
+		--int8-aware batchnorm=$(CALIBRATION)/int8-batchnorm/student.int8.onnx groupnorm=$(CALIBRATION)/int8-groupnorm/student.int8.onnx \
+		nanodet=$(CALIBRATION)/int8-nanodet/student.int8.onnx nanodet=$(CALIBRATION)/int8_aware/int8-aware-0/student.int8.onnx \
+		--runs-dir $(CALIBRATION)/methods -o $(RESULTS)/methods
+	$(BIN)/python -m benchmarks.calibration_tools $(CALIBRATION)/batchnorm.onnx $(CALIBRATION)/groupnorm.onnx --data $(BCCD) \
+		--num-images 128 --modelopt-python .venv-modelopt/bin/python -o $(RESULTS)/tools_bccd
+	$(BIN)/python -m benchmarks.calibration_tools $(CALIBRATION)/nanodet.onnx --data $(COCO) \
+		--num-images 128 --modelopt-python .venv-modelopt/bin/python -o $(RESULTS)/tools_coco
 
 $(CALIBRATION)/teacher/config.py: | $(READY)
 	$(BIN)/python -m crosskd.train configs/bench/bccd_teacher.py --data $(BCCD) -o $(@D)
@@ -81,26 +98,31 @@ $(CALIBRATION)/teacher/config.py: | $(READY)
 $(CALIBRATION)/r18/config.py: | $(READY)
 	$(BIN)/python -m crosskd.train configs/bench/bccd_r18.py --data $(BCCD) -o $(@D)
 
-$(CALIBRATION)/batchnorm/config.py $(CALIBRATION)/groupnorm/config.py: $(CALIBRATION)/teacher/config.py
-	$(BIN)/python -m crosskd.distill configs/bench/bccd_crosskd.py --data $(BCCD) --epochs 10 -o $(@D) \
-		--teacher-checkpoint $(CALIBRATION)/teacher/detector.pth $(if $(findstring groupnorm,$@),--set "$(GROUP_NORM)")
+$(CALIBRATION)/batchnorm/config.py: $(CALIBRATION)/teacher/config.py
+	$(BIN)/python -m crosskd.distill configs/bench/bccd_crosskd.py $(UNDER_BCCD) --epochs 10 -o $(@D)
+
+$(CALIBRATION)/groupnorm/config.py: $(CALIBRATION)/teacher/config.py
+	$(BIN)/python -m crosskd.distill configs/bench/bccd_crosskd.py $(UNDER_BCCD) --epochs 10 $(GROUP_NORM) -o $(@D)
 
 $(CALIBRATION)/nanodet/config.py: | $(READY)
 	mkdir -p $(CALIBRATION)
-	$(BIN)/python -m configs.bench.nanodet_detector ../shared/data/weights/nanodet_m_coco_torch_rgb.pth \
-		-o $(CALIBRATION)/nanodet.pth
+	$(BIN)/python -m configs.bench.nanodet_detector ../shared/data/weights/nanodet_m_coco_torch_rgb.pth -o $(CALIBRATION)/nanodet.pth
 	$(BIN)/python -m crosskd.adopt configs/bench/nanodet.py --data $(COCO) --checkpoint $(CALIBRATION)/nanodet.pth -o $(@D)
+
+$(CALIBRATION)/int8-batchnorm/config.py: $(CALIBRATION)/batchnorm/config.py
+	$(BIN)/python -m crosskd.distill configs/bench/bccd_crosskd.py $(UNDER_BCCD) $(INT8_AWARE) --epochs 3 \
+		--from $(CALIBRATION)/batchnorm/student.pth -o $(@D)
+
+$(CALIBRATION)/int8-groupnorm/config.py: $(CALIBRATION)/groupnorm/config.py
+	$(BIN)/python -m crosskd.distill configs/bench/bccd_crosskd.py $(UNDER_BCCD) $(INT8_AWARE) --epochs 3 $(GROUP_NORM) \
+		--from $(CALIBRATION)/groupnorm/student.pth -o $(@D)
+
+$(CALIBRATION)/int8-nanodet/config.py: $(CALIBRATION)/nanodet/config.py
+	$(BIN)/python -m crosskd.distill configs/bench/nanodet_crosskd.py $(UNDER_NANODET) $(INT8_AWARE) \
+		--from $(CALIBRATION)/nanodet/detector.pth -o $(@D)
 
 $(CALIBRATION)/%.onnx: $(CALIBRATION)/%/config.py
 	$(BIN)/python -m deploy.export $(<D) -o $@
-
-# INT8-aware, for ONNX Runtime: the rows of the table of methods.
-$(CALIBRATION)/int8-%/config.py: $(CALIBRATION)/%.onnx
-	$(BIN)/python -m crosskd.distill configs/bench/$(if $(findstring nanodet,$@),nanodet,bccd)_crosskd.py --quantize int8 \
-		--target onnxruntime --data $(if $(findstring nanodet,$@),$(COCO),$(BCCD)) -o $(@D) \
-		--from $(wildcard $(CALIBRATION)/$*/*r.pth $(CALIBRATION)/$*/student.pth) \
-		--teacher-checkpoint $(CALIBRATION)/$(if $(findstring nanodet,$@),nanodet,teacher)/detector.pth \
-		--set optim_wrapper.optimizer.lr=1.5e-4 $(if $(findstring groupnorm,$@),"$(GROUP_NORM)")
 
 # ModelOpt's own environment; where it cannot be installed, its rows say so.
 .venv-modelopt/.ready:
