@@ -106,6 +106,9 @@ def main(argv: Optional[List[str]] = None) -> int:
         contract,
         {"opset": OPSET, "parameters": details["parameters"]},
     )
+    ranges = Path(arguments.run_dir) / "int8.json"
+    if ranges.is_file():
+        print(f"note: the run learnt ranges for INT8, which calibration.quantize --ranges {ranges} takes")
     print(
         f"wrote {output} ({output.stat().st_size / 2**20:.1f} MiB), input {contract.input_width_px} x "
         f"{contract.input_height_px}"
