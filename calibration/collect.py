@@ -3,8 +3,8 @@ Calibration images, and the statistics of a float model's activations over them.
 
 One pass with ONNX Runtime, one image at a time. The activations looked at are outputs of the graph, which ONNX Runtime
 keeps until a run ends; where they would be larger than LARGEST_GROUP_BYTES, there are several passes, each of which
-looks at some of them and runs the graph only that far. Memory does not depend on the number of images, but for two sums
-(16 bytes) of each tensor and image. Needs the packages onnx and onnxruntime.
+looks at some of them and runs the graph only that far. Memory does not depend on the number of images, but for two
+numbers of each tensor and image. Needs the packages onnx and onnxruntime.
 """
 
 from __future__ import annotations
@@ -113,8 +113,8 @@ def collect_statistics(
 
 def empty_statistics(tensors: Sequence[str], minmax_only: Sequence[str] = ()) -> Collected:
     """Statistics of no image yet, to be extended; the arguments are those of `collect_statistics`."""
-    statistics = {name: Statistics.minmax_only() for name in minmax_only}
-    statistics.update((name, Statistics()) for name in tensors)
+    statistics = {name: Statistics() for name in tensors}
+    statistics.update((name, Statistics.minmax_only()) for name in minmax_only)
     return Collected(statistics)
 
 

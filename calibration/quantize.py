@@ -35,8 +35,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence, Tuple
 
 from calibration.collect import check_no_overlap, choose_images, sha256_of_images
+from calibration.float_model import read_model
+from calibration.given_ranges import graph_as_trained, ranges_from_cache, read_trained_ranges
 from calibration.measure import ERROR_IMAGES, OutputError, accuracy_numbers, saved, total_error
-from calibration.placement import INTEGER_PRODUCTS, PLACEMENTS, Graph, Placement, node_name
+from calibration.placement import PLACEMENTS, Graph, node_name
 from calibration.qdq import quantize_graph
 from calibration.ranges import METHODS, PERCENTILE
 from calibration.recipe import (
@@ -50,39 +52,21 @@ from calibration.recipe import (
     warn,
 )
 from calibration.search import Journal, journal_path, kept_for_budget, text_of_result
-from deploy.calibration_cache import amax_from_quantised, read_cache, write_cache
-from deploy.contract import ModelContract, load_contract, write_sidecar
+from deploy.calibration_cache import amax_from_quantised, write_cache
+from deploy.contract import ModelContract, write_sidecar
 from deploy.dataset import SPLITS, CocoImage, CocoSet, check_image_files, load_coco, load_split, split_paths
 from deploy.errors import CalibrationError, ConfigError, command
 from deploy.files import AnyPath, check_writable, read_json, write_json
-from deploy.graph import check_graph, check_static, load_onnx, save_onnx
+from deploy.graph import check_graph, save_onnx
 
 if TYPE_CHECKING:
     import onnx
 
-SMALLEST_OPSET = 13
-"""The first in which QuantizeLinear has an axis."""
 HELD_OUT_IMAGES = 128
 """Of the calibration split, for `--method auto` to compare methods on; beyond those that are calibrated on."""
-QUANTIZING_OPS = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", *INTEGER_PRODUCTS)
 FOR_THE_BUDGET = "kept in float for the AP budget"
 TARGET = "tensorrt"
 NUM_IMAGES = 512
-LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
-"""Beyond it a scale could not be written."""
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainedRanges:
-    """What a training with INT8 in the loop leaves of it: a file that `crosskd.distill --quantize int8` writes."""
-
-    path: str
-    target: str
-    keep_float: Tuple[str, ...]
-    """Names of convolutions."""
-    ranges: Ranges
-    """Of each tensor that gets a pair: (-127 scale, 127 scale), or for onnxruntime, with the zero point z,
-    (-z scale, (255 - z) scale)."""
 
 
 @dataclasses.dataclass
@@ -98,80 +82,17 @@ class Quantized:
     """In words, for people."""
 
 
-def check_quantizable(graph: Graph) -> None:
+def int8_from_ranges(graph: Graph, ranges: Ranges, target: str, method: str, inputs: Dict[str, AnyPath]) -> Quantized:
     """
-    Raises CalibrationError if the model is quantised already, of too old an opset, has batch normalisations to fold, or
-    has no convolution to quantise.
+    The model quantised with ranges that are given.
+
+    Args:
+        method: where they come from, in words.
+        inputs: the file that they are in.
     """
-    done = sorted({node.op_type for node in graph.nodes}.intersection(QUANTIZING_OPS))
-    if done:
-        raise CalibrationError(f"the model is quantised already: it has {done}; expected the float model")
-    opset = next((entry.version for entry in graph.model.opset_import if entry.domain in ("", "ai.onnx")), 0)
-    if opset < SMALLEST_OPSET:
-        raise CalibrationError(
-            f"the model has ONNX opset {opset}; expected {SMALLEST_OPSET} or newer. Export it again."
-        )
-    for node in graph.convolutions:
-        if "BatchNormalization" in [reader.op_type for reader in graph.readers(node.output[0])]:
-            raise CalibrationError(
-                f"a BatchNormalization follows the convolution {node_name(node)}; expected it folded into the weight, "
-                "which is what is rounded. Export the model in evaluation mode."
-            )
-    if not graph.quantized:
-        raise CalibrationError(
-            f"none of the {len(graph.convolutions)} convolutions can be quantised: {sorted(set(graph.kept.values()))}; "
-            "expected a detector, with convolutions before those of the final prediction"
-        )
-
-
-def ranges_from_cache(path: str, placement: Placement) -> Ranges:
-    """
-    The range of each tensor that gets a pair, from a calibration cache of TensorRT.
-
-    Raises:
-        CalibrationError: it is no cache, or a tensor is not in it.
-    """
-    amax, tensors = read_cache(path), sorted(set(placement.pairs.values()))
-    missing = [name for name in tensors if name not in amax]
-    if missing:
-        raise CalibrationError(
-            f"{path} has no range for {len(missing)} of {len(tensors)} tensors: {', '.join(missing[:5])}; expected a "
-            "cache that was made with this very ONNX file. Calibrate on images instead, with --data."
-        )
-    return {name: (-amax[name], amax[name]) for name in tensors}
-
-
-def read_trained_ranges(path: str) -> TrainedRanges:
-    """
-    The content of a file of `--ranges`.
-
-    Raises:
-        CalibrationError: it is missing or no such file, or a range is none.
-    """
-    what = "the int8.json of a run of crosskd.distill --quantize int8"
-    document = read_json(path, CalibrationError, what)
-    if not isinstance(document, dict):
-        raise CalibrationError(f"{path} holds a {type(document).__name__}; expected an object: {what}")
-    missing = [key for key in ("target", "keep_float", "ranges") if key not in document]
-    if missing:
-        raise CalibrationError(f"{path} has no {', '.join(missing)}; expected {what}")
-    target, keep_float, ranges = document["target"], document["keep_float"], document["ranges"]
-    if not isinstance(target, str) or target not in PLACEMENTS:
-        raise CalibrationError(f"{path}: target is {target!r}; expected one of {sorted(PLACEMENTS)}")
-    if not isinstance(keep_float, list) or not all(isinstance(name, str) for name in keep_float):
-        raise CalibrationError(f"{path}: keep_float is {keep_float!r}; expected a list of names of convolutions")
-    if not isinstance(ranges, dict):
-        raise CalibrationError(f"{path}: ranges is {ranges!r}; expected an object, tensor -> [smallest, largest]")
-    for name, one in ranges.items():
-        numbers = isinstance(one, list) and all(type(end) in (int, float) for end in one)  # JSON's true is an int
-        if not numbers or len(one) != 2 or not -LARGEST_FLOAT32 <= one[0] < one[1] <= LARGEST_FLOAT32:
-            raise CalibrationError(
-                f"{path}: the range of the tensor {name} is {one!r}; expected [smallest, largest], two finite numbers, "
-                "the first below the second. The training may have diverged: look at its losses."
-            )
-    return TrainedRanges(
-        path, target, tuple(keep_float), {name: (float(low), float(high)) for name, (low, high) in ranges.items()}
-    )
+    model = quantize_graph(graph, PLACEMENTS[target](graph), ranges, target)
+    files = ", ".join(map(str, inputs.values()))
+    return Quantized(graph, model, inputs, {"method": method, "ranges": ranges}, f"ranges of {files}")
 
 
 def best_method(
@@ -328,6 +249,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         flag: Path(path).resolve()
         for flag, path in (
             ("the model", arguments.model), ("--output", output), ("--statistics", arguments.statistics),
+            ("--calibration-cache", arguments.calibration_cache), ("--ranges", arguments.ranges),
             ("--write-calibration-cache", arguments.write_calibration_cache),
         )
         if path
@@ -352,8 +274,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         raise ConfigError("expected both --write-calibration-cache and --tensorrt-version, or neither; one is given")
     if arguments.tensorrt_version and not re.fullmatch(r"\d+\.\d+\.\d+(\.\d+)?", arguments.tensorrt_version):
         raise ConfigError(f"--tensorrt-version is {arguments.tensorrt_version!r}; expected one such as 8.5.3")
-    without_images = [flag for flag in ("calibration_cache", "ranges") if getattr(arguments, flag)]
-    if without_images:
+    if arguments.calibration_cache or arguments.ranges:
         given = [
             flag
             for flag, value in (
@@ -367,8 +288,8 @@ def check_arguments(arguments: argparse.Namespace) -> None:
             if value
         ]  # fmt: skip
         if given:
-            flag = without_images[0].replace("_", "-")
-            raise ConfigError(f"{', '.join(given)}: expected none with --{flag}, which needs no images")
+            source = "--ranges" if arguments.ranges else "--calibration-cache"
+            raise ConfigError(f"{', '.join(given)}: expected none with {source}, which needs no images")
     given = [flag for flag, value in (("--target", arguments.target), ("--keep-float", arguments.keep_float)) if value]
     if arguments.ranges and given:
         raise ConfigError(f"{', '.join(given)}: expected none with --ranges, whose file says it as it was trained")
@@ -383,85 +304,6 @@ def check_target(arguments: argparse.Namespace) -> None:
         raise ConfigError(
             f"the target is {arguments.target}; expected tensorrt with a calibration cache, which has symmetric ranges"
         )
-
-
-def read_model(path: str, keep_float: Sequence[str]) -> Tuple[Graph, ModelContract]:
-    """
-    The float model and its contract, checked.
-
-    Raises:
-        ContractError: the file does not match its sidecar or cannot be read.
-        ExportError: the graph is not valid, has control flow, or sizes that are not fixed.
-        ConfigError: a name of `keep_float` is not in it.
-        CalibrationError: it cannot be quantised.
-    """
-    contract = load_contract(path)
-    model = load_onnx(path)
-    check_graph(model)
-    check_static(model, dynamic_batch=contract.input_shape[0] == -1, dynamic_outputs=contract.outputs == "nms")
-    graph = Graph(model, keep_float)
-    check_quantizable(graph)
-    return graph, contract
-
-
-def int8_from_cache(arguments: argparse.Namespace, graph: Graph) -> Quantized:
-    """
-    The model quantised with the ranges of `--calibration-cache`.
-
-    Raises:
-        CalibrationError: as `ranges_from_cache`.
-    """
-    placement = PLACEMENTS[arguments.target](graph)
-    ranges = ranges_from_cache(arguments.calibration_cache, placement)
-    return Quantized(
-        graph,
-        quantize_graph(graph, placement, ranges, arguments.target),
-        {"calibration_cache": arguments.calibration_cache},
-        {"method": "calibration cache", "ranges": ranges},
-        f"ranges of {arguments.calibration_cache}",
-    )
-
-
-def int8_from_trained(trained: TrainedRanges, graph: Graph) -> Quantized:
-    """
-    The model quantised as it was in the loop of its training.
-
-    Args:
-        graph: with nothing kept in float that need not be.
-
-    Raises:
-        CalibrationError: the file was made for another graph.
-    """
-    made_for = f"{trained.path} was made for another graph: it"
-    way_out = "expected the int8.json of the run that this model was exported from"
-    names = {node_name(node) for node in graph.convolutions}
-    unknown = [name for name in trained.keep_float if name not in names]
-    if unknown:
-        raise CalibrationError(
-            f"{made_for} keeps {len(unknown)} convolutions in float that the model has not: {', '.join(unknown[:5])}; "
-            f"{way_out}."
-        )
-    graph = Graph(graph.model, trained.keep_float)
-    check_quantizable(graph)
-    placement = PLACEMENTS[trained.target](graph)
-    tensors = set(placement.pairs.values())
-    missing, needless = sorted(tensors - set(trained.ranges)), sorted(set(trained.ranges) - tensors)
-    if missing:
-        raise CalibrationError(
-            f"{made_for} has no range for {len(missing)} of {len(tensors)} tensors: {', '.join(missing[:5])}; "
-            f"{way_out}."
-        )
-    if needless:
-        raise CalibrationError(
-            f"{made_for} has ranges of tensors that need none, {len(needless)}: {', '.join(needless[:5])}; {way_out}."
-        )
-    return Quantized(
-        graph,
-        quantize_graph(graph, placement, trained.ranges, trained.target),
-        {"ranges": trained.path},
-        {"method": "trained ranges", "ranges": trained.ranges},
-        f"ranges of {trained.path}",
-    )
 
 
 def int8_from_images(arguments: argparse.Namespace, graph: Graph, contract: ModelContract) -> Quantized:
@@ -606,9 +448,13 @@ def main(argv: Optional[List[str]] = None) -> int:
     check_target(arguments)
     graph, contract = read_model(arguments.model, arguments.keep_float)
     if trained:
-        quantized = int8_from_trained(trained, graph)
+        quantized = int8_from_ranges(
+            graph_as_trained(trained, graph), trained.ranges, trained.target, "trained ranges", {"ranges": trained.path}
+        )
     elif arguments.calibration_cache:
-        quantized = int8_from_cache(arguments, graph)
+        cache = arguments.calibration_cache
+        ranges = ranges_from_cache(cache, PLACEMENTS[arguments.target](graph))
+        quantized = int8_from_ranges(graph, ranges, arguments.target, "calibration cache", {"calibration_cache": cache})
     else:
         quantized = int8_from_images(arguments, graph, contract)
     graph = quantized.graph
@@ -631,7 +477,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         },
     )
     if arguments.max_ap_drop is not None:
-        journal_path(arguments.output).unlink()  # the sidecar has it now
+        journal_path(arguments.output).unlink(missing_ok=True)  # the sidecar has it now
     reasons = ", ".join(f"{number} {why}" for why, number in collections.Counter(kept.values()).items())
     print(
         f"{arguments.output}: {len(graph.quantized)} of {len(graph.convolutions)} convolutions in INT8 for "

@@ -24,7 +24,7 @@ from calibration.placement import PLACEMENTS, Graph, Placement, node_name
 from calibration.qdq import quantize_graph
 from calibration.ranges import PERCENTILE, range_from_statistics
 from calibration.statistics import Statistics, load_statistics, save_statistics
-from deploy.contract import ModelContract
+from deploy.contract import ModelContract, package_versions
 from deploy.dataset import CocoImage, CocoSet, check_image_files
 from deploy.errors import CalibrationError
 from deploy.files import AnyPath, sha256_of
@@ -221,6 +221,7 @@ def key_of_measurements(
         "model": sha256_of(model_path),
         "contract": json.loads(json.dumps(contract.to_json())),  # tuples become lists
         **settings,
+        "package versions": package_versions(),
         "convolutions kept in float": [node_name(n) for n in graph.convolutions if n.output[0] in graph.kept],
         "calibration images": sha256_of_images(images),
         "annotations": sha256_of(measured.annotations_path),

@@ -81,7 +81,7 @@ class Journal:
         key: what the measurements depend on. Those of another key in the file are left behind, which is said.
 
     Raises:
-        CalibrationError: the file is no JSON.
+        CalibrationError: the file is no JSON, or holds something else.
     """
 
     def __init__(self, path: Path, key: Mapping[str, Any]) -> None:
@@ -107,16 +107,18 @@ class Journal:
         self._write()
 
     def _read(self) -> None:
-        document = read_json(
-            self.path, CalibrationError, "what an earlier search has measured; delete it to begin anew"
-        )
-        if not isinstance(document, dict) or document.get("key") != self._key:
-            say(f"{self.path} is of another model, other data or other settings: the search begins anew")
+        what = "what an earlier search has measured; delete it to begin anew"
+        document = read_json(self.path, CalibrationError, what)
+        try:
+            key, float_ap, errors = document["key"], document["float_ap"], dict(document["errors"])
+            drops = {frozenset(row.pop("kept")): Drop(**row) for row in document["drops"]}
+            changed = sorted(name for name in {*key, *self._key} if key.get(name) != self._key.get(name))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise CalibrationError(f"{self.path} holds something else ({error!r}); expected {what}") from error
+        if changed:
+            say(f"{self.path} is of other {', '.join(changed)}: the search begins anew")
             return
-        self.float_ap, self.errors = document["float_ap"], document["errors"]
-        for row in document["drops"]:
-            kept = frozenset(row.pop("kept"))
-            self._drops[kept] = Drop(**row)
+        self.float_ap, self.errors, self._drops = float_ap, errors, drops
         say(f"{self.path}: {len(self._drops)} sets and {len(self.errors)} blocks are known from an earlier run")
 
     def _write(self) -> None:

@@ -25,9 +25,9 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from calibration.blocks import BLOCK_KINDS, Block, blocks_from_graph, count_multiplications
 from calibration.collect import choose_images
+from calibration.float_model import read_model
 from calibration.measure import ERROR_IMAGES, OutputError, accuracy_numbers, saved, total_error
 from calibration.placement import PLACEMENTS
-from calibration.quantize import read_model
 from calibration.ranges import METHODS, PERCENTILE
 from calibration.recipe import Recipe, calibration_images, collect, key_of_measurements, tensors_of_any_choice
 from calibration.search import Drop, points
@@ -206,8 +206,9 @@ def main(argv: Optional[List[str]] = None) -> int:
     output = Path(arguments.output)
     if output.suffix != ".json":
         raise ConfigError(f"--output is {output}; expected a file with the suffix .json")
-    if not output.is_file():
-        check_writable(output)
+    for path in (arguments.output, arguments.statistics):
+        if path and not Path(path).is_file():
+            check_writable(path)
     graph, contract = read_model(arguments.model, arguments.keep_float)
     calibration = load_coco(*split_paths(arguments.data, "train"), check_files=False)
     measured = load_split(arguments.data, arguments.split, arguments.limit)

@@ -170,6 +170,8 @@ class Statistics:
     def _widen(self, exponent: int) -> None:
         """Makes bins at least 2**exponent wide."""
         steps, self.exponent = exponent - self.exponent, max(exponent, self.exponent)
+        if steps <= 0 or not self.counts.any():
+            return
         for _ in range(min(steps, BINS_LOG2)):  # then all is in the two bins at 0, where it remains
             pairs = self.counts.reshape(-1, 2).sum(axis=1)
             self.counts = np.concatenate([np.zeros(BINS // 2, np.int64), pairs, np.zeros(BINS // 2, np.int64)])
@@ -226,8 +228,7 @@ class Collected:
             raise CalibrationError(
                 f"{source} has no statistics of {len(missing)} tensors: {missing[:5]}; expected those of every tensor "
                 "that gets a range. It was probably collected for another target, or without --max-ap-drop: delete it, "
-                "or name another file, "
-                "and they are collected anew."
+                "or name another file, and they are collected anew."
             )
 
 

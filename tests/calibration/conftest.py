@@ -201,6 +201,13 @@ def data_dir(tmp_path):
 
 
 @pytest.fixture
+def words(model_path, data_dir):
+    """Of a command on 5 images that writes student.int8.onnx."""
+    output = model_path.with_name("student.int8.onnx")
+    return [str(model_path), "--data", str(data_dir), "-o", str(output), "--num-images", "5"]
+
+
+@pytest.fixture
 def images(data_dir):
     """The 8 for training."""
     return load_split(data_dir, "train").images

@@ -108,6 +108,12 @@ def test_images_that_are_in_already_are_not_added_again(detector, contract, data
     assert collected.image_ids[sha256_of(images[2].path)] == images[2].image_id
 
 
+def test_tensors_with_a_histogram_come_first():
+    """In the file and in the table of calibration.statistics: they are what the methods are compared by."""
+    statistics = empty_statistics(["b"], ["a"]).statistics
+    assert [(name, one.has_histogram) for name, one in statistics.items()] == [("b", True), ("a", False)]
+
+
 def test_nothing_runs_when_all_images_are_in(contract, data_dir):
     """The model is not even looked at."""
     images = load_split(data_dir, "train").images
@@ -220,6 +226,20 @@ def test_non_finite_activations_name_the_tensor_and_the_image(detector, contract
     images = load_split(data_dir, "train").images
     with pytest.raises(CalibrationError, match=r"tensor down1 holds NaN or infinity for the image .*00\.png"):
         collect_statistics(model, ["stem_relu"], images, contract, minmax_only=["down1"])
+
+
+@pytest.mark.parametrize(("value", "wanted"), [("nan", ["x", "y"]), ("inf", ["x", "y"]), ("inf", ["y"])])
+def test_what_a_relu_makes_of_no_number_names_a_tensor(contract, data_dir, value, wanted):
+    """Where its input is looked at in its place, that is the one to name."""
+    model = parser.parse_model(f"""
+        <ir_version: 8, opset_import: ["" : 17]>
+        g (float[1, 3, 32, 48] image) => (float[1, 3, 32, 48] z) <float[1] w = {{{value}}}>
+        {{ x = Add (image, w)  y = Relu (x)  z = Abs (y) }}
+    """)
+    with pytest.raises(
+        CalibrationError, match=rf"the tensor {wanted[0]} holds NaN or infinity for the image .*00\.png"
+    ):
+        collect_statistics(model, wanted, load_split(data_dir, "train").images, contract)
 
 
 def test_a_copy_under_another_name_overlaps(data_dir):

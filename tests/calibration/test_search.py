@@ -98,17 +98,37 @@ def test_journal_of_other_settings_is_left_behind_and_said(tmp_path, capsys):
     Journal(path, {"method": "max"}).add_drop([a], Drop(0.3, 0.1, 0.05, 0.2))
     other = Journal(path, {"method": "mse"})
     assert other.drop([a]) is None
-    assert "other settings: the search begins anew" in capsys.readouterr().err
+    assert "x.search.json is of other method: the search begins anew" in capsys.readouterr().err
     other.add_error(b, 0.5)
     assert Journal(path, {"method": "mse"}).errors == {"b": 0.5}
     assert Journal(path, {"method": "max"}).drop([a]) is None
 
 
-def test_journal_that_is_damaged_is_an_error(tmp_path):
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"key": {',
+        "[1, 2]",
+        '{"key": {}, "float_ap": 0.4}',
+        '{"key": [], "float_ap": 0.4, "errors": {}, "drops": []}',
+        '{"key": {}, "float_ap": 0.4, "errors": 3, "drops": []}',
+        '{"key": {}, "float_ap": 0.4, "errors": {}, "drops": [{"kept": ["a"], "other": 0.1}]}',
+    ],
+)
+def test_a_file_that_is_no_journal_is_an_error_and_stays(tmp_path, content):
     path = tmp_path / "x.search.json"
-    path.write_text('{"key": {')
-    with pytest.raises(CalibrationError, match="delete it to begin anew"):
-        Journal(path, {})
+    path.write_text(content)
+    with pytest.raises(CalibrationError, match=r"x\.search\.json .* expected .*; delete it to begin anew"):
+        Journal(path, {"method": "max"})
+    assert path.read_text() == content
+
+
+def test_journal_of_a_version_with_other_settings_is_left_behind(tmp_path, capsys):
+    (a,) = make({"a": 1})
+    path = tmp_path / "x.search.json"
+    Journal(path, {"method": "max", "equalised": True}).add_drop([a], Drop(0.3, 0.1, 0.05, 0.2))
+    assert Journal(path, {"method": "max"}).drop([a]) is None
+    assert "is of other equalised:" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("high", "kept"), [(0.006, ("a",)), (0.004, ("a",)), (0.006, ()), (0.004, ())])

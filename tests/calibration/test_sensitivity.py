@@ -198,6 +198,12 @@ def test_bad_flags_are_one_message_and_no_file(words, output, capsys, further, m
     assert not output.exists()
 
 
+def test_statistics_that_cannot_be_written_are_refused_before_any_work(words, monkeypatch, capsys):
+    monkeypatch.setattr(sensitivity, "read_model", None)
+    assert main([*words, "--statistics", "/dev/null/s.npz"]) == 2
+    assert "cannot write /dev/null/s.npz" in capsys.readouterr().err
+
+
 ROW = {
     "name": "a & <b>", "convolutions": ["c"], "multiplications": 30, "error": {"boxes": 0.25, "scores": 0.01},
     "AP_drop": 0.02, "low": -0.01, "high": 0.05,

@@ -1,0 +1,59 @@
+"""The float model that is to be quantised: read, and checked. Needs the package onnx."""
+
+from __future__ import annotations
+
+from typing import Sequence, Tuple
+
+from calibration.placement import INTEGER_PRODUCTS, Graph, node_name
+from deploy.contract import ModelContract, load_contract
+from deploy.errors import CalibrationError
+from deploy.graph import check_graph, check_static, load_onnx
+
+SMALLEST_OPSET = 13
+"""The first in which QuantizeLinear has an axis."""
+QUANTIZING_OPS = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", *INTEGER_PRODUCTS)
+
+
+def read_model(path: str, keep_float: Sequence[str]) -> Tuple[Graph, ModelContract]:
+    """
+    The float model and its contract, checked.
+
+    Raises:
+        ContractError: the file does not match its sidecar or cannot be read.
+        ExportError: the graph is not valid, has control flow, or sizes that are not fixed.
+        ConfigError: a name of `keep_float` is not in it.
+        CalibrationError: it cannot be quantised.
+    """
+    contract = load_contract(path)
+    model = load_onnx(path)
+    check_graph(model)
+    check_static(model, dynamic_batch=contract.input_shape[0] == -1, dynamic_outputs=contract.outputs == "nms")
+    graph = Graph(model, keep_float)
+    check_quantizable(graph)
+    return graph, contract
+
+
+def check_quantizable(graph: Graph) -> None:
+    """
+    Raises CalibrationError if the model is quantised already, of too old an opset, has batch normalisations to fold, or
+    has no convolution to quantise.
+    """
+    done = sorted({node.op_type for node in graph.nodes}.intersection(QUANTIZING_OPS))
+    if done:
+        raise CalibrationError(f"the model is quantised already: it has {done}; expected the float model")
+    opset = next((entry.version for entry in graph.model.opset_import if entry.domain in ("", "ai.onnx")), 0)
+    if opset < SMALLEST_OPSET:
+        raise CalibrationError(
+            f"the model has ONNX opset {opset}; expected {SMALLEST_OPSET} or newer. Export it again."
+        )
+    for node in graph.convolutions:
+        if "BatchNormalization" in [reader.op_type for reader in graph.readers(node.output[0])]:
+            raise CalibrationError(
+                f"a BatchNormalization follows the convolution {node_name(node)}; expected it folded into the weight, "
+                "which is what is rounded. Export the model in evaluation mode."
+            )
+    if not graph.quantized:
+        raise CalibrationError(
+            f"none of the {len(graph.convolutions)} convolutions can be quantised: {sorted(set(graph.kept.values()))}; "
+            "expected a detector, with convolutions before those of the final prediction"
+        )

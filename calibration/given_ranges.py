@@ -1,0 +1,117 @@
+"""
+Ranges that are given, so that no images are needed: a calibration cache of TensorRT, or what a training with INT8 in
+the loop (`crosskd.distill --quantize int8`) leaves.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Tuple
+
+from calibration.float_model import check_quantizable
+from calibration.placement import PLACEMENTS, Graph, Placement, node_name
+from calibration.recipe import Ranges
+from deploy.calibration_cache import read_cache
+from deploy.errors import CalibrationError
+from deploy.files import read_json
+
+LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
+"""Beyond it a scale could not be written."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedRanges:
+    """What a training with INT8 in the loop leaves of it: a file that `crosskd.distill --quantize int8` writes."""
+
+    path: str
+    target: str
+    keep_float: Tuple[str, ...]
+    """Names of convolutions."""
+    ranges: Ranges
+    """Of each tensor that gets a pair: (-127 scale, 127 scale), or for onnxruntime, with the zero point z,
+    (-z scale, (255 - z) scale)."""
+
+
+def ranges_from_cache(path: str, placement: Placement) -> Ranges:
+    """
+    The range of each tensor that gets a pair, from a calibration cache of TensorRT.
+
+    Raises:
+        CalibrationError: it is no cache, or a tensor is not in it.
+    """
+    amax, tensors = read_cache(path), sorted(set(placement.pairs.values()))
+    missing = [name for name in tensors if name not in amax]
+    if missing:
+        raise CalibrationError(
+            f"{path} has no range for {len(missing)} of {len(tensors)} tensors: {', '.join(missing[:5])}; expected a "
+            "cache that was made with this very ONNX file. Calibrate on images instead, with --data."
+        )
+    return {name: (-amax[name], amax[name]) for name in tensors}
+
+
+def read_trained_ranges(path: str) -> TrainedRanges:
+    """
+    The content of a file of `--ranges`.
+
+    Raises:
+        CalibrationError: it is missing or no such file, or a range is none.
+    """
+    what = "the int8.json of a run of crosskd.distill --quantize int8"
+    document = read_json(path, CalibrationError, what)
+    if not isinstance(document, dict):
+        raise CalibrationError(f"{path} holds a {type(document).__name__}; expected an object: {what}")
+    missing = [key for key in ("target", "keep_float", "ranges") if key not in document]
+    if missing:
+        raise CalibrationError(f"{path} has no {', '.join(missing)}; expected {what}")
+    target, keep_float, ranges = document["target"], document["keep_float"], document["ranges"]
+    if not isinstance(target, str) or target not in PLACEMENTS:
+        raise CalibrationError(f"{path}: target is {target!r}; expected one of {sorted(PLACEMENTS)}")
+    if not isinstance(keep_float, list) or not all(isinstance(name, str) for name in keep_float):
+        raise CalibrationError(f"{path}: keep_float is {keep_float!r}; expected a list of names of convolutions")
+    if not isinstance(ranges, dict):
+        raise CalibrationError(f"{path}: ranges is {ranges!r}; expected an object, tensor -> [smallest, largest]")
+    for name, one in ranges.items():
+        numbers = isinstance(one, list) and all(type(end) in (int, float) for end in one)  # JSON's true is an int
+        if not numbers or len(one) != 2 or not -LARGEST_FLOAT32 <= one[0] < one[1] <= LARGEST_FLOAT32:
+            raise CalibrationError(
+                f"{path}: the range of the tensor {name} is {one!r}; expected [smallest, largest], two finite numbers, "
+                "the first below the second. The training may have diverged: look at its losses."
+            )
+    return TrainedRanges(
+        path, target, tuple(keep_float), {name: (float(low), float(high)) for name, (low, high) in ranges.items()}
+    )
+
+
+def graph_as_trained(trained: TrainedRanges, graph: Graph) -> Graph:
+    """
+    The graph with that in float which was in float in the training.
+
+    Args:
+        graph: with nothing kept in float that need not be.
+
+    Raises:
+        CalibrationError: the file was made for another graph.
+    """
+    made_for = f"{trained.path} was made for another graph: it"
+    way_out = "expected the int8.json of the run that this model was exported from"
+    names = {node_name(node) for node in graph.convolutions}
+    unknown = [name for name in trained.keep_float if name not in names]
+    if unknown:
+        raise CalibrationError(
+            f"{made_for} keeps {len(unknown)} convolutions in float that the model has not: {', '.join(unknown[:5])}; "
+            f"{way_out}."
+        )
+    graph = Graph(graph.model, trained.keep_float)
+    check_quantizable(graph)
+    tensors = set(PLACEMENTS[trained.target](graph).pairs.values())
+    missing, needless = sorted(tensors - set(trained.ranges)), sorted(set(trained.ranges) - tensors)
+    if missing:
+        raise CalibrationError(
+            f"{made_for} has no range for {len(missing)} of {len(tensors)} tensors: {', '.join(missing[:5])}; "
+            f"{way_out}."
+        )
+    if needless:
+        raise CalibrationError(
+            f"{made_for} has ranges of tensors that need none, {len(needless)}: {', '.join(needless[:5])}; {way_out}."
+        )
+    return graph
