@@ -11,8 +11,9 @@ comes of it. `int8-aware` fine-tunes a student with crosskd.distill --quantize i
 longer training alone gains is known.
 
 Everything is made by the project's own commands, in processes of their own, below --runs-dir; only latency is taken
-here. What is there from the very same command and files is kept: cut it off at any time, and the same line goes on. (A
-config that was changed, or a newer version of the commands, is not noticed: delete what is to be made again.) Needs
+here. What is there from the very same command and files is kept, and what was measured on the same processor: cut it
+off at any time, and the same line goes on; a command that was cut off, be it a training, begins anew. (A config or
+images that were changed, or a newer version of the commands, are not noticed: delete what is to be made again.) Needs
 what those commands need.
 """
 
@@ -20,27 +21,25 @@ from __future__ import annotations
 
 import argparse
 import math
-import signal
 import sys
 from pathlib import Path
 from typing import List, Optional
 
 from benchmarks.calibration_methods import METHODS, TARGETS, run_methods
 from benchmarks.calibration_training import run_int8_aware
-from benchmarks.processes import Processes
+from benchmarks.processes import Processes, end_as_by_ctrl_c
+from benchmarks.tables import check_tables
 from deploy.contract import read_sidecar, weights_of_run
 from deploy.dataset import SPLITS, split_paths
 from deploy.errors import ConfigError, command
-from deploy.files import check_writable
 
 
 @command
 def main(argv: Optional[List[str]] = None) -> int:
-    """Makes and measures what is not yet done; status 2 if something that the table needs failed."""
+    """Makes and measures what is not yet done. A row of `methods` may fail, and says why in the table."""
     arguments = _parser().parse_args(argv)
     _check_arguments(arguments)
-    for suffix in ("json", "md"):
-        check_writable(f"{arguments.output}.{suffix}")
+    check_tables(arguments.output)
     if arguments.table == "methods":
         run_methods(arguments, Processes(1))
     else:
@@ -56,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     methods = tables.add_parser("methods", help="INT8 by each method of calibration")
     methods.add_argument("models", nargs="+", metavar="NAME=MODEL.onnx:DATA_DIR[:SPLIT]",
                          help="a float detector with its sidecar, and the data to calibrate (train split) and measure "
-                         "on (default split: test)")  # fmt: skip
+                         "on (split val or test, the default)")  # fmt: skip
     methods.add_argument("--int8-aware", nargs="+", default=[], metavar="NAME=FILE.int8.onnx",
                          help="of crosskd.distill --quantize int8: a row for the target that it is for")  # fmt: skip
     methods.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS), help="(default: both)")
@@ -85,6 +84,8 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
     if arguments.table == "methods":
         if not (math.isfinite(arguments.max_ap_drop) and arguments.max_ap_drop >= 0):
             raise ConfigError(f"--max-ap-drop is {arguments.max_ap_drop}; expected points of AP, 0 or more")
+        if len(set(arguments.targets)) < len(arguments.targets):
+            raise ConfigError(f"--targets are {' '.join(arguments.targets)}; expected each once")
         return
     for flag, least, values in (
         ("--jobs", 1, [arguments.jobs]), ("--epochs", 1, [arguments.epochs]), ("--seeds", 0, arguments.seeds)
@@ -104,5 +105,5 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # being ended ends the trainings, as Ctrl-C does
+    end_as_by_ctrl_c()
     sys.exit(main())

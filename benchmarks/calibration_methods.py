@@ -10,11 +10,10 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
+import functools
 import hashlib
-import json
 import re
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -24,9 +23,9 @@ import numpy as np
 
 from benchmarks.environment import busy_cores, read_environment
 from benchmarks.latency import OTHERS_CORES, REST_S
-from benchmarks.processes import Processes, are_same, is_made, locked, make
+from benchmarks.processes import Make, Processes, is_current, is_made, locked, make, printed_json
 from benchmarks.result import read_result
-from benchmarks.tables import interval, points, table, write_tables
+from benchmarks.tables import disturbed, interval, points, table, write_tables
 from benchmarks.wording import UNKNOWN, ms, times
 from deploy.contract import provenance, read_sidecar
 from deploy.dataset import SPLITS, load_coco, read_image, split_paths
@@ -35,7 +34,8 @@ from deploy.files import read_json, sha256_of, write_json
 from deploy.preprocess import preprocess
 from deploy.session import Session, open_session
 
-TARGETS = ("onnxruntime", "tensorrt")
+TARGETS = {"onnxruntime": "ONNX Runtime", "tensorrt": "TensorRT"}
+"""Of calibration.quantize, and what the tables call them."""
 METHODS = ("max", "percentile", "entropy", "mse", "auto")
 MOST_IMAGES = 512
 """To calibrate on; of a small split two thirds, since `auto` compares methods on the others."""
@@ -82,8 +82,8 @@ class Model:
         if found is None:
             raise ConfigError(f"{text} names no model; expected NAME=MODEL.onnx:DATA_DIR, or with :SPLIT behind it")
         name, file, data, split = found.groups()
-        if split is not None and split not in SPLITS:
-            raise ConfigError(f"{text}: the split is {split}; expected one of {', '.join(SPLITS)}")
+        if split not in (None, *SPLITS[1:]):  # not the first, on which it is calibrated
+            raise ConfigError(f"{text}: the split is {split}; expected one of {', '.join(SPLITS[1:])}")
         for one in SPLITS:
             split_paths(data, one)
         read_sidecar(file)
@@ -192,14 +192,10 @@ def is_finished(row: Row) -> bool:
     if row.words and not is_made(row.file, row.words):
         return False
     records = [row.beside(".audit.json"), *([row.beside(".latency.json")] if row.target == "onnxruntime" else [])]
-    return is_made(row.result, row.accuracy_words) and all(_is_of_same_files(path) for path in records)
+    return is_made(row.result, row.accuracy_words) and all(map(is_current, records))
 
 
-def _is_of_same_files(path: Path) -> bool:
-    return path.is_file() and are_same(read_json(path, MeasurementError, "what an earlier run left")["inputs"])
-
-
-def complete(row: Row, processes: Processes) -> None:
+def complete(row: Row, made: Make) -> None:
     """
     Makes and measures the row's model as far as that is not done.
 
@@ -207,13 +203,13 @@ def complete(row: Row, processes: Processes) -> None:
         PipelineError: it cannot be had; its files are as far as it went.
     """
     if row.words:
-        make(row.file, row.words, processes)
-    make(row.result, row.accuracy_words, processes)
+        made(row.file, row.words)
+    made(row.result, row.accuracy_words)
     audit = row.beside(".audit.json")
-    if not _is_of_same_files(audit):
+    if not is_current(audit):
         write_json(audit, {**provenance({"model": row.file}), "audit": audit_of(row.file)})
     latency = row.beside(".latency.json")
-    if row.target == "onnxruntime" and not _is_of_same_files(latency):
+    if row.target == "onnxruntime" and not is_current(latency):
         environment = read_environment()  # before it is measured: the load is that which others cause
         numbers = latency_of(row.model, row.file)
         inputs = {"float": row.model.file, "int8": row.file}
@@ -221,17 +217,8 @@ def complete(row: Row, processes: Processes) -> None:
 
 
 def audit_of(model: Path) -> Dict[str, Any]:
-    """
-    What `calibration.audit --json` prints.
-
-    Raises:
-        MeasurementError: it failed.
-    """
-    words = [sys.executable, "-m", "calibration.audit", str(model), "--json"]
-    found = subprocess.run(words, capture_output=True, text=True, check=False)
-    if found.returncode not in (0, 1):  # 1: it found faults, and they are in its JSON
-        raise MeasurementError(f"calibration.audit ended with status {found.returncode}: {found.stderr.strip()}")
-    return dict(json.loads(found.stdout))
+    """What `calibration.audit --json` prints."""
+    return printed_json(["calibration.audit", str(model), "--json"])
 
 
 def latency_of(model: Model, int8: Path) -> Dict[str, Any]:
@@ -244,7 +231,9 @@ def latency_of(model: Model, int8: Path) -> Dict[str, Any]:
     """
     image = load_coco(*split_paths(model.data, model.split), check_files=False).images[0]
     with open_session(model.file, threads=1) as plain, open_session(int8, threads=1) as quantized:
-        feed = {plain.contract.input_name: preprocess(read_image(image.path), plain.contract).input}
+        contract = plain.contract
+        prepared = preprocess(read_image(image.path), contract)
+        feed = {contract.input_name: np.repeat(prepared.input, max(1, contract.input_shape[0]), axis=0)}
         others = busy_cores(REST_S)
         take_turns(plain, quantized, feed, WARMUP)
         rounds = [take_turns(plain, quantized, feed, TURNS) for _ in range(ROUNDS)]
@@ -320,26 +309,27 @@ def run_methods(arguments: argparse.Namespace, processes: Processes) -> None:
         raise ConfigError(f"the models are named {', '.join(names)}; expected a name of its own for each")
     trained = trained_files(arguments.int8_aware, models)
     runs_dir.mkdir(parents=True, exist_ok=True)
-    with locked(runs_dir):
+    with locked(runs_dir) as lock:
+        made = functools.partial(make, processes=processes, keep_open=[lock])
         for model in models:
-            make(model.result, model.words, processes)
+            made(model.result, model.words)
         rows = [row for model in models for row in rows_of(model, arguments, trained[model.name])]
         records = {row: record_of(row) for row in rows if is_finished(row)}
         todo = sorted((row for row in rows if row not in records), key=lambda row: not row.seeks_budget)
         print(f"{len(records)} of {len(rows)} rows are done, {len(todo)} to do", flush=True)
-        write_methods(Path(arguments.output), models, rows, records)
+        write_methods(arguments.output, models, rows, records)
         for row in todo:
             try:
-                complete(row, processes)
+                complete(row, made)
                 records[row] = record_of(row)
             except PipelineError as error:
                 print(f"error: {row}: {error}", file=sys.stderr, flush=True)
                 why = str(error).splitlines()[0]
                 records[row] = {"target": row.target, "name": row.name, "command": list(row.words), "error": why}
-            write_methods(Path(arguments.output), models, rows, records)
+            write_methods(arguments.output, models, rows, records)
 
 
-def write_methods(output: Path, models: Sequence[Model], rows: Sequence[Row], records: Mapping[Row, Record]) -> None:
+def write_methods(output: str, models: Sequence[Model], rows: Sequence[Row], records: Mapping[Row, Record]) -> None:
     """Writes `<output>.json`, with all numbers, and `<output>.md`, a table for each model."""
     entries = []
     for model in models:
@@ -363,8 +353,14 @@ def write_methods(output: Path, models: Sequence[Model], rows: Sequence[Row], re
     write_tables(output, document, methods_markdown(document))
 
 
+COLUMNS = (
+    "method", "AP", "AP50", "against FP32 (95 %)", "best F1 (at score)", "convolutions in INT8 (multiplications)",
+)  # fmt: skip
+LATENCY_COLUMNS = ("ms, FP32 and INT8", "times faster (rounds)")
+
+
 def methods_markdown(document: Mapping[str, Any]) -> str:
-    """The tables of `methods`; AP in points."""
+    """The tables of `methods`, one for each model and target; AP in points."""
     done = sum(len(model["rows"]) for model in document["models"])
     lines = [
         "# INT8 by each method of calibration",
@@ -373,11 +369,6 @@ def methods_markdown(document: Mapping[str, Any]) -> str:
         f"{document['environment']['cpu']}.",
         "",
     ]
-    columns = [
-        "target", "method", "AP", "AP50", "AP against FP32", "95 % interval", "best F1", "at score",
-        "convolutions in INT8", "multiplications in INT8", "FP32 ms", "INT8 ms",
-        "times faster (lowest to highest round)",
-    ]  # fmt: skip
     for model in document["models"]:
         numbers = sorted({row["num_images"] for row in model["rows"] if row.get("num_images") is not None})
         lines += [
@@ -386,39 +377,55 @@ def methods_markdown(document: Mapping[str, Any]) -> str:
             f"`{model['file']}`, measured on {model['images']} images, the {model['split']} split of `{model['data']}`"
             + (f"; calibrated on {' or '.join(map(str, numbers))} of its train split." if numbers else "."),
             "",
-            *table(columns, [_cells(row) for row in ({**model, "target": "", "name": "FP32"}, *model["rows"])]),
-            "",
         ]
+        for target in dict.fromkeys(row["target"] for row in model["rows"]):
+            rows = [row for row in model["rows"] if row["target"] == target]
+            timed = any(row.get("latency") for row in rows)
+            lines += [
+                f"### {model['name']}, {TARGETS[target]}",
+                "",
+                *table(
+                    (*COLUMNS, *(LATENCY_COLUMNS if timed else ())),
+                    [_cells(row, timed) for row in ({**model, "name": "FP32"}, *rows)],
+                ),
+                "",
+                *_notes(rows),
+            ]
     lines += [
-        "The interval is a paired bootstrap over the images. Milliseconds: processor time of an inference of one image "
-        f"on ONNX Runtime, one thread, median; FP32 and INT8 took turns, {ROUNDS} rounds of {TURNS}; disturbed: other "
-        f"programs kept more than {OTHERS_CORES} processors busy. A file for TensorRT has none here, and its AP is "
-        "that of ONNX Runtime, which computes between its pairs in float or in INT8 as it can. In brackets: the method "
-        "that `auto` chose, and what the budget, measured on the val split, keeps in float.",
+        "Intervals are a paired bootstrap over the images. Milliseconds: processor time of an inference on ONNX "
+        f"Runtime, one thread, median; FP32 and INT8 took turns, {ROUNDS} rounds of {TURNS}, and in brackets are the "
+        f"lowest and the highest round; disturbed: other programs kept more than {OTHERS_CORES} processors busy. A "
+        "file for TensorRT has none here, and its AP is that of ONNX Runtime, which computes between its pairs in "
+        "float or in INT8 as it can. The method in brackets is that which `auto` chose; the budget is met on the val "
+        "split.",
         "",
     ]
     return "\n".join(lines)
 
 
-def _cells(row: Mapping[str, Any]) -> List[str]:
+def _cells(row: Mapping[str, Any], timed: bool) -> List[str]:
+    width = len(COLUMNS) + (len(LATENCY_COLUMNS) if timed else 0)
     if row.get("error"):
-        return [row["target"], row["name"], f"failed: {row['error']}", *[""] * 10]
+        return [row["name"], "failed", *[""] * (width - 2)]
     against, best, latency = row["against"], row["best_f1"], row.get("latency")
-    notes = [row["method"]] if row["name"].startswith("auto") else []
-    if row.get("kept_blocks"):
-        notes.append("in float: " + ", ".join(row["kept_blocks"]))
     states = row.get("convolutions", {})  # none of the float model
-    return [
-        row["target"],
-        row["name"] + (f" ({', '.join(notes)})" if notes else ""),
+    cells = [
+        f"{row['name']} ({row['method']})" if row["name"].startswith("auto") else row["name"],
         points(row["AP"]),
         points(row["AP50"]),
-        *(["", ""] if against is None else [points(against["AP_difference"], "+"), interval(against)]),
-        *(["", ""] if best is None else [f"{best['f1']:.3f}", f"{best['score']:.3f}"]),
-        *([f"{states.get('INT8', 0)} of {sum(states.values())}", _percent(row["int8_share"])] if states else ["", ""]),
-        *([ms(latency["float_ms"]), ms(latency["int8_ms"])] if latency else ["", ""]),
-        _ratio(latency) if latency else "",
+        "" if against is None else f"{points(against['AP_difference'], '+')} ({interval(against)})",
+        "" if best is None else f"{best['f1']:.3f} ({best['score']:.3f})",
+        f"{states.get('INT8', 0)} of {sum(states.values())} ({_percent(row['int8_share'])})" if states else "",
+        *([f"{ms(latency['float_ms'])}, {ms(latency['int8_ms'])}", _ratio(latency)] if latency else []),
     ]
+    return [*cells, *[""] * (width - len(cells))]
+
+
+def _notes(rows: Sequence[Mapping[str, Any]]) -> List[str]:
+    """Why rows failed, and what their budget keeps in float: too long for the table."""
+    notes = [f"- {row['name']}: failed: {row['error']}" for row in rows if row["error"]]
+    notes += [f"- {row['name']}: in float {', '.join(row['kept_blocks'])}" for row in rows if row.get("kept_blocks")]
+    return [*notes, ""] if notes else []
 
 
 def _percent(share: Optional[float]) -> str:
@@ -427,5 +434,4 @@ def _percent(share: Optional[float]) -> str:
 
 def _ratio(latency: Mapping[str, Any]) -> str:
     ratio, others = latency["times"], latency["others_cores"]
-    disturbed = ", disturbed" if others is not None and others > OTHERS_CORES else ""
-    return f"{times(ratio['median'])} ({ratio['lowest']:.2f} to {ratio['highest']:.2f}){disturbed}"
+    return f"{times(ratio['median'])} ({ratio['lowest']:.2f} to {ratio['highest']:.2f}){disturbed(others)}"

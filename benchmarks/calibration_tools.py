@@ -11,9 +11,10 @@ spread; AP is that of the INT8 file on another split, by `benchmarks.accuracy`; 
 
 Each tool runs twice, with a quarter of the images and with all. What an image costs is the difference of the two runs
 divided by that of their images, so that starting up and reading the model do not count. Processor time is given beside
-the clock's, since other programs do not lengthen it. A tool that fails is a row with its error. The files are written
-again after each row, and rows that are finished are kept while what they were made from stays the same: cut it off at
-any time, and the same line goes on. Linux only. Needs onnx, onnxruntime and faster-coco-eval.
+the clock's, since other programs do not lengthen it; but it counts threads that wait in a loop, as ONNX Runtime's do by
+default. A row says how many processors others kept busy before it. A tool that fails is a row with its error. The files
+are written again after each row, and rows that are finished are kept while what they were made from stays the same: cut
+it off at any time, and the same line goes on. Linux only. Needs onnx, onnxruntime and faster-coco-eval.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib.util
-import json
 import os
 import shutil
 import signal
@@ -35,14 +35,16 @@ import time
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
-from benchmarks.environment import read_environment, reset_peak_memory
+from benchmarks.environment import busy_cores, read_environment, reset_peak_memory
+from benchmarks.latency import OTHERS_CORES, REST_S
+from benchmarks.processes import end, end_as_by_ctrl_c, last_words, printed_json
 from benchmarks.subject import spread
-from benchmarks.tables import points, table, write_tables
+from benchmarks.tables import check_tables, disturbed, points, table, write_tables
 from benchmarks.wording import UNKNOWN, decimals, times
 from deploy.contract import load_contract, package_versions, provenance, sidecar_path, write_sidecar
 from deploy.dataset import SPLITS, check_image_files, load_coco, split_paths
 from deploy.errors import ConfigError, MeasurementError, command
-from deploy.files import check_writable, read_json, sha256_of, write_json
+from deploy.files import read_json, sha256_of, write_json
 
 KIND = "calibration_tools"
 PLAIN, OURS, ONNX_RUNTIME, MODELOPT = "plain inference", "ours", "ONNX Runtime", "ModelOpt"
@@ -103,11 +105,11 @@ class Images:
 def main(argv: Optional[List[str]] = None) -> int:
     """Measures what is not yet measured, writes the result files after each row, and prints the rows."""
     arguments = _parser().parse_args(argv)
-    check_writable(f"{arguments.output}.json")
+    check_tables(arguments.output)
     _check_arguments(arguments)
     environment = read_environment()  # before anything is measured: the load is that which others cause
     versions = tool_versions(arguments.modelopt_python)
-    finished = _finished_rows(Path(f"{arguments.output}.json"))
+    finished = _finished_rows(Path(f"{arguments.output}.json"), arguments.models)
     with tempfile.TemporaryDirectory() as folder:
         few, every = calibration_images(arguments, Path(folder))
         planned = [(model, way) for model in arguments.models for way in WAYS]
@@ -189,12 +191,18 @@ def tool_versions(modelopt_python: str) -> Dict[str, Optional[str]]:
     return {PLAIN: runtime, OURS: f"{ours} on ONNX Runtime {runtime}", ONNX_RUNTIME: runtime, MODELOPT: modelopt}
 
 
-def _finished_rows(path: Path) -> List[Row]:
+def _finished_rows(path: Path, models: Sequence[str]) -> List[Row]:
     if not path.is_file():
         return []
     document = read_json(path, MeasurementError, "what an earlier run left; delete it to start anew")
     if not isinstance(document, dict) or document.get("kind") != KIND:
         raise ConfigError(f"{path} is there, and is not of this command; choose another --output")
+    others = sorted({row["model"] for row in document["rows"]} - set(models))
+    if others:
+        raise ConfigError(
+            f"{path} has rows of {', '.join(others)}, which would be lost; name these models, too, or choose another "
+            "--output"
+        )
     return [row for row in document["rows"] if row["error"] is None]
 
 
@@ -266,12 +274,13 @@ def measure(row: Row, way: Way, few: Images, every: Images, modelopt_python: str
     """
     What is to be added to a row that was begun; where a step fails, its `error`, and None for what was to follow.
 
-    The keys: `load_average` before it; `runs`, with few images and with all; `seconds_per_image`,
-    `cpu_seconds_per_image` and `mib_per_image`, from the difference of the runs; `seconds` and `peak_mib`, of the run
-    with all; `AP`, `AP50`; `convolutions`, their number by state; `final_predictions`, the names of those in float.
+    The keys: `others_cores`, processors that other programs kept busy before it; `runs`, with few images and with all;
+    `seconds_per_image`, `cpu_seconds_per_image` and `mib_per_image`, from the difference of the runs; `seconds` and
+    `peak_mib`, of the run with all; `AP`, `AP50`; `convolutions`, their number by state; `final_predictions`, the names
+    of those in float.
     """
     found: Row = {
-        "load_average": [round(load, 2) for load in os.getloadavg()],
+        "others_cores": None,
         **dict.fromkeys(("runs", "seconds_per_image", "cpu_seconds_per_image", "mib_per_image", "seconds", "peak_mib")),
         **dict.fromkeys(("AP", "AP50", "convolutions", "final_predictions")),
         "error": None,
@@ -283,6 +292,7 @@ def measure(row: Row, way: Way, few: Images, every: Images, modelopt_python: str
             raise MeasurementError(
                 f"what to exclude is not known without the row of {PREDICTIONS_FROM.tool}, {PREDICTIONS_FROM.method}"
             )
+        found["others_cores"] = busy_cores(REST_S)
         with tempfile.TemporaryDirectory() as folder:
             # A copy, since ModelOpt writes beside the model.
             model, output, log = (Path(folder) / name for name in ("model.onnx", "int8.onnx", "log.txt"))
@@ -337,32 +347,28 @@ def run_child(words: Sequence[str], log: Path) -> Dict[str, float]:
     reset_peak_memory()
     with log.open("wb") as output:
         began = time.perf_counter()
-        process = subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            words, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
+        )
         with contextlib.suppress(OSError):  # if memory runs out, it is to be ended, not somebody else (man 5 proc)
             Path(f"/proc/{process.pid}/oom_score_adj").write_text("1000")
         try:
             _, status, usage = os.wait4(process.pid, 0)
         except BaseException:  # Ctrl-C
-            process.terminate()
-            process.wait()
+            end([process])
             raise
         seconds = time.perf_counter() - began
     process.returncode = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
     if process.returncode == -signal.SIGKILL:
         raise MeasurementError("killed (signal 9); memory may have run out")
     if process.returncode:
-        raise MeasurementError(_last_line(log.read_text(encoding="utf-8", errors="replace"), process.returncode))
+        text = log.read_text(encoding="utf-8", errors="replace")
+        raise MeasurementError(last_words(text, process.returncode) or f"ended with status {process.returncode}")
     return {
         "seconds": round(seconds, 3),
         "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 3),
         "peak_mib": round(usage.ru_maxrss / 1024, 1),  # Linux counts KiB
     }
-
-
-def _last_line(text: str, status: int) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    line = lines[-1] if lines else f"ended with status {status}"
-    return line[len("error: ") :] if line.startswith("error: ") else line
 
 
 def numbers_from_runs(runs: Sequence[Mapping[str, float]]) -> Row:
@@ -392,11 +398,7 @@ def _accuracy(model: Path, images: Images, log: Path) -> Row:
 
 
 def _audit(model: Path) -> Row:
-    words = [sys.executable, "-m", "calibration.audit", str(model), "--json"]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    if done.returncode not in (0, 1):  # 1: it finds faults
-        raise MeasurementError(_last_line(done.stderr, done.returncode))
-    convolutions = json.loads(done.stdout)["convolutions"]
+    convolutions = printed_json(["calibration.audit", str(model), "--json"])["convolutions"]
     counts = collections.Counter(one["state"] for one in convolutions)
     return {
         "convolutions": {state: counts[state] for state in INT8_STATES},
@@ -415,23 +417,26 @@ def write_results(rows: Sequence[Row], arguments: argparse.Namespace, environmen
         "rows_planned": len(arguments.models) * len(WAYS),
         "rows": list(rows),
     }
-    write_tables(Path(arguments.output), document, markdown_of(document))
+    write_tables(arguments.output, document, markdown_of(document))
 
 
 COLUMNS = (
-    "tool", "method", "setting", "s per image", "of plain", "CPU s per image", "of plain", "MiB per image", "peak MiB",
-    "seconds in all", "load", "AP", "AP50", "convolutions INT8 / weight-only / float", "error",
+    "tool", "method, setting", "s per image (of plain)", "CPU s per image (of plain)", "MiB per image", "peak MiB",
+    "s in all", "AP", "INT8 / weight-only / float",
 )  # fmt: skip
 
 
 def markdown_of(document: Mapping[str, Any]) -> str:
     """The table of a result file, for each model."""
     rows, environment = document["rows"], document["environment"]
+    versions = {row["tool"]: row["version"] for row in rows if row["tool"] != PLAIN}
     lines = [
         "# Tools for calibration",
         "",
         f"{len(rows)} of {document['rows_planned']} rows, made by `{' '.join(document['command'])}` on "
-        f"{environment['cpu']}, {environment['cores_usable']} cores.",
+        f"{environment['cpu']}, {environment['cores_usable']} cores. "
+        + "; ".join(f"{tool}: {version or 'not installed'}" for tool, version in versions.items())
+        + ".",
     ]
     for model in dict.fromkeys(row["model"] for row in rows):
         of_model = [row for row in rows if row["model"] == model]
@@ -439,18 +444,22 @@ def markdown_of(document: Mapping[str, Any]) -> str:
             "",
             f"## {model}",
             "",
-            f"{of_model[0]['inputs']['images']} images; AP of the {document['split']} split in percent.",
+            f"{of_model[0]['inputs']['images']} images; AP of the {document['split']} split in points.",
             "",
             *table(COLUMNS, [_cells(row, of_model) for row in of_model]),
         ]
+        failed = [f"- {_name(row)}: failed: {row['error']}" for row in of_model if row["error"] is not None]
+        lines += ["", *failed] if failed else []
     lines += [
         "",
         "What an image costs is the difference of two runs, with a quarter of the images and with all, divided by that "
         "of their images; where the runs take but seconds, it is mostly noise. Seconds in all and peak memory are of "
-        "the run with all, start-up and imports included. CPU seconds are those of all threads; load is the machine's "
-        "average over the minute before a row. ONNX Runtime and ModelOpt run with their defaults (ModelOpt on the "
-        "processor, leaving in FP32 what is not INT8); with predictions in float, the final predictions that ours "
-        "leaves in float are excluded, and all that reads what comes of them.",
+        "the run with all, start-up and imports included. CPU seconds are those of all threads, also of those that "
+        "wait for work in a loop: ONNX Runtime's by default, which ours lets sleep. Disturbed: other programs kept "
+        f"more than {OTHERS_CORES} processors busy before the row. The last column counts convolutions. ONNX Runtime "
+        "and ModelOpt run with their defaults (ModelOpt on the processor, leaving in FP32 what is not INT8); with "
+        "predictions in float, the final predictions that ours leaves in float are excluded, and all that reads what "
+        "comes of them.",
         "",
     ]
     return "\n".join(lines)
@@ -459,22 +468,18 @@ def markdown_of(document: Mapping[str, Any]) -> str:
 def _cells(row: Row, rows: Sequence[Row]) -> List[str]:
     plain = next((one for one in rows if one["tool"] == PLAIN), None)
     counts = row["convolutions"]
+    cells = [row["tool"], ", ".join(filter(None, (row["method"], row["setting"])))]
+    for key in ("seconds_per_image", "cpu_seconds_per_image"):
+        ratio = _ratio(row, plain, key)
+        cells.append(decimals(row[key], 4) + (f" ({times(ratio)})" if ratio is not None else ""))
+    cells[2] += disturbed(row.get("others_cores"))
     return [
-        f"{row['tool']} {row['version']}" if row["tool"] in (ONNX_RUNTIME, MODELOPT) else row["tool"],
-        row["method"],
-        row["setting"],
-        decimals(row["seconds_per_image"], 4),
-        times(_ratio(row, plain, "seconds_per_image")),
-        decimals(row["cpu_seconds_per_image"], 4),
-        times(_ratio(row, plain, "cpu_seconds_per_image")),
+        *cells,
         decimals(row["mib_per_image"], 1),
         decimals(row["peak_mib"], 0),
         decimals(row["seconds"], 1),
-        decimals(row["load_average"][0], 1),
         points(row["AP"]),
-        points(row["AP50"]),
         UNKNOWN if counts is None else " / ".join(str(counts[state]) for state in INT8_STATES),
-        row["error"] or "",
     ]
 
 
@@ -484,16 +489,19 @@ def _ratio(row: Row, plain: Optional[Row], key: str) -> Optional[float]:
     return None if value is None or yardstick is None or min(value, yardstick) <= 0 else value / yardstick
 
 
+def _name(row: Row) -> str:
+    return " ".join(filter(None, (row["tool"], row["method"], row["setting"])))
+
+
 def _line(row: Row) -> str:
-    words = " ".join(filter(None, (row["model"], row["tool"], row["method"], row["setting"])))
     if row["error"] is not None:
-        return f"{words}: {row['error']}"
+        return f"{row['model']} {_name(row)}: {row['error']}"
     return (
-        f"{words}: {row['seconds_per_image']:.4f} s per image, {row['seconds']:.1f} s in all, "
+        f"{row['model']} {_name(row)}: {row['seconds_per_image']:.4f} s per image, {row['seconds']:.1f} s in all, "
         f"peak {row['peak_mib']:.0f} MiB, AP {points(row['AP'])}"
     )
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # being ended ends the child, as Ctrl-C does
+    end_as_by_ctrl_c()
     sys.exit(main())

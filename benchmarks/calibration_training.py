@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import statistics
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
@@ -18,7 +19,7 @@ import numpy as np
 from benchmarks.bootstrap import bounds_of_draws
 from benchmarks.calibration_methods import accuracy_words, images_to_calibrate_on, measured
 from benchmarks.environment import read_environment
-from benchmarks.processes import Processes, locked, make, work_through
+from benchmarks.processes import Make, Processes, is_current, locked, make, work_through
 from benchmarks.result import read_result
 from benchmarks.tables import interval, points, table, write_tables
 from benchmarks.wording import UNKNOWN
@@ -83,7 +84,7 @@ def planned_fine_tunings(arguments: argparse.Namespace, folder: Path, calibrated
     return found
 
 
-def complete_fine_tuning(run: FineTuning, arguments: argparse.Namespace, against: Path, processes: Processes) -> Record:
+def complete_fine_tuning(run: FineTuning, arguments: argparse.Namespace, against: Path, made: Make) -> Record:
     """
     What the result file says of the run, after all that is not yet done.
 
@@ -93,12 +94,12 @@ def complete_fine_tuning(run: FineTuning, arguments: argparse.Namespace, against
     Raises:
         PipelineError: it cannot be trained or measured.
     """
-    if run.kind == INT8_AWARE and not sidecar_path(run.int8).is_file():
-        sidecar_path(run.weights).unlink(missing_ok=True)  # cut off between its files
-    make(run.weights, run.words, processes)
+    if run.kind == INT8_AWARE and not (is_current(run.model) and is_current(run.int8)):
+        sidecar_path(run.weights).unlink(missing_ok=True)  # cut off between its files: these are none, or older ones
+    made(run.weights, run.words)
     if run.kind == FINE_TUNED:
-        export_and_quantize(run.folder, run.model, run.int8, arguments, processes)
-    results = measure_pair(run.model, run.int8, arguments, against, processes)
+        export_and_quantize(run.folder, run.model, run.int8, arguments, made)
+    results = measure_pair(run.model, run.int8, arguments, against, made)
     sidecar = read_sidecar(run.weights)
     return {
         "kind": run.kind,
@@ -113,27 +114,25 @@ def complete_fine_tuning(run: FineTuning, arguments: argparse.Namespace, against
     }
 
 
-def export_and_quantize(
-    run_dir: Path, model: Path, int8: Path, arguments: argparse.Namespace, processes: Processes
-) -> None:
+def export_and_quantize(run_dir: Path, model: Path, int8: Path, arguments: argparse.Namespace, made: Make) -> None:
     """Writes a run's float and INT8 model, the latter with ranges over images."""
-    make(model, ["deploy.export", str(run_dir), "-o", str(model)], processes)
+    made(model, ["deploy.export", str(run_dir), "-o", str(model)])
     words = [
         "calibration.quantize", str(model), "--data", arguments.data, "--target", arguments.target,
         "--method", arguments.method, "--num-images", str(images_to_calibrate_on(Path(arguments.data))),
         "-o", str(int8),
     ]  # fmt: skip
-    make(int8, words, processes)
+    made(int8, words)
 
 
 def measure_pair(
-    model: Path, int8: Path, arguments: argparse.Namespace, against: Optional[Path], processes: Processes
+    model: Path, int8: Path, arguments: argparse.Namespace, against: Optional[Path], made: Make
 ) -> Dict[str, Mapping[str, Any]]:
     """The accuracy results on the test split, `float` and `int8`; without `against` the one against the other."""
     found: Dict[str, Mapping[str, Any]] = {}
     for precision, file in (("float", model), ("int8", int8)):
         result = file.with_suffix(".accuracy.result.json")
-        make(result, accuracy_words(file, Path(arguments.data), "test", result, against), processes)
+        made(result, accuracy_words(file, Path(arguments.data), "test", result, against))
         found[precision] = read_result(result)
         against = against or result
     return found
@@ -149,10 +148,11 @@ def run_int8_aware(arguments: argparse.Namespace, processes: Processes) -> None:
     """
     folder = Path(arguments.runs_dir or "runs/bench/calibration/int8_aware")
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder):
+    with locked(folder) as lock:
+        made = functools.partial(make, processes=processes, keep_open=[lock])
         model, int8 = folder / "student.onnx", folder / "student.int8.onnx"
-        export_and_quantize(Path(arguments.student), model, int8, arguments, processes)
-        student = measure_pair(model, int8, arguments, None, processes)
+        export_and_quantize(Path(arguments.student), model, int8, arguments, made)
+        student = measure_pair(model, int8, arguments, None, made)
         against = model.with_suffix(".accuracy.result.json")
         runs = planned_fine_tunings(arguments, folder, int8)
         records: Dict[FineTuning, Record] = {}
@@ -160,12 +160,10 @@ def run_int8_aware(arguments: argparse.Namespace, processes: Processes) -> None:
         def done(run: FineTuning, record: Record) -> None:
             records[run] = record
             print(f"{run}: AP {points(record['int8']['AP'])} in INT8", flush=True)
-            write_int8_aware(
-                Path(arguments.output), arguments, student, [records[one] for one in runs if one in records]
-            )
+            write_int8_aware(arguments, student, [records[one] for one in runs if one in records], len(runs))
 
         def work(run: FineTuning) -> Record:
-            return complete_fine_tuning(run, arguments, against, processes)
+            return complete_fine_tuning(run, arguments, against, made)
 
         failed = work_through(runs, work, done, processes, arguments.jobs)
     if failed:
@@ -176,9 +174,9 @@ def run_int8_aware(arguments: argparse.Namespace, processes: Processes) -> None:
 
 
 def write_int8_aware(
-    output: Path, arguments: argparse.Namespace, student: Mapping[str, Mapping[str, Any]], records: Sequence[Record]
+    arguments: argparse.Namespace, student: Mapping[str, Mapping[str, Any]], records: Sequence[Record], planned: int
 ) -> None:
-    """Writes `<output>.json`, with all numbers, and `<output>.md`, the table."""
+    """Writes the result files: JSON with all numbers, and the table."""
     plain, rounded = (np.array(student[name]["numbers"]["bootstrap"]["ap"], np.float64) for name in ("float", "int8"))
     kinds = {}
     for kind in (INT8_AWARE, FINE_TUNED):
@@ -197,9 +195,10 @@ def write_int8_aware(
         "float": measured(student["float"]),
         "int8": measured(student["int8"]),
         "kinds": kinds,
+        "runs_planned": planned,
         "runs": runs,
     }
-    write_tables(output, document, int8_aware_markdown(document))
+    write_tables(arguments.output, document, int8_aware_markdown(document))
 
 
 def recovery(aps: np.ndarray, plain: np.ndarray, rounded: np.ndarray) -> Dict[str, Any]:
@@ -249,8 +248,9 @@ def int8_aware_markdown(document: Mapping[str, Any]) -> str:
         [
             "# INT8-aware CrossKD",
             "",
-            f"Made by `{' '.join(document['command'])}` on {document['environment']['cpu']}; INT8 for "
-            f"{document['target']}, {document['images']} test images.",
+            f"{len(document['runs'])} of {document['runs_planned']} trainings, made by "
+            f"`{' '.join(document['command'])}` on {document['environment']['cpu']}; INT8 for {document['target']}, "
+            f"{document['images']} test images.",
             "",
             *table(columns, rows),
             "",

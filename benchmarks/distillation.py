@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import signal
 import statistics
 import sys
 import time
@@ -27,11 +26,12 @@ import numpy as np
 from benchmarks.bootstrap import interval_from_aps, resampled_ap
 from benchmarks.coco import evaluate
 from benchmarks.environment import read_environment
-from benchmarks.processes import Processes, locked, tail_of, work_through
+from benchmarks.processes import Processes, end_as_by_ctrl_c, locked, tail_of, work_through
+from benchmarks.tables import check_tables, table, write_tables
 from deploy.contract import provenance, read_sidecar, sidecar_path
 from deploy.dataset import SPLITS, split_paths
 from deploy.errors import ConfigError, MeasurementError, command
-from deploy.files import check_writable, read_json, replacing, sha256_of, write_json
+from deploy.files import read_json, sha256_of, write_json
 
 METRICS = {
     "AP": "AP", "AP50": "AP50", "AP75": "AP75",
@@ -139,7 +139,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     """Trains what is not yet trained and writes the result files; status 2 if a run failed."""
     arguments = _parser().parse_args(argv)
     experiment = EXPERIMENTS[arguments.experiment]
-    check_writable(Path(arguments.output) / f"{experiment.name}.json")
+    check_tables(Path(arguments.output) / experiment.name)
     _check_arguments(arguments, experiment)
     run_experiment(experiment, arguments, Processes(arguments.jobs))
     return 0
@@ -394,9 +394,7 @@ def write_results(
         "methods": [row_of(method, records, annotations) for method in experiment.methods],
         "runs": list(records),
     }
-    write_json(output / f"{experiment.name}.json", document)
-    with replacing(output / f"{experiment.name}.md") as temporary:
-        temporary.write_text(markdown_of(document), encoding="utf-8")
+    write_tables(output / experiment.name, document, markdown_of(document))
 
 
 def row_of(method: Method, records: Sequence[Record], annotations: Path) -> Dict[str, Any]:
@@ -464,9 +462,7 @@ def markdown_of(document: Mapping[str, Any]) -> str:
         "Teacher: " + ", ".join(f"{title} {_points(teacher['numbers'][name])}" for name, title in METRICS.items())
         + f" ({teacher['parameters'] / 1e6:.2f} M parameters, {teacher['epochs']} epochs).",
         "",
-        f"| {' | '.join(columns)} |",
-        "|" + " --- |" * len(columns),
-        *(f"| {' | '.join(_cells(row))} |" for row in document["methods"]),
+        *table(columns, [_cells(row) for row in document["methods"]]),
         "",
         "The interval is a paired bootstrap over the test images, averaged over the seeds: it says how much of the "
         "difference may be due to the choice of images, not of seeds. Times are those of whole processes, start-up and "
@@ -500,5 +496,5 @@ def _points(fraction: Optional[float], sign: str = "") -> str:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # being ended ends the trainings, as Ctrl-C does
+    end_as_by_ctrl_c()
     sys.exit(main())

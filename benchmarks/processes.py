@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import functools
+import json
 import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
-from typing import Callable, Iterator, List, Mapping, Sequence, TypeVar
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, TypeVar
 
+from benchmarks.environment import read_environment
 from deploy.contract import sidecar_path
 from deploy.errors import MeasurementError, PipelineError
 from deploy.files import read_json, sha256_of
@@ -23,6 +28,10 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 LOG_LINES = 15
 """Of a failed command's log are shown."""
+GRACE_S = 10.0
+"""That a process has to put things in order when it is interrupted."""
+Make = Callable[[Path, Sequence[str]], None]
+"""`make` with all but its first two arguments given."""
 
 
 class Processes:
@@ -51,14 +60,13 @@ class Processes:
                     raise MeasurementError("stopped")
                 process = subprocess.Popen(
                     [sys.executable, "-m", *words], stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                    env=environment, pass_fds=keep_open,
+                    env=environment, pass_fds=keep_open, start_new_session=True,
                 )  # fmt: skip
                 self._running.append(process)
             try:
                 return process.wait()
             except BaseException:  # Ctrl-C while nothing else runs beside it
-                process.terminate()
-                process.wait()
+                end([process])
                 raise
             finally:
                 with self._guard:
@@ -68,8 +76,42 @@ class Processes:
         """Ends what runs; nothing starts after it."""
         with self._guard:
             self._stopped = True
-            for process in self._running:
-                process.terminate()
+            running = list(self._running)
+        end(running)
+
+
+def end(processes: Sequence[subprocess.Popen]) -> None:
+    """
+    Ends processes that were started with `start_new_session`, and all that they have started.
+
+    They are interrupted, as by Ctrl-C, so that they remove what they have half written; what is left of them after
+    GRACE_S is killed.
+    """
+    _signal(processes, signal.SIGINT)
+    deadline = time.monotonic() + GRACE_S
+    try:
+        for process in processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, deadline - time.monotonic()))
+    finally:
+        _signal(processes, signal.SIGKILL)
+        for process in processes:
+            process.wait()
+
+
+def _signal(processes: Sequence[subprocess.Popen], number: int) -> None:
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):  # nothing of it is left
+            os.killpg(process.pid, number)
+
+
+def end_as_by_ctrl_c() -> None:
+    """Makes SIGTERM and a closed terminal what Ctrl-C is to this process, so that it ends what it has started."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a script's background job, which Ctrl-C must not end;
+        signal.signal(signal.SIGINT, lambda *_: None)  # but what is ignored, and not only caught, children ignore, too
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            signal.signal(number, signal.default_int_handler)
 
 
 def work_through(
@@ -133,24 +175,45 @@ def tail_of(log: Path) -> str:
 
 
 def is_made(artefact: Path, words: Sequence[str]) -> bool:
-    """Whether `python -m <words>` has made the artefact, as it is now, from files that are still the same."""
-    record = artefact if artefact.suffix == ".json" else sidecar_path(artefact)  # a result is its own sidecar
+    """Whether `python -m <words>` has made the artefact, and it is current."""
+    return is_current(artefact) and _read_record(artefact)["command"] == ["python", "-m", *words]
+
+
+def is_current(artefact: Path) -> bool:
+    """Whether the artefact is as it was made, from files that are still the same and, a result, on this processor."""
+    record = _record_path(artefact)
     if not (artefact.is_file() and record.is_file()):
         return False
-    document = read_json(record, MeasurementError, "what an earlier run left; delete it")
-    if document["command"] != ["python", "-m", *words] or not are_same(document["inputs"]):
+    document = _read_record(artefact)
+    if record != artefact and document["artefact"]["sha256"] != sha256_of(artefact):
         return False
-    return record == artefact or bool(document["artefact"]["sha256"] == sha256_of(artefact))
+    if "environment" in document and document["environment"]["cpu"] != _this_cpu():
+        return False
+    return all(
+        Path(one["file"]).is_file() and sha256_of(one["file"]) == one["sha256"] for one in document["inputs"].values()
+    )
 
 
-def are_same(inputs: Mapping[str, Mapping[str, str]]) -> bool:
-    """Whether the files of a sidecar's `inputs` are what they were."""
-    return all(Path(one["file"]).is_file() and sha256_of(one["file"]) == one["sha256"] for one in inputs.values())
+def _record_path(artefact: Path) -> Path:
+    return artefact if artefact.suffix == ".json" else sidecar_path(artefact)  # a result is its own sidecar
 
 
-def make(artefact: Path, words: Sequence[str], processes: Processes) -> None:
+def _read_record(artefact: Path) -> Dict[str, Any]:
+    return dict(read_json(_record_path(artefact), MeasurementError, "what an earlier run left; delete it"))
+
+
+@functools.lru_cache(maxsize=None)
+def _this_cpu() -> Optional[str]:
+    cpu: Optional[str] = read_environment()["cpu"]
+    return cpu
+
+
+def make(artefact: Path, words: Sequence[str], processes: Processes, keep_open: Sequence[int] = ()) -> None:
     """
     Runs `python -m <words>`, which makes the artefact, unless it is made.
+
+    Args:
+        keep_open: file descriptors that the command inherits.
 
     Raises:
         MeasurementError: the command failed; the message is its own, or else the last line of its log.
@@ -161,11 +224,30 @@ def make(artefact: Path, words: Sequence[str], processes: Processes) -> None:
     log = artefact.with_name(f"{artefact.name}.log")
     log.unlink(missing_ok=True)
     print(f"python -m {' '.join(words)}", flush=True)
-    status = processes.run(words, log)
+    status = processes.run(words, log, keep_open=keep_open)
     if status:
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-        messages = [line[len("error: ") :] for line in lines if line.startswith("error: ")]
-        if status == 2 and messages:
-            raise MeasurementError(messages[-1])
-        last = next((line for line in reversed(lines) if line), "nothing")
-        raise MeasurementError(f"{words[0]} ended with status {status}, and {log} with: {last}")
+        last = last_words(log.read_text(encoding="utf-8", errors="replace"), status) or "nothing"
+        raise MeasurementError(
+            last if status == 2 else f"{words[0]} ended with status {status}, and {log} with: {last}"
+        )
+
+
+def last_words(text: str, status: int) -> str:
+    """Why a command failed, from what it printed: its error message, or else the last line; "" if there is none."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    messages = [line[len("error: ") :] for line in lines if line.startswith("error: ")]
+    return messages[-1] if status == 2 and messages else lines[-1] if lines else ""
+
+
+def printed_json(words: Sequence[str]) -> Dict[str, Any]:
+    """
+    The JSON that `python -m <words>` prints, be its exit status 0 or 1: a verdict.
+
+    Raises:
+        MeasurementError: it failed.
+    """
+    done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, check=False)
+    if done.returncode not in (0, 1) or not done.stdout:  # a crash is status 1, too
+        last = last_words(done.stderr, done.returncode) or "nothing"
+        raise MeasurementError(f"{words[0]} ended with status {done.returncode}: {last}")
+    return dict(json.loads(done.stdout))

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence
 
+from benchmarks.latency import OTHERS_CORES
 from benchmarks.wording import UNKNOWN, cell
-from deploy.files import replacing, write_json
+from deploy.files import AnyPath, check_writable, replacing, write_json
 
 
-def write_tables(output: Path, document: Dict[str, Any], markdown: str) -> None:
+def check_tables(output: AnyPath) -> None:
+    """Raises PipelineError if `write_tables` could not write: asked before long work."""
+    for suffix in ("json", "md"):
+        check_writable(f"{output}.{suffix}")
+
+
+def write_tables(output: AnyPath, document: Dict[str, Any], markdown: str) -> None:
+    """Writes `<output>.json` and `<output>.md`."""
     write_json(f"{output}.json", document)
     with replacing(f"{output}.md") as temporary:
         temporary.write_text(markdown, encoding="utf-8")
@@ -22,6 +29,11 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> List[str]:
 
 def points(fraction: Optional[float], sign: str = "") -> str:
     return UNKNOWN if fraction is None else f"{round(100 * fraction, 2) + 0.0:{sign}.2f}"
+
+
+def disturbed(others_cores: Optional[float]) -> str:
+    """What stands behind a time before which other programs kept so many processors busy."""
+    return ", disturbed" if others_cores is not None and others_cores > OTHERS_CORES else ""
 
 
 def interval(bounds: Mapping[str, float]) -> str:

@@ -27,6 +27,8 @@ FOLDERS = {
     "benchmarks": ("Measuring and judging", ("accuracy", "latency", "report", "fleet")),
 }
 """Folder -> title and its commands in the order of use; those not named here come after these."""
+SUBCOMMANDS = {"benchmarks.calibration": ("methods", "int8-aware")}
+"""Command -> words whose own help is shown, too."""
 HEAD = """\
 <!-- Written by `make docs` with Python {version}: do not edit. -->
 # Commands
@@ -48,8 +50,12 @@ def page() -> str:
         contents.append(f"- {title}")
         sections.append(f"## {title}\n")
         for name in command_names(folder, first):
-            text = help_of(importlib.import_module(name).main)
+            command = importlib.import_module(name).main
+            text = help_of(command)
             contents.append(f"  - [{name}](#{name.replace('.', '')}): {purpose(text)}")
+            text += "".join(
+                f"\n{help_of(lambda words, word=word: command([word, *words]))}" for word in SUBCOMMANDS.get(name, ())
+            )
             sections.append(f"### {name}\n\n```text\n{text}```\n")
     contents.append(f"- [{ON_A_BOARD}](#on-a-board-runpy)")
     board = help_of(lambda words: run.main(words, ROOT))

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import re
 import time
@@ -13,10 +15,11 @@ from benchmarks import accuracy, calibration, calibration_methods
 from benchmarks.calibration_methods import METHODS, is_finished, latency_of, rows_of, run_methods, take_turns
 from benchmarks.calibration_training import STILL_NORMS, recovery, run_int8_aware
 from benchmarks.detections import write_detections
+from benchmarks.environment import read_environment
 from benchmarks.operating_point import comparison
 from benchmarks.processes import Processes
 from benchmarks.result import read_result, write_result
-from deploy.contract import read_sidecar, sidecar_path, write_sidecar
+from deploy.contract import load_contract, read_sidecar, sidecar_path, write_sidecar
 from deploy.errors import ConfigError, MeasurementError
 from deploy.files import sha256_of, write_json
 
@@ -32,12 +35,15 @@ def noise_of(file):
 class FakeCommands:
     """In place of Processes: models are files that say how far their detections are off."""
 
-    def __init__(self, fails=None):
+    def __init__(self, fails=None, cut_off=False):
         self.fails = fails or {}
         """Word of a command -> the message that it ends with."""
+        self.cut_off = cut_off
+        """INT8-aware training ends when its weights are there, and the models that they become are not."""
         self.words = []
 
     def run(self, words, log, alone=False, keep_open=()):
+        assert keep_open  # what holds the folder, so that it is held while the command runs on without us
         self.words.append(list(words))
         message = next((self.fails[word] for word in words if word in self.fails), None)
         log.write_text("something else\n" + (f"error: {message}\n" if message else ""))
@@ -76,12 +82,17 @@ class FakeCommands:
     def distill(self, words):
         start = words[words.index("--from") + 1]
         inputs = {"start": start, "teacher": words[words.index("--teacher-checkpoint") + 1]}
-        noise = noise_of(start) + 0.001 * int(words[words.index("--seed") + 1])
+        seed, epochs = (int(words[words.index(flag) + 1]) for flag in ("--seed", "--epochs"))
+        noise = noise_of(start) + 0.001 * seed + 0.0001 * epochs
         self.write(self.output / "student.pth", noise, words, inputs)
+        if "--quantize" in words and self.cut_off:
+            raise MeasurementError("cut off")
         if "--quantize" in words:
-            self.write(self.output / "student.onnx", noise, ["deploy.export"], inputs)
+            weights, model = self.output / "student.pth", self.output / "student.onnx"
+            self.write(model, noise, ["deploy.export"], {"weights": weights})
             trained = {"target": "tensorrt", "method": "trained ranges"}
-            self.write(self.output / "student.int8.onnx", noise + 0.01, ["calibration.quantize"], inputs, **trained)
+            int8 = self.output / "student.int8.onnx"
+            self.write(int8, noise + 0.01, ["calibration.quantize"], {"model": model}, **trained)
 
     def accuracy(self, words):
         model, against = words[1], words[words.index("--against") + 1] if "--against" in words else None
@@ -109,7 +120,7 @@ class FakeCommands:
                       "inputs": {}, "command": []},
             "data": {"annotations": str(path), "annotations_sha256": sha256_of(path), "images_dir": "",
                      "images": len(annotations["images"]), "class_names": ["disc"]},
-            "environment": {"cpu": None, "cores": None, "os": None},
+            "environment": {"cpu": read_environment()["cpu"], "cores": None, "os": None},
             "detections": write_detections(self.output, detections),
             "command": ["python", "-m", *words],
         }  # fmt: skip
@@ -178,20 +189,20 @@ def test_every_method_is_a_row_of_each_target(methods):
     assert worst["latency"] is None
     assert rows["onnxruntime", "max"]["latency"]["times"]["median"] == 2.5
 
-    lines = methods.table.read_text().splitlines()
-    header = next(line for line in lines if line.startswith("| target"))
-    table = [line for line in lines if line.startswith("| ")]
-    assert len(table) == 2 + 1 + 12
-    assert {line.count("|") for line in table} == {header.count("|")}
+    text = methods.table.read_text()
+    assert text.index("### small, ONNX Runtime") < text.index("### small, TensorRT")
+    timed, untimed = ([line for line in part.splitlines() if line[:2] == "| "] for part in text.split("### ")[1:])
+    for table, columns in ((timed, 8), (untimed, 6)):
+        assert [line.split(" | ")[0] for line in table] == [
+            "| method", "| ---", "| FP32", "| max", "| percentile", "| entropy", "| mse", "| auto (percentile)",
+            f"| {BUDGET} (percentile)",
+        ]  # fmt: skip
+        assert {line.count("|") - 1 for line in table} == {columns}
     points = f"{100 * worst['AP']:.2f}"
-    assert [line for line in table if line.startswith(f"| tensorrt | max | {points} |")]
-    assert [line for line in table if "auto (percentile)" in line]
-    assert [line for line in table if f"{BUDGET} (percentile, in float: stem, neck)" in line]
-    assert [
-        line
-        for line in table
-        if line.endswith("| 2 of 3 | 90.0 % | 10.0 | 4.00 | 2.50\N{MULTIPLICATION SIGN} (2.40 to 2.60) |")
-    ]
+    assert untimed[3].startswith(f"| max | {points} |")
+    assert untimed[3].endswith("| 2 of 3 (90.0 %) |")
+    assert timed[3].endswith("| 2 of 3 (90.0 %) | 10.0, 4.00 | 2.50\N{MULTIPLICATION SIGN} (2.40 to 2.60) |")
+    assert text.count(f"- {BUDGET}: in float stem, neck\n") == 2
 
 
 def test_statistics_are_shared_and_those_for_the_budget_come_first(methods):
@@ -229,12 +240,25 @@ def test_what_is_finished_is_kept_and_what_changed_is_made_again(methods, data):
     assert len(measured.commands("benchmarks.accuracy")) == 1 + 6
 
 
+def test_what_was_timed_on_another_processor_is_timed_again(methods, tmp_path, monkeypatch):
+    methods(FakeCommands(), "--targets", "onnxruntime")
+    (path,) = (tmp_path / "runs" / "small").glob("onnxruntime-mse.latency.json")
+    elsewhere = json.loads(path.read_text())
+    elsewhere["environment"]["cpu"] = "Another 9000"
+    elsewhere["numbers"]["int8_ms"] = 1.0
+    path.write_text(json.dumps(elsewhere))
+    (model,) = methods(FakeCommands(), "--targets", "onnxruntime")["models"]
+    assert {row["latency"]["int8_ms"] for row in model["rows"]} == {4.0}
+
+
 def test_a_row_that_fails_says_why_and_is_tried_again(methods, capsys):
     fails = {"--max-ap-drop": "the budget of 0.3 points of AP cannot be met: the best"}
     (model,) = methods(FakeCommands(fails), "--targets", "tensorrt")["models"]
     assert [row["name"] for row in model["rows"] if row["error"]] == [BUDGET]
     assert model["rows"][-1]["error"] == fails["--max-ap-drop"]
-    assert f"| tensorrt | {BUDGET} | failed: the budget of 0.3 points" in methods.table.read_text()
+    text = methods.table.read_text()
+    assert f"| {BUDGET} | failed |  |" in text
+    assert f"- {BUDGET}: failed: the budget of 0.3 points" in text
     assert "error: small, tensorrt, auto, at most 0.3" in capsys.readouterr().err
     fake = FakeCommands()
     (model,) = methods(fake, "--targets", "tensorrt")["models"]
@@ -267,10 +291,15 @@ def test_a_trained_model_is_a_row_of_the_target_that_it_is_for(methods, tmp_path
     [
         (["x.onnx:{data}"], r"x.onnx:.* names no model; expected NAME=MODEL.onnx:DATA_DIR"),
         (["a/b={model}:{data}"], "names no model"),
-        (["a={model}:{data}:dev"], "the split is dev; expected one of train, val, test"),
+        (["a={model}:{data}:dev"], "the split is dev; expected one of val, test"),
+        (["a={model}:{data}:train"], "the split is train; expected one of val, test"),  # which it is calibrated on
         (["a={model}:{data}", "a={model}:{data}"], "the models are named a, a; expected a name of its own"),
         (["a={model}:{data}", "--int8-aware", "b={model}"], "expected NAME=FILE.int8.onnx, NAME one of a"),
         (["a={model}:{data}", "--int8-aware", "a={model}"], "its sidecar has the target None"),
+        (
+            ["a={model}:{data}", "--targets", "tensorrt", "tensorrt"],
+            "--targets are tensorrt tensorrt; expected each once",
+        ),
         (["a={model}:{data}", "--max-ap-drop", "nan"], "--max-ap-drop is nan; expected points of AP, 0 or more"),
         (["a=nope.onnx:{data}"], "no such file: nope.onnx"),
     ],
@@ -364,6 +393,7 @@ def test_each_seed_is_trained_with_rounding_and_without(aware):
     assert kinds["INT8-aware"]["recovered"]["value"] > 0.5 > kinds["fine-tuned, then INT8"]["recovered"]["value"]
     mean = np.mean([run["int8"]["AP"] for run in result["runs"] if run["kind"] == "INT8-aware"])
     assert kinds["INT8-aware"]["AP"] == pytest.approx(mean, abs=1e-6)
+    assert "6 of 6 trainings" in aware.table.read_text()
     table = [line for line in aware.table.read_text().splitlines() if line.startswith("| ")]
     assert len(table) == 2 + 2 + 2 * 4
     assert len({line.count("|") for line in table}) == 1
@@ -390,10 +420,20 @@ def test_a_training_that_was_cut_off_between_its_files_is_done_again(aware):
     ]
 
 
+def test_an_int8_model_of_an_earlier_training_is_not_taken_for_that_of_the_last(aware):
+    aware(FakeCommands(), "--seeds", "0")
+    with pytest.raises(MeasurementError, match="1 of 2 trainings failed"):
+        aware(FakeCommands(cut_off=True), "--seeds", "0", "--epochs", "5")
+    fake = FakeCommands()
+    aware(fake, "--seeds", "0", "--epochs", "5")
+    assert [Path(words[-1]).name for words in fake.commands("crosskd.distill")] == ["int8-aware-0"]
+
+
 def test_a_training_that_fails_does_not_end_the_others(aware, capsys):
     fake = FakeCommands({"int8": "a loss is not finite"})
     with pytest.raises(MeasurementError, match=r"2 of 4 trainings failed: .*int8-aware-0, .*int8-aware-1"):
         aware(fake, "--seeds", "0", "1")
+    assert "2 of 4 trainings, made by" in aware.table.read_text()
     assert "int8-aware-0: a loss is not finite" in capsys.readouterr().err
     result = json.loads(aware.table.with_suffix(".json").read_text())
     assert [run["kind"] for run in result["runs"]] == ["fine-tuned, then INT8"] * 2
@@ -484,11 +524,11 @@ def test_the_real_commands_do_what_is_asked_of_them(real, tmp_path, monkeypatch)
     monkeypatch.setattr(calibration_methods, "METHODS", ("max",))
     run = Processes.run
 
-    def run_but_the_budget(processes, words, log):
+    def run_but_the_budget(processes, words, log, keep_open):
         if "--max-ap-drop" in words:
             log.write_text("error: left out of this test")
             return 2
-        return run(processes, words, log)
+        return run(processes, words, log, keep_open=keep_open)
 
     monkeypatch.setattr(Processes, "run", run_but_the_budget)
     model, folder = real
@@ -512,6 +552,24 @@ def test_the_real_commands_do_what_is_asked_of_them(real, tmp_path, monkeypatch)
     assert row.file.is_file()
     assert set(latency_of(row.model, row.file)) == set(best["latency"]) - {"created_utc", "environment"}
     assert is_finished(row)
+
+
+def test_a_model_of_a_fixed_batch_is_timed_with_as_many_images(real, tmp_path, monkeypatch):
+    shapes = []
+
+    class Batch(Busy):
+        contract, description = load_contract(real[0]), "some runtime"
+
+        def infer(self, feed):
+            shapes.append(feed["image"].shape)
+            super().infer(feed)
+
+    Batch.contract = dataclasses.replace(Batch.contract, input_shape=(2, *Batch.contract.input_shape[1:]))
+    monkeypatch.setattr(calibration_methods, "open_session", lambda *_, **__: contextlib.nullcontext(Batch(0.1)))
+    monkeypatch.setattr(calibration_methods, "REST_S", 0.01)
+    model = calibration_methods.Model.from_argument(f"a={real[0]}:{real[1]}", tmp_path / "runs")
+    latency_of(model, real[0])
+    assert set(shapes) == {Batch.contract.input_shape}
 
 
 def test_help_of_both_tables_names_their_files(capsys):

@@ -99,6 +99,7 @@ def modelopt(tmp_path):
 def bench(tmp_path, data, student, monkeypatch):
     """bench(ways, words...) runs the command with these ways and returns (result, table)."""
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(calibration_tools, "busy_cores", lambda seconds: run.others_cores)
 
     def run(ways, *words):
         monkeypatch.setattr(calibration_tools, "WAYS", ways)
@@ -107,7 +108,7 @@ def bench(tmp_path, data, student, monkeypatch):
         )
         return json.loads(Path(f"{run.out}.json").read_text()), Path(f"{run.out}.md").read_text()
 
-    run.out = tmp_path / "out" / "tools"
+    run.out, run.others_cores = tmp_path / "out" / "tools", 0.0
     return run
 
 
@@ -140,8 +141,12 @@ def test_time_memory_ap_and_convolutions_of_each_tool(bench, modelopt, student):
     (line,) = [line for line in lines if line.startswith("| ONNX Runtime")]
     cells = dict(zip(*([cell.strip() for cell in one.strip("|").split("|")] for one in (header, line)), strict=True))
     assert cells["AP"] == "100.00"
+    assert cells["method, setting"] == "MinMax, predictions in float"
     assert cells["peak MiB"] == f"{runtime['peak_mib']:.0f}"
-    assert cells["convolutions INT8 / weight-only / float"] == "1 / 0 / 1"
+    assert cells["INT8 / weight-only / float"] == "1 / 0 / 1"
+    assert "- ModelOpt max predictions in float: failed: " in table
+    assert "ModelOpt: 0.47.0 on some runtime." in table
+    assert "disturbed" not in cells["s per image (of plain)"]
 
 
 def test_a_tool_that_fails_is_a_row_and_is_tried_again_while_finished_rows_are_kept(
@@ -172,6 +177,16 @@ def test_a_tool_that_fails_is_a_row_and_is_tried_again_while_finished_rows_are_k
     assert changed["rows"][0]["AP"] == 0.5  # measured again
 
 
+def test_a_row_before_which_others_were_busy_says_so(bench, monkeypatch):
+    numbers = {"seconds": 1.0, "cpu_seconds": 1.0, "peak_mib": 100.0}
+    monkeypatch.setattr(calibration_tools, "run_child", lambda words, log: dict(numbers))
+    monkeypatch.setattr(calibration_tools, "_accuracy", lambda model, images, log: {"AP": 0.5, "AP50": 0.7})
+    bench.others_cores = 1.5
+    result, table = bench((YARDSTICK,))
+    assert result["rows"][0]["others_cores"] == 1.5
+    assert "| 0.0000, disturbed |" in table
+
+
 def test_what_is_finished_stays_when_a_later_run_is_cut_off(bench, monkeypatch):
     def measured_until_onnxruntime(words, log):
         if "onnxruntime" in words:
@@ -193,7 +208,7 @@ def test_rows_of_others_stay_when_ours_changed_and_finds_the_same_predictions(be
 
     def measure(row, way, few, every, modelopt_python):
         measured.append(way)
-        return {**dict.fromkeys(NUMBERS), "load_average": [0.0], "final_predictions": list(predictions), "error": None}
+        return {**dict.fromkeys(NUMBERS), "final_predictions": list(predictions), "error": None}
 
     monkeypatch.setattr(calibration_tools, "measure", measure)
     monkeypatch.setattr(calibration_tools, "tool_versions", lambda python: versions)
@@ -217,6 +232,16 @@ def test_another_file_is_not_written_over(bench, capsys):
         bench((YARDSTICK,))
     assert "is not of this command" in capsys.readouterr().err
     assert Path(f"{bench.out}.json").read_text() == '{"schema_version": 1}'
+
+
+def test_rows_of_a_model_that_is_not_named_any_more_are_not_lost(bench, capsys):
+    bench.out.parent.mkdir()
+    document = {"kind": calibration_tools.KIND, "rows": [{"model": "other.onnx", "error": None}]}
+    Path(f"{bench.out}.json").write_text(json.dumps(document))
+    with pytest.raises(FileNotFoundError):  # the table
+        bench((YARDSTICK,))
+    assert "has rows of other.onnx, which would be lost" in capsys.readouterr().err
+    assert json.loads(Path(f"{bench.out}.json").read_text()) == document
 
 
 def test_what_is_not_installed_says_so_and_the_command_goes_on(bench, monkeypatch):

@@ -1,14 +1,19 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from benchmarks.processes import Processes, is_made, make, work_through
+from benchmarks import processes as module_under_test
+from benchmarks.environment import read_environment
+from benchmarks.processes import Processes, is_current, is_made, last_words, make, printed_json, work_through
 from deploy.contract import read_sidecar, sidecar_path, write_sidecar
 from deploy.errors import ConfigError, MeasurementError
 from deploy.files import write_json
@@ -39,27 +44,116 @@ def test_processes_beside_one_another_have_a_thread_each(module, tmp_path):
     ]  # fmt: skip
 
 
+def wait_for(path):
+    for _ in range(1000):
+        if path.is_file() and path.read_text():
+            return path.read_text()
+        time.sleep(0.02)
+    raise AssertionError(f"{path} is not written")
+
+
+def is_running(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"  # ended, and nobody has asked
+
+
 def test_stop_ends_what_runs_and_nothing_starts_after_it(module, tmp_path):
     processes, statuses = Processes(jobs=2), []
     log = tmp_path / "log.txt"
     thread = threading.Thread(target=lambda: statuses.append(processes.run([module, "60", "0"], log)))
     thread.start()
-    while not log.is_file() or not log.read_text():
-        time.sleep(0.02)
+    wait_for(log)
     processes.stop()
     thread.join(timeout=20)
-    assert statuses == [-signal.SIGTERM]
+    assert statuses == [-signal.SIGINT]
     with pytest.raises(MeasurementError, match="stopped"):
         processes.run([module, "0", "0"], log)
+
+
+WITH_A_CHILD = """
+import pathlib, subprocess, sys, time
+try:
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    pathlib.Path(sys.argv[1]).write_text(str(child.pid))
+    time.sleep(60)
+finally:
+    pathlib.Path(sys.argv[1]).unlink()
+"""
+DEAF = """
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+print("deaf", flush=True)
+time.sleep(60)
+"""
+MAIN = """
+import pathlib, sys
+from benchmarks.processes import Processes, end_as_by_ctrl_c
+end_as_by_ctrl_c()
+Processes(1).run([sys.argv[1], sys.argv[2]], pathlib.Path(sys.argv[2] + ".log"))
+"""
+
+
+def test_what_is_stopped_can_tidy_up_and_its_children_end_with_it(module, tmp_path):
+    (tmp_path / "with_a_child.py").write_text(WITH_A_CHILD)
+    processes, half = Processes(jobs=1), tmp_path / "half.txt"
+    words = ["with_a_child", str(half)]
+    thread = threading.Thread(target=processes.run, args=(words, tmp_path / "log.txt"))
+    thread.start()
+    child = int(wait_for(half))
+    processes.stop()
+    thread.join(timeout=20)
+    assert not half.exists()
+    assert not is_running(child)
+
+
+def test_what_does_not_end_is_killed(module, tmp_path, monkeypatch):
+    monkeypatch.setattr(module_under_test, "GRACE_S", 0.3)
+    (tmp_path / "deaf.py").write_text(DEAF)
+    processes, statuses, log = Processes(jobs=1), [], tmp_path / "log.txt"
+    thread = threading.Thread(target=lambda: statuses.append(processes.run(["deaf"], log)))
+    thread.start()
+    wait_for(log)
+    processes.stop()
+    thread.join(timeout=20)
+    assert statuses == [-signal.SIGKILL]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_being_ended_ends_what_runs_even_in_the_background_of_a_script(number, module, tmp_path):
+    (tmp_path / "with_a_child.py").write_text(WITH_A_CHILD)
+    half, root = tmp_path / "half.txt", Path(__file__).parents[2]
+
+    def as_a_script_starts_it():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+    main = subprocess.Popen(
+        [sys.executable, "-c", MAIN, "with_a_child", str(half)],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{root}"},
+        stderr=subprocess.DEVNULL,
+        preexec_fn=as_a_script_starts_it,  # noqa: PLW1509
+    )
+    child = int(wait_for(half))
+    main.send_signal(signal.SIGINT)  # which such a process ignores
+    time.sleep(0.2)
+    assert main.poll() is None
+    main.send_signal(number)
+    assert main.wait(timeout=20) == -signal.SIGINT
+    assert not half.exists()
+    assert not is_running(child)
 
 
 class Stopped:
     """In place of Processes: knows whether it was told to stop."""
 
-    stopped = False
+    def __init__(self):
+        self.stopped = threading.Event()
 
     def stop(self):
-        self.stopped = True
+        self.stopped.set()
 
 
 def test_what_fails_is_told_of_and_the_others_are_done(capsys):
@@ -82,17 +176,18 @@ def test_an_interruption_ends_the_processes_and_starts_no_other_task(where):
 
     def work(task):
         begun.append(task)
-        if where == "work":
+        if where == "work" and task == 0:
             raise KeyboardInterrupt
-        time.sleep(0.2)
+        if task > 0:
+            processes.stopped.wait(20)
 
     def done(task, result):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         work_through(list(range(9)), work, done, processes, jobs=1)
-    assert processes.stopped
-    assert len(begun) < 4
+    assert processes.stopped.is_set()
+    assert len(begun) <= 2
 
 
 class Maker:
@@ -101,8 +196,9 @@ class Maker:
     def __init__(self, output="", status=0):
         self.output, self.status, self.runs = output, status, 0
 
-    def run(self, words, log):
+    def run(self, words, log, keep_open=()):
         self.runs += 1
+        self.keep_open = keep_open
         log.write_text(self.output)
         if not self.status:
             source, artefact = words[1:]
@@ -146,6 +242,46 @@ def test_a_result_file_is_its_own_sidecar(files, tmp_path):
     assert not is_made(result, ["m", "x"])
     result.write_text(json.dumps({**sidecar, "inputs": {}}))
     assert is_made(result, ["m", "x"])
+
+
+def test_what_was_measured_on_another_processor_is_not_current(tmp_path):
+    result = tmp_path / "x.result.json"
+    for cpu, expected in ((read_environment()["cpu"], True), ("Another 9000", False)):
+        result.write_text(json.dumps({"inputs": {}, "command": [], "environment": {"cpu": cpu}}))
+        assert is_current(result) is expected
+
+
+def test_a_command_inherits_what_holds_its_folder(files):
+    words, _, artefact = files
+    maker = Maker()
+    make(artefact, words, maker, [7])
+    assert maker.keep_open == [7]
+
+
+@pytest.mark.parametrize(
+    ("text", "status", "expected"),
+    [
+        ("error: one\nmore\n", 2, "one"),
+        ("usage: x\nx: error: no such flag\n", 2, "x: error: no such flag"),
+        ("error: of another\nKeyError: 'x'\n\n", 1, "KeyError: 'x'"),
+        ("\n", 1, ""),
+    ],
+)
+def test_the_last_words_of_a_command(text, status, expected):
+    assert last_words(text, status) == expected
+
+
+def test_a_verdict_is_read_and_a_failure_raised(tmp_path, monkeypatch):
+    (tmp_path / "says.py").write_text(
+        "import sys; 1 / int(sys.argv[2]); print('{\"a\": 1}'); print('error: bad', file=sys.stderr); "
+        "sys.exit(int(sys.argv[1]))"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert printed_json(["says", "0", "1"]) == printed_json(["says", "1", "1"]) == {"a": 1}
+    with pytest.raises(MeasurementError, match=r"^says ended with status 2: bad$"):
+        printed_json(["says", "2", "1"])
+    with pytest.raises(MeasurementError, match=r"^says ended with status 1: ZeroDivisionError"):
+        printed_json(["says", "0", "0"])
 
 
 @pytest.mark.parametrize(
