@@ -53,9 +53,8 @@ def page() -> str:
             command = importlib.import_module(name).main
             text = help_of(command)
             contents.append(f"  - [{name}](#{name.replace('.', '')}): {purpose(text)}")
-            text += "".join(
-                f"\n{help_of(lambda words, word=word: command([word, *words]))}" for word in SUBCOMMANDS.get(name, ())
-            )
+            for word in SUBCOMMANDS.get(name, ()):
+                text += "\n" + help_of(command, word)
             sections.append(f"### {name}\n\n```text\n{text}```\n")
     contents.append(f"- [{ON_A_BOARD}](#on-a-board-runpy)")
     board = help_of(lambda words: run.main(words, ROOT))
@@ -78,12 +77,12 @@ def command_names(folder: str, first: tuple[str, ...]) -> list[str]:
     return [f"{folder}.{name}" for name in names]
 
 
-def help_of(command: Callable[[list[str]], int]) -> str:
-    """What a command prints for --help, WIDTH columns wide."""
+def help_of(command: Callable[[list[str]], int], *words: str) -> str:
+    """What a command prints for --help behind `words`, WIDTH columns wide."""
     printed = io.StringIO()
     size = mock.patch.dict(os.environ, COLUMNS=str(WIDTH))
     with size, contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
-        command(["--help"])
+        command([*words, "--help"])
     return printed.getvalue()
 
 
