@@ -12,11 +12,14 @@ from calibration.float_model import check_quantizable
 from calibration.placement import PLACEMENTS, Graph, Placement, node_name
 from calibration.recipe import Ranges
 from deploy.calibration_cache import read_cache
+from deploy.contract import read_sidecar
 from deploy.errors import CalibrationError
-from deploy.files import read_json
+from deploy.files import AnyPath, read_json
 
 LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
 """Beyond it a scale could not be written."""
+NORMALISING_OPS = ("Cast", "Transpose", "Sub", "Add", "Mul", "Div")
+"""With constants: by which a graph of uint8 input makes of pixels what the training had as its input."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +30,8 @@ class TrainedRanges:
     target: str
     keep_float: Tuple[str, ...]
     """Names of convolutions."""
+    weights_sha256: str
+    """Of the weights that were trained."""
     ranges: Ranges
     """Of each tensor that gets a pair: (-127 scale, 127 scale), or for onnxruntime, with the zero point z,
     (-z scale, (255 - z) scale)."""
@@ -60,7 +65,7 @@ def read_trained_ranges(path: str) -> TrainedRanges:
     document = read_json(path, CalibrationError, what)
     if not isinstance(document, dict):
         raise CalibrationError(f"{path} holds a {type(document).__name__}; expected an object: {what}")
-    missing = [key for key in ("target", "keep_float", "ranges") if key not in document]
+    missing = [key for key in ("target", "keep_float", "weights_sha256", "ranges") if key not in document]
     if missing:
         raise CalibrationError(f"{path} has no {', '.join(missing)}; expected {what}")
     target, keep_float, ranges = document["target"], document["keep_float"], document["ranges"]
@@ -77,14 +82,23 @@ def read_trained_ranges(path: str) -> TrainedRanges:
                 f"{path}: the range of the tensor {name} is {one!r}; expected [smallest, largest], two finite numbers, "
                 "the first below the second. The training may have diverged: look at its losses."
             )
-    return TrainedRanges(
-        path, target, tuple(keep_float), {name: (float(low), float(high)) for name, (low, high) in ranges.items()}
-    )
+    ranges = {name: (float(low), float(high)) for name, (low, high) in ranges.items()}
+    return TrainedRanges(path, target, tuple(keep_float), str(document["weights_sha256"]), ranges)
 
 
-def graph_as_trained(trained: TrainedRanges, graph: Graph) -> Graph:
+def check_weights(trained: TrainedRanges, model_path: AnyPath) -> None:
+    """Raises CalibrationError if the model was exported from other weights than those that were trained."""
+    weights = read_sidecar(model_path)["inputs"].get("weights")
+    if weights is not None and weights["sha256"] != trained.weights_sha256:
+        raise CalibrationError(
+            f"{trained.path} has the ranges of other weights than {weights['file']}, which {model_path} was exported "
+            "from; expected an export of the run that the file lies in"
+        )
+
+
+def graph_as_trained(trained: TrainedRanges, graph: Graph) -> Tuple[Graph, Ranges]:
     """
-    The graph with that in float which was in float in the training.
+    The graph with that in float which was in float in the training, and the range of each tensor that gets a pair.
 
     Args:
         graph: with nothing kept in float that need not be.
@@ -104,7 +118,9 @@ def graph_as_trained(trained: TrainedRanges, graph: Graph) -> Graph:
     graph = Graph(graph.model, trained.keep_float)
     check_quantizable(graph)
     tensors = set(PLACEMENTS[trained.target](graph).pairs.values())
-    missing, needless = sorted(tensors - set(trained.ranges)), sorted(set(trained.ranges) - tensors)
+    image = graph.model.graph.input[0].name
+    ranges = {_normalised_image(graph) if name == image else name: one for name, one in trained.ranges.items()}
+    missing, needless = sorted(tensors - set(ranges)), sorted(set(ranges) - tensors)
     if missing:
         raise CalibrationError(
             f"{made_for} has no range for {len(missing)} of {len(tensors)} tensors: {', '.join(missing[:5])}; "
@@ -114,4 +130,14 @@ def graph_as_trained(trained: TrainedRanges, graph: Graph) -> Graph:
         raise CalibrationError(
             f"{made_for} has ranges of tensors that need none, {len(needless)}: {', '.join(needless[:5])}; {way_out}."
         )
-    return graph
+    return graph, ranges
+
+
+def _normalised_image(graph: Graph) -> str:
+    """The graph's input, or what the graph itself makes of it before anything learnt."""
+    name = str(graph.model.graph.input[0].name)
+    while True:
+        readers = graph.readers(name)
+        if len(readers) != 1 or readers[0].op_type not in NORMALISING_OPS:
+            return name
+        name = readers[0].output[0]

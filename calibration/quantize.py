@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence, Tuple
 
 from calibration.collect import check_no_overlap, choose_images, sha256_of_images
 from calibration.float_model import read_model
-from calibration.given_ranges import graph_as_trained, ranges_from_cache, read_trained_ranges
+from calibration.given_ranges import check_weights, graph_as_trained, ranges_from_cache, read_trained_ranges
 from calibration.measure import ERROR_IMAGES, OutputError, accuracy_numbers, saved, total_error
 from calibration.placement import PLACEMENTS, Graph, node_name
 from calibration.qdq import quantize_graph
@@ -448,9 +448,9 @@ def main(argv: Optional[List[str]] = None) -> int:
     check_target(arguments)
     graph, contract = read_model(arguments.model, arguments.keep_float)
     if trained:
-        quantized = int8_from_ranges(
-            graph_as_trained(trained, graph), trained.ranges, trained.target, "trained ranges", {"ranges": trained.path}
-        )
+        check_weights(trained, arguments.model)
+        graph, ranges = graph_as_trained(trained, graph)
+        quantized = int8_from_ranges(graph, ranges, trained.target, "trained ranges", {"ranges": trained.path})
     elif arguments.calibration_cache:
         cache = arguments.calibration_cache
         ranges = ranges_from_cache(cache, PLACEMENTS[arguments.target](graph))

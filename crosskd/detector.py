@@ -74,6 +74,7 @@ class CrossKDDetector(BaseDetector):
         self.has_weights = False
         self.quantization: FakeQuantization | None = None
         """The rounding of INT8 that the student learns to live with, if any; of the weights that it starts from."""
+        self._register_load_state_dict_pre_hook(_check_same_quantization, with_module=True)
         self.student = MODELS.build(student)  # before the teacher: the same seed gives the baseline's initial weights
         check_distill(distill)
         self.parts = METHODS[distill["method"]]
@@ -307,6 +308,18 @@ def _fuse_norms(detector: nn.Module) -> None:
 def _drop_teacher(_module: nn.Module, state: dict[str, Tensor], prefix: str, _metadata: Any) -> None:
     for key in [key for key in state if key.startswith(f"{prefix}teacher.")]:
         del state[key]
+
+
+def _check_same_quantization(detector: CrossKDDetector, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """mmengine would only log that a run is resumed with other ranges than it was started with, or without any."""
+    prefix = f"{prefix}quantization."
+    own = {} if detector.quantization is None else dict(detector.quantization.named_buffers(prefix[:-1]))
+    saved = {key: state[key] for key in state if key.startswith(prefix) and not key.endswith(".offsets")}
+    if own.keys() != saved.keys() or not all(torch.equal(own[key].cpu(), saved[key].cpu()) for key in own):
+        raise ConfigError(
+            "the run to resume was started with other ranges of INT8, or one of the two is without INT8; resume with "
+            "the same --quantize, --from and --calibrated"
+        )
 
 
 def _forgive_missing_teacher(_module: nn.Module, incompatible: Any) -> None:

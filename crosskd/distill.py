@@ -38,6 +38,7 @@ from crosskd import int8_aware
 from crosskd.config import TrainingData, data_from_arguments, load_config, set_classes, set_epochs
 from crosskd.distributed import first_of_each_machine_first, is_first_process, joined_processes, wait_for_all
 from crosskd.training import add_training_arguments, overrides_of, run_dir_of, run_training, seed_everything
+from deploy.contract import read_sidecar
 from deploy.errors import ConfigError, command
 from deploy.files import check_writable
 
@@ -150,11 +151,21 @@ def distil(arguments: argparse.Namespace) -> None:
 
 
 def set_fine_tuning(config: Any, arguments: argparse.Namespace) -> None:
-    """Sets length, learning rate and precision of INT8-aware training, where nobody did, and says so."""
+    """
+    Sets length, learning rate and precision of INT8-aware training, where nobody did, and says so.
+
+    Raises:
+        ConfigError: the config averages the weights.
+    """
+    if any(hook["type"] == "EMAHook" for hook in config.get("custom_hooks", [])):
+        raise ConfigError(
+            f"{arguments.config}: custom_hooks has an EMAHook, which would not average the ranges of --quantize int8; "
+            "give a config without it, or --set custom_hooks=[]"
+        )
     overrides = overrides_of(arguments)
     if not any(key.endswith("max_epochs") for key in overrides):
         set_epochs(config, max(1, round(config.train_cfg.max_epochs / 4)))
-    if LEARNING_RATE not in overrides:
+    if not any(LEARNING_RATE.startswith(key) for key in overrides):  # a whole optimiser may have been given
         config.optim_wrapper.optimizer.lr /= 10
     arguments.precision = arguments.precision or "fp32"  # bf16 would round as coarsely as INT8 does
     print(
@@ -165,11 +176,28 @@ def set_fine_tuning(config: Any, arguments: argparse.Namespace) -> None:
 
 
 def int8_to_start_with(arguments: argparse.Namespace, data: TrainingData, run_dir: Path) -> Path:
-    """The INT8 file whose placement and ranges the training takes: --calibrated, or made here by the first process."""
-    if arguments.calibrated:
-        return Path(arguments.calibrated)
-    int8 = run_dir / int8_aware.START
-    if is_first_process() and not (arguments.resume and int8.is_file()):
+    """
+    The INT8 file whose placement and ranges the training takes: --calibrated, or made here by the first process. A run
+    that is resumed goes on with the one that it has.
+
+    Raises:
+        CheckpointError: --resume, and there is nothing to go on from.
+        ConfigError: --resume, and the file is not there, or for another target.
+        PipelineError: the student cannot be exported or quantised.
+    """
+    from crosskd.checkpoint import latest_checkpoint
+
+    int8 = Path(arguments.calibrated) if arguments.calibrated else run_dir / int8_aware.START
+    if arguments.resume:
+        latest_checkpoint(run_dir)
+        if not int8.is_file():
+            raise ConfigError(f"no such file: {int8}; resume with the --calibrated that the run was started with")
+        target = read_sidecar(int8)["details"]["target"] if arguments.target else None
+        if target != arguments.target:
+            raise ConfigError(
+                f"the run was started for the target {target}, --target is {arguments.target}; resume with the same"
+            )
+    elif not arguments.calibrated and is_first_process():
         int8_aware.quantize_start(Path(arguments.start), data, arguments.target or "tensorrt", arguments.seed, run_dir)
     wait_for_all()
     return int8

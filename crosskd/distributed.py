@@ -12,6 +12,7 @@ in a reduction, and exits with status 1.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import gc
 import os
 from collections.abc import Iterator
@@ -64,7 +65,8 @@ def joined_processes() -> Iterator[None]:
                 f"--nproc-per-node {gpus}"
             )
         torch.cuda.set_device(local_rank())
-    torch.distributed.init_process_group("nccl" if gpus else "gloo")
+    # Time for what the first process does alone, calibration above all; torchrun itself sees one that ends.
+    torch.distributed.init_process_group("nccl" if gpus else "gloo", timeout=datetime.timedelta(hours=2))
     with contextlib.ExitStack() as stack:
         if not is_first_process():
             silence = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))

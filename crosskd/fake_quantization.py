@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -40,6 +41,8 @@ SMALLEST_SCALE = 2.0**-24
 """As in calibration: what would need a smaller one is dead."""
 TOLERANCE = 1e-3
 """Of the values in torch and in ONNX Runtime, as a share of the largest."""
+SAMPLES = 10_000
+"""Of a tensor's values, by which it is known: all activations of a detector would take gigabytes."""
 
 CallKey = tuple[str, int]
 """Name of a function of torch, and how many calls of it in a forward pass came before."""
@@ -57,11 +60,24 @@ class Site:
 
 
 @dataclasses.dataclass
+class _Sample:
+    """What a tensor is known by."""
+
+    shape: tuple[int, ...]
+    values: np.ndarray
+
+    @classmethod
+    def of(cls, tensor: np.ndarray) -> _Sample:
+        flat = tensor.reshape(-1)
+        return cls(tensor.shape, flat[:: max(1, flat.size // SAMPLES)].copy())  # what comes next may work in place
+
+
+@dataclasses.dataclass
 class _Call:
     """One call in the pass by which the nodes are found."""
 
     key: CallKey
-    inputs: dict[int, np.ndarray]
+    inputs: dict[int, _Sample]
     """Place -> value, of the tensors that the detector computed."""
     weight: Tensor | None
     norm: _BatchNorm | None = None
@@ -78,6 +94,9 @@ class _Calls(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if function is functional.silu:  # a Sigmoid and a Mul in the graph, each of which rounds
+            with self:
+                return args[0] * args[0].sigmoid()
         key = (function.__name__, self.before[function.__name__])
         self.before[function.__name__] += 1
         return self.visit(key, function, args, kwargs or {})
@@ -93,7 +112,8 @@ class FakeQuantization(nn.Module):
         images: (1, 3, height, width), float32: the input that the values are of.
 
     Raises:
-        ConfigError: a quantised node of the graph is none of the detector's calls.
+        ConfigError: a quantised node of the graph is none of the detector's calls, or the detector makes other calls in
+            training than in evaluation.
     """
 
     offsets: nn.Parameter
@@ -101,6 +121,7 @@ class FakeQuantization(nn.Module):
 
     def __init__(self, detector: nn.Module, graph: QuantizedGraph, images: Tensor) -> None:
         super().__init__()
+        check_calls_in_training(detector)
         self.sources = sorted(graph.quantizations)
         """The tensor that each range is of."""
         formats = [graph.quantizations[source] for source in self.sources]
@@ -189,17 +210,41 @@ class FakeQuantization(nn.Module):
                     if operand.source is not None:
                         pair = self.sources.index(operand.source), operand.value.shape[1]
                         site.pairs.update(
-                            (place, pair) for place, value in call.inputs.items() if _same(value, operand.value)
+                            (place, pair) for place, found in call.inputs.items() if _same(found, operand.value)
                         )
             if not matching:
-                lost.append(node.name)
+                lost.append(node)
         if lost:
+            if 2 * len(lost) > len(nodes):
+                to_do = "Expected the student of the config to be that of --from: its layers, activations and all."
+            else:
+                convolutions = " ".join(node.name for node in lost if node.op_type == "Conv")
+                to_do = (
+                    "What is exported as other operations than torch calls has to stay in float: quantise with "
+                    f"calibration.quantize --keep-float {convolutions or '...'} and give that file with --calibrated."
+                )
             raise ConfigError(
                 f"--quantize int8: {len(lost)} of the {len(nodes)} quantised operations of the exported graph cannot "
-                f"be found in what the detector calls: {', '.join(lost[:5])}. Keep the convolutions there in float: "
-                "quantise the student with calibration.quantize --keep-float ... and give that file with --calibrated."
+                f"be found in what the detector calls, such as {lost[0].name}. {to_do}"
             )
         return sites
+
+
+def check_calls_in_training(detector: nn.Module) -> None:
+    """
+    Raises ConfigError if a module makes calls in training that it does not make in evaluation, by which calls are
+    numbered: stochastic depth, or, to save memory, the forward pass again while gradients are computed, where nothing
+    would round.
+    """
+    for name, module in detector.named_modules():
+        for setting in ("with_cp", "grad_checkpointing", "drop_prob"):
+            value = getattr(module, setting, None)
+            if value:
+                raise ConfigError(
+                    f"--quantize int8: {setting} of the student's {name} is {value}; expected none, since calls are "
+                    "found by their order, which has to be the same in training as in the exported graph. Switch it "
+                    "off in the config: with_cp=False, drop_path_rate=0."
+                )
 
 
 def rounded_weight(weight: Tensor, norm: _BatchNorm | None) -> Tensor:
@@ -228,24 +273,25 @@ def recorded_calls(detector: nn.Module, images: Tensor) -> list[_Call]:
     norms = {id(m.running_mean): m for m in detector.modules() if isinstance(m, _BatchNorm)}
     own = {id(tensor) for tensor in (*detector.parameters(), *detector.buffers())}
     calls: list[_Call] = []
-    made_by: dict[int, tuple[_Call, Any]] = {}  # by the output, which is kept, so that no other gets its id
+    made_by: dict[int, tuple[_Call, Any]] = {}  # by a convolution's output, kept so that no other gets its id
 
     def visit(key: CallKey, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         leaves, _ = tree_flatten((args, kwargs))
         if key[0] == "batch_norm":
-            call, _ = made_by.get(id(leaves[0]), (None, None))
+            call, _ = made_by.pop(id(leaves[0]), (None, None))
             if call is not None:
                 call.norm = norms.get(id(leaves[1]))
             return function(*args, **kwargs)
         inputs = {
-            place: leaf.numpy().copy()  # what comes next may work in place
+            place: _Sample.of(leaf.numpy())
             for place, leaf in enumerate(leaves)
             if isinstance(leaf, Tensor) and leaf.is_floating_point() and id(leaf) not in own
         }
         output = function(*args, **kwargs)
-        if isinstance(output, Tensor) and inputs:
+        if inputs and any(isinstance(leaf, Tensor) for leaf in tree_flatten(output)[0]):  # chunk gives several
             calls.append(_Call(key, inputs, leaves[1] if key[0] == "conv2d" else None))
-            made_by[id(output)] = calls[-1], output
+            if key[0] == "conv2d":
+                made_by[id(output)] = calls[-1], output
         return output
 
     was_training = detector.training
@@ -260,7 +306,7 @@ def _is_call_of(node: QuantizedNode, call: _Call) -> bool:
     operator = OPERATORS.get(call.key[0])
     if operator != node.op_type and (operator is not None or node.op_type in OPERATORS.values()):
         return False
-    if node.weight is not None and not _same(_folded(call), node.weight):
+    if node.weight is not None and not _same(_Sample.of(_folded(call)), node.weight):
         return False
     values = [operand.value for operand in node.operands if operator is not None or operand.source is not None]
     return all(any(_same(found, value) for found in call.inputs.values()) for value in values)
@@ -274,7 +320,8 @@ def _folded(call: _Call) -> np.ndarray:
     return (call.weight.detach() * factor.view(-1, 1, 1, 1)).numpy()
 
 
-def _same(found: np.ndarray, expected: np.ndarray) -> bool:
-    if found.shape != expected.shape:
+def _same(found: _Sample, tensor: np.ndarray) -> bool:
+    if found.shape != tensor.shape:
         return False
-    return bool(np.abs(found - expected).max() <= TOLERANCE * max(float(np.abs(expected).max()), 1e-12))
+    expected = _Sample.of(tensor).values
+    return bool(np.abs(found.values - expected).max() <= TOLERANCE * max(float(np.abs(expected).max()), 1e-12))

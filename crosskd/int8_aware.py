@@ -6,6 +6,7 @@ The commands of the other stages do it, in processes of their own: `deploy.expor
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -61,8 +62,12 @@ def float_model_of(int8: Path, weights: Path) -> Path:
     if made_of is None:
         raise ConfigError(f"{int8} was not written by calibration.quantize; expected an INT8 model with its sidecar")
     model = Path(made_of["file"])
+    if not model.is_file():
+        model = int8.with_name(model.name)  # the folder of both was moved
     if not model.is_file() or sha256_of(model) != made_of["sha256"]:
-        raise ConfigError(f"{int8} was made of {model}, which is not there any more, or changed; quantise it again")
+        raise ConfigError(
+            f"{int8} was made of {made_of['file']}, which is not there any more, or changed; quantise it again"
+        )
     exported = read_sidecar(model)["inputs"].get("weights", {})
     if exported.get("sha256") != sha256_of(weights):
         raise ConfigError(
@@ -108,10 +113,18 @@ def write_int8(run_dir: Path, int8: Path, quantization: FakeQuantization) -> Non
     details = read_sidecar(int8)["details"]
     kept = [name for name, why in details["float_convolutions"].items() if why.startswith("kept in float")]
     ranges = run_dir / "int8.json"
-    write_json(ranges, {"target": details["target"], "keep_float": kept, "ranges": quantization.ranges()})
+    document = {
+        "target": details["target"],
+        "keep_float": kept,
+        "weights_sha256": sha256_of(weights_of_run(run_dir)),
+        "ranges": quantization.ranges(),
+    }
+    write_json(ranges, document)
     run_command("deploy.export", run_dir, "-o", run_dir / "student.onnx")
-    run_command(
-        "calibration.quantize", run_dir / "student.onnx", "--ranges", ranges, "-o", run_dir / "student.int8.onnx"
+    trained = run_dir / "student.int8.onnx"
+    run_command("calibration.quantize", run_dir / "student.onnx", "--ranges", ranges, "-o", trained)
+    print(
+        f"what training gained over {int8}: measure both with benchmarks.accuracy, the second with --against the first"
     )
 
 
@@ -123,7 +136,7 @@ def run_command(module: str, *words: object) -> None:
         PipelineError: it failed.
     """
     line = [module, *map(str, words)]
-    print(f"python -m {' '.join(line)}", flush=True)
+    print(f"python -m {shlex.join(line)}", flush=True)
     status = subprocess.run([sys.executable, "-m", *line], check=False).returncode
     if status != 0:
         raise PipelineError(f"{module} ended with status {status}; its message is above")

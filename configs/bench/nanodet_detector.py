@@ -8,6 +8,7 @@ level, which both tasks share (https://github.com/RangiLyu/nanodet, v0.1.0, Apac
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any
 
 import torch
@@ -15,8 +16,11 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional
 
+from crosskd.checkpoint import state_of_checkpoint
 from crosskd.families.gfl import GFLFamily
 from crosskd.heads import register_family
+from deploy.errors import command
+from deploy.files import replacing
 
 from mmcv.cnn import DepthwiseSeparableConvModule  # isort: skip  after crosskd, which serves what it asks for
 from mmdet.models.dense_heads import GFLHead  # isort: skip
@@ -110,16 +114,19 @@ class NanoDetFamily(GFLFamily):
     towers = ("cls_convs",)
 
 
-def main() -> None:
+@command
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Write the weights of NanoDet-m under mmdet's names.")
     parser.add_argument("weights", help="nanodet_m_coco_torch_rgb.pth")
     parser.add_argument("-o", "--output", required=True)
-    arguments = parser.parse_args()
-    state = torch.load(arguments.weights, weights_only=True, map_location="cpu")
+    arguments = parser.parse_args(argv)
+    state = state_of_checkpoint(arguments.weights)
     for old, new in KEYS.items():
         state = {key.replace(old, new): value for key, value in state.items()}
-    torch.save({"state_dict": state}, arguments.output)
+    with replacing(arguments.output) as temporary:
+        torch.save({"state_dict": state}, temporary)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

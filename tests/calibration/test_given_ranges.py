@@ -9,9 +9,12 @@ from onnx import numpy_helper
 from calibration.placement import PLACEMENTS, Graph
 from calibration.quantize import main
 from deploy.calibration_cache import amax_from_quantised, read_cache, write_cache
-from deploy.contract import load_contract, read_sidecar
+from deploy.contract import load_contract, read_sidecar, write_sidecar
 from deploy.files import sha256_of
 from deploy.graph import initializers, load_onnx
+
+WEIGHTS = "5e" * 32
+"""SHA-256 of weights."""
 
 
 def test_calibration_cache_gives_the_ranges_back(words, model_path, tmp_path):
@@ -52,7 +55,8 @@ def trained_file(path, target, quantization, keep_float=()):
         name: [float(scale) * (lowest - int(zero)), float(scale) * (highest - int(zero))]
         for name, (scale, zero) in quantization.items()
     }
-    path.write_text(json.dumps({"target": target, "keep_float": list(keep_float), "ranges": ranges}))
+    document = {"target": target, "keep_float": list(keep_float), "weights_sha256": WEIGHTS, "ranges": ranges}
+    path.write_text(json.dumps(document))
     return path
 
 
@@ -105,7 +109,7 @@ QUANTIZED = [
     "node_stem", "node_plain1", "node_plain2", "node_down1", "node_down2", "node_down_skip",
     "node_lateral3", "node_lateral4", "node_fpn3", "node_fpn4", "node_tower_3", "node_tower_4",
 ]  # fmt: skip
-GOOD = {"target": "tensorrt", "keep_float": [], "ranges": {"image": [-1.0, 1.0]}}
+GOOD = {"target": "tensorrt", "keep_float": [], "weights_sha256": WEIGHTS, "ranges": {"image": [-1.0, 1.0]}}
 
 
 @pytest.mark.parametrize(
@@ -116,7 +120,7 @@ GOOD = {"target": "tensorrt", "keep_float": [], "ranges": {"image": [-1.0, 1.0]}
         ("[1, 2]", "holds a list; expected an object"),
         ({**GOOD, "target": "openvino"}, "target is 'openvino'; expected one of"),
         ({**GOOD, "target": ["tensorrt"]}, "target is ['tensorrt']"),
-        ({"target": "tensorrt"}, "has no keep_float, ranges"),
+        ({"target": "tensorrt"}, "has no keep_float, weights_sha256, ranges"),
         ({**GOOD, "keep_float": "node_stem"}, "keep_float is 'node_stem'; expected a list"),
         ({**GOOD, "ranges": [1]}, "ranges is [1]"),
         ({**GOOD, "ranges": {"image": [0, float("nan")]}}, "the range of the tensor image is [0, nan]"),
@@ -162,3 +166,16 @@ def test_a_calibration_cache_is_not_for_trained_ranges_of_onnxruntime(model_path
     words = ["--ranges", str(trained), "--write-calibration-cache", str(tmp_path / "c"), "--tensorrt-version", "8.5.3"]
     assert main([str(model_path), *words, "-o", str(model_path.with_name("student.int8.onnx"))]) == 2
     assert "the target is onnxruntime; expected tensorrt with a calibration cache" in capsys.readouterr().err
+
+
+def test_ranges_of_other_weights_are_refused(words, model_path, tmp_path, capsys):
+    output, weights = model_path.with_name("student.int8.onnx"), tmp_path / "student.pth"
+    assert main(words) == 0
+    trained = trained_file(tmp_path / "int8.json", "tensorrt", quantization_of(load_onnx(output)))
+    weights.write_bytes(b"weights")
+    write_sidecar(model_path, {"weights": weights}, load_contract(model_path))
+    again = [str(model_path), "--ranges", str(trained), "-o", str(output)]
+    assert main(again) == 2
+    assert f"has the ranges of other weights than {weights}" in capsys.readouterr().err
+    trained.write_text(trained.read_text().replace(WEIGHTS, sha256_of(weights)))
+    assert main(again) == 0

@@ -15,7 +15,7 @@ from calibration.placement import PLACEMENTS, Graph
 from calibration.qdq import quantize_graph
 from crosskd.config import load_config, set_classes
 from crosskd.detector import detector_from_config
-from crosskd.fake_quantization import FakeQuantization, recorded_calls, rounded_weight
+from crosskd.fake_quantization import SAMPLES, FakeQuantization, recorded_calls, rounded_weight
 from crosskd.quantized_graph import read_quantized_graph, values_of
 from deploy import export
 from deploy.contract import ModelContract
@@ -30,13 +30,13 @@ RTMDET = {
         anchor_generator=dict(type="MlvlPointGenerator", offset=0, strides=[4, 8, 16, 32, 64]),
         bbox_coder=dict(type="DistancePointBBoxCoder"), loss_cls=dict(type="QualityFocalLoss", use_sigmoid=True),
         loss_bbox=dict(type="GIoULoss"), with_objectness=False, exp_on_reg=True, share_conv=True, pred_kernel_size=1,
-        norm_cfg=dict(type="BN"), act_cfg=dict(type="ReLU"),
+        norm_cfg=dict(type="BN"), act_cfg=dict(type="SiLU"),
     ),
     "model.train_cfg": dict(_delete_=True, assigner=dict(type="DynamicSoftLabelAssigner", topk=13), allowed_border=-1),
 }  # fmt: skip
 MOBILENET = {"model.backbone": dict(_delete_=True, type="TimmBackbone", model="mobilenetv4_conv_small",
                                     out_indices=(1, 2, 3, 4)), "model.neck.in_channels": "backbone"}  # fmt: skip
-DETECTORS = {"BatchNorm": {}, "GroupNorm": GROUP_NORM, "norms per level": RTMDET, "depthwise": MOBILENET}
+DETECTORS = {"BatchNorm": {}, "GroupNorm": GROUP_NORM, "norms per level, SiLU": RTMDET, "depthwise": MOBILENET}
 
 
 class Quantized:
@@ -204,6 +204,21 @@ def test_another_detector_than_the_graphs_is_refused(quantized: Quantized) -> No
         FakeQuantization(quantized.detector, graph, quantized.images)
 
 
+def test_a_detector_of_which_nothing_is_found_is_not_the_one(quantized: Quantized) -> None:
+    graph = read_quantized_graph(quantized.int8_path, quantized.float_path, quantized.feed)
+    quantized.detector.backbone.conv1.weight.data.mul_(2.0)
+    with pytest.raises(ConfigError, match=r"such as /backbone/conv1/Conv\. Expected the student .* that of --from"):
+        FakeQuantization(quantized.detector, graph, quantized.images)
+
+
+@pytest.mark.parametrize("setting", ["with_cp", "drop_prob"])
+def test_a_detector_that_makes_other_calls_in_training_is_refused(setting: str, quantized: Quantized) -> None:
+    """With checkpoints, gradients would be those of a pass that does not round."""
+    setattr(quantized.detector.backbone.layer1[0], setting, 1)
+    with pytest.raises(ConfigError, match=rf"{setting} of the student's backbone.layer1.0 is 1; expected none"):
+        quantized.fake()
+
+
 def test_a_detector_that_computes_otherwise_in_training_is_refused(quantized: Quantized) -> None:
     fake = quantized.fake()
     with pytest.raises(ConfigError, match="16 channels, as it was exported with 3"), fake.applied():
@@ -228,3 +243,8 @@ def test_a_call_of_a_torch_function_knows_its_norm(quantized: Quantized) -> None
     predictors = 2 * 5
     assert [call.norm for call in calls].count(None) == predictors
     assert calls[0].norm is quantized.detector.backbone.bn1
+
+
+def test_of_a_large_tensor_little_is_kept(quantized: Quantized) -> None:
+    calls = recorded_calls(quantized.detector, torch.randn(1, 3, 320, 320))
+    assert max(found.values.size for call in calls for found in call.inputs.values()) < 2 * SAMPLES

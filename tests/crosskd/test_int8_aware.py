@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +14,15 @@ import pytest
 import torch
 from onnx import numpy_helper
 
+from calibration import quantize
 from crosskd import distill, int8_aware, quantized_graph
 from crosskd.checkpoint import read_checkpoint
-from crosskd.training import load_run
+from crosskd.config import load_config, set_classes
+from crosskd.detector import detector_from_config
+from crosskd.training import load_run, overrides_of
 from deploy import export
 from deploy.contract import load_contract, read_sidecar, write_sidecar
-from deploy.errors import CheckpointError, ConfigError
+from deploy.errors import CheckpointError, ConfigError, PipelineError
 from deploy.files import sha256_of
 from deploy.graph import load_onnx
 
@@ -82,6 +87,42 @@ def test_a_checkpoint_to_resume_from_holds_the_ranges(run_dir: Path) -> None:
     assert state["quantization.offsets"].abs().max() > 0
 
 
+def test_a_run_goes_on_with_the_ranges_that_it_was_started_with(
+    run_dir: Path, student_run: Path, configs: Path
+) -> None:
+    config = load_config(configs / "crosskd_tiny.py")
+    class_names = tuple(read_sidecar(run_dir / "student.pth")["details"]["class_names"])
+    set_classes(config, class_names)
+    detector = detector_from_config(config, load_weights=False)
+    state = read_checkpoint(run_dir / "epoch_1.pth")["state_dict"]
+    with pytest.raises(ConfigError, match="other ranges of INT8, or one of the two is without INT8"):
+        detector.load_state_dict(state)
+    weights = student_run / "student.pth"
+    detector.start_from(weights, class_names)
+    detector.quantization = int8_aware.fake_quantization_of(detector.student, run_dir / int8_aware.START, weights)
+    detector.load_state_dict(state)
+    assert torch.equal(detector.quantization.offsets, state["quantization.offsets"])
+    detector.quantization.calibrated.mul_(1.01)
+    with pytest.raises(ConfigError, match="other ranges of INT8"):
+        detector.load_state_dict(state)
+    with pytest.raises(ConfigError, match="other ranges of INT8"):
+        detector.load_state_dict({key: value for key, value in state.items() if "quantization" not in key})
+
+
+def test_a_resumed_run_makes_no_other_int8_file(run_dir: Path, tmp_path: Path) -> None:
+    def started_with(folder: Path, calibrated: Path | None = None, target: str | None = None) -> Path:
+        arguments = argparse.Namespace(resume=True, calibrated=calibrated, target=target)
+        return distill.int8_to_start_with(arguments, None, folder)
+
+    assert started_with(run_dir) == started_with(run_dir, target="onnxruntime") == run_dir / int8_aware.START
+    with pytest.raises(ConfigError, match="started for the target onnxruntime, --target is tensorrt"):
+        started_with(run_dir, target="tensorrt")
+    with pytest.raises(ConfigError, match="resume with the --calibrated that the run was started with"):
+        started_with(run_dir, calibrated=tmp_path / "gone.onnx")
+    with pytest.raises(CheckpointError, match="nothing to resume"):
+        started_with(tmp_path)
+
+
 def test_the_files_run_and_say_what_they_are_of(run_dir: Path) -> None:
     contract = load_contract(run_dir / "student.int8.onnx")
     feed = {contract.input_name: export.example_input(contract, 1).numpy()}
@@ -89,6 +130,15 @@ def test_the_files_run_and_say_what_they_are_of(run_dir: Path) -> None:
     sidecar = read_sidecar(run_dir / "student.int8.onnx")
     assert sidecar["inputs"]["model"]["sha256"] == sha256_of(run_dir / "student.onnx")
     assert sidecar["inputs"]["ranges"]["sha256"] == sha256_of(run_dir / "int8.json")
+
+
+def test_another_export_is_told_of_the_ranges(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, int8 = tmp_path / "x.onnx", tmp_path / "x.int8.onnx"
+    assert export.main([str(run_dir), "--input-type", "uint8", "-o", str(model)]) == 0
+    assert f"calibration.quantize --ranges {run_dir / 'int8.json'} takes" in capsys.readouterr().out
+    assert quantize.main([str(model), "--ranges", str(run_dir / "int8.json"), "-o", str(int8)]) == 0
 
 
 def test_a_model_that_is_calibrated_already_is_taken_as_it_is(run_dir: Path, student_run: Path) -> None:
@@ -119,6 +169,41 @@ def test_a_calibrated_model_without_its_float_model_is_refused(
     write_sidecar("start.int8.onnx", {}, load_contract("start.int8.onnx"))
     with pytest.raises(ConfigError, match=r"was not written by calibration.quantize"):
         int8_aware.float_model_of(Path("start.int8.onnx"), student_run / "student.pth")
+
+
+def test_the_float_model_is_found_in_a_folder_that_was_moved(run_dir: Path, student_run: Path, tmp_path: Path) -> None:
+    for path in run_dir.glob("start*"):
+        shutil.copy(path, tmp_path)
+    sidecar = tmp_path / f"{int8_aware.START}.json"
+    document = json.loads(sidecar.read_text())
+    document["inputs"]["model"]["file"] = "gone/start.onnx"
+    sidecar.write_text(json.dumps(document))
+    found = int8_aware.float_model_of(tmp_path / int8_aware.START, student_run / "student.pth")
+    assert found == tmp_path / "start.onnx"
+
+
+def test_a_command_is_printed_as_a_shell_takes_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(subprocess, "run", lambda words, **_: argparse.Namespace(returncode=2))
+    with pytest.raises(PipelineError, match=r"deploy.export ended with status 2"):
+        int8_aware.run_command("deploy.export", Path("my run"), "-o", "x.onnx")
+    assert capsys.readouterr().out == "python -m deploy.export 'my run' -o x.onnx\n"
+
+
+@pytest.mark.parametrize(
+    "override", [None, "optim_wrapper.optimizer.lr=0.5", "optim_wrapper.optimizer={'type': 'SGD', 'lr': 0.5}"]
+)
+def test_the_learning_rate_is_a_tenth_unless_it_is_given(override: str | None, configs: Path) -> None:
+    overrides = [override] if override else []
+    arguments = argparse.Namespace(config="c.py", epochs=None, overrides=overrides, precision=None)
+    config = load_config(configs / "crosskd_tiny.py", overrides_of(arguments))
+    default = load_config(configs / "crosskd_tiny.py").optim_wrapper.optimizer.lr / 10
+    distill.set_fine_tuning(config, arguments)
+    assert config.optim_wrapper.optimizer.lr == (0.5 if override else default)
+    config.custom_hooks = [dict(type="EMAHook")]
+    with pytest.raises(ConfigError, match=r"c.py: custom_hooks has an EMAHook, .* --set custom_hooks=\[\]"):
+        distill.set_fine_tuning(config, arguments)
 
 
 def test_weights_that_are_no_finished_run_are_refused(student_run: Path, tmp_path: Path) -> None:
