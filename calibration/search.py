@@ -51,7 +51,7 @@ class Drop:
 
     def __str__(self) -> str:
         low, high = points(self.low), points(self.high)
-        return f"AP {points(self.ap)}, {points(self.drop)} points below float (95 % interval {low} to {high})"
+        return f"AP {points(self.ap)}, a drop of {points(self.drop)} points against float (95 % interval {low} to {high})"
 
 
 @dataclasses.dataclass(frozen=True)
