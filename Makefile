@@ -87,10 +87,10 @@ bench-calibration: $(CALIBRATION)/batchnorm.onnx $(CALIBRATION)/groupnorm.onnx $
 		--int8-aware batchnorm=$(CALIBRATION)/int8-batchnorm/student.int8.onnx groupnorm=$(CALIBRATION)/int8-groupnorm/student.int8.onnx \
 		nanodet=$(CALIBRATION)/int8-nanodet/student.int8.onnx nanodet=$(CALIBRATION)/int8_aware/int8-aware-0/student.int8.onnx \
 		--runs-dir $(CALIBRATION)/methods -o $(RESULTS)/methods
-	$(BIN)/python -m benchmarks.calibration_tools $(CALIBRATION)/batchnorm.onnx $(CALIBRATION)/groupnorm.onnx --data $(BCCD) \
-		--num-images 128 --modelopt-python .venv-modelopt/bin/python -o $(RESULTS)/tools_bccd
+	$(BIN)/python -m benchmarks.calibration_tools $(CALIBRATION)/batchnorm.onnx --data $(BCCD) \
+		--num-images 64 --modelopt-python .venv-modelopt/bin/python -o $(RESULTS)/tools_bccd
 	$(BIN)/python -m benchmarks.calibration_tools $(CALIBRATION)/nanodet.onnx --data $(COCO) \
-		--num-images 128 --modelopt-python .venv-modelopt/bin/python -o $(RESULTS)/tools_coco
+		--num-images 64 --modelopt-python .venv-modelopt/bin/python -o $(RESULTS)/tools_coco
 
 $(CALIBRATION)/teacher/config.py: | $(READY)
 	$(BIN)/python -m crosskd.train configs/bench/bccd_teacher.py --data $(BCCD) -o $(@D)

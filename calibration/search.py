@@ -50,8 +50,8 @@ class Drop:
         return cls(numbers["AP"], -against["AP_difference"], -against["high"], -against["low"])
 
     def __str__(self) -> str:
-        low, high = points(self.low), points(self.high)
-        return f"AP {points(self.ap)}, a drop of {points(self.drop)} points against float (95 % interval {low} to {high})"
+        drop, low, high = (points(value) for value in (self.drop, self.low, self.high))
+        return f"AP {points(self.ap)}, a drop of {drop} points against float (95 % interval {low} to {high})"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -135,7 +135,8 @@ def test_journal_of_a_version_with_other_settings_is_left_behind(tmp_path, capsy
 def test_what_a_search_came_to_is_said_with_its_limits(tmp_path, high, kept):
     final = Step("a in float", kept, 0.25, Drop(0.3, 0.002, -0.001, high), holds=True)
     text = text_of_result(final, 0.5, CocoSet(tmp_path / "val.json", tmp_path, [], (), (), 0))
-    assert text.startswith(f"AP 30.00, a drop of 0.20 points against float (95 % interval -0.10 to {100 * high:.2f}), on 0 images")
+    interval = f"(95 % interval -0.10 to {100 * high:.2f})"
+    assert text.startswith(f"AP 30.00, a drop of 0.20 points against float {interval}, on 0 images")
     assert ("the interval reaches beyond the budget of 0.5" in text) == (high > 0.005)
     assert ("in float for it: a, 25.0 %" in text) == ("another split" in text) == bool(kept)
 
