@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, Dict, Iterable, List, Optional, Set, Tupl
 from calibration.placement import INTEGER_PRODUCTS, final_convolutions, node_name, only_moves
 from deploy.contract import read_sidecar, sidecar_path
 from deploy.errors import CalibrationError, command
-from deploy.graph import TRANSPARENT_OPS, check_graph, constants, consumers, load_onnx, producers
+from deploy.graph import TRANSPARENT_OPS, check_graph, check_no_subgraph, constants, consumers, load_onnx, producers
 
 if TYPE_CHECKING:
     import onnx
@@ -136,9 +136,10 @@ def audit(model: onnx.ModelProto, kept: Optional[Dict[str, str]] = None) -> Audi
         kept: name of a convolution -> why it was kept in float; the sidecar's `float_convolutions`.
 
     Raises:
-        CalibrationError: it has no Q/DQ pairs, integer operators instead of them, or control flow.
+        ExportError: it has control flow.
+        CalibrationError: it has no Q/DQ pairs, or integer operators instead of them.
     """
-    _check_no_subgraph(model)
+    check_no_subgraph(model)
     operators = {node.op_type for node in model.graph.node}
     if operators.intersection(INTEGER_PRODUCTS):
         raise CalibrationError(
@@ -159,19 +160,6 @@ def audit(model: onnx.ModelProto, kept: Optional[Dict[str, str]] = None) -> Audi
         _norm_sandwiches(tables, found),
         {weight: levels for weight, levels in shared.items() if len(levels) > 1},
     )
-
-
-def _check_no_subgraph(model: onnx.ModelProto) -> None:
-    """Raises CalibrationError if a node holds a subgraph: what it reads from outside is not among its inputs."""
-    import onnx
-
-    for node in model.graph.node:
-        if any(a.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS) for a in node.attribute):
-            raise CalibrationError(
-                f"the node {node_name(node)} ({node.op_type}) holds a subgraph, in which convolutions and predictions "
-                "would not be seen; expected a graph without control flow. Export the model again by tracing, then "
-                "quantise it."
-            )
 
 
 def _convolution(tables: _Tables, node: onnx.NodeProto, kept: Dict[str, str]) -> Convolution:

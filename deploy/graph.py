@@ -121,14 +121,19 @@ def check_static(model: onnx.ModelProto, dynamic_batch: bool = False, dynamic_ou
         dynamic_outputs: let the first dimension of outputs be open: with NMS in the graph their number comes from the
             data (contract.outputs == "nms").
     """
-    import onnx
-
     for values, first_may_be_open in (
         (model.graph.input, dynamic_batch),
         (model.graph.output, dynamic_batch or dynamic_outputs),
     ):
         for value in values:
             _check_sizes(value, first_may_be_open)
+    check_no_subgraph(model)
+
+
+def check_no_subgraph(model: onnx.ModelProto) -> None:
+    """Raises ExportError if a node holds a subgraph: what is in it, and what it reads from outside, is not seen here."""
+    import onnx
+
     for node in model.graph.node:
         if any(a.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS) for a in node.attribute):
             raise ExportError(
