@@ -131,7 +131,7 @@ def check_static(model: onnx.ModelProto, dynamic_batch: bool = False, dynamic_ou
 
 
 def check_no_subgraph(model: onnx.ModelProto) -> None:
-    """Raises ExportError if a node holds a subgraph: what is in it, and what it reads from outside, is not seen here."""
+    """Raises ExportError if a node holds a subgraph: what is in it, and what it reads from outside, is not seen."""
     import onnx
 
     for node in model.graph.node:
