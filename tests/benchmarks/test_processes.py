@@ -19,6 +19,14 @@ from deploy.errors import ConfigError, MeasurementError
 from deploy.files import write_json
 
 
+@pytest.fixture(autouse=True)
+def _interruptible():
+    """Also where the tests are a script's background job, whose children would inherit that Ctrl-C is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def module(tmp_path, monkeypatch):
     """A module that can be run: it prints its arguments and threads, and ends with the status that it is told."""
