@@ -20,7 +20,7 @@ from deploy.contract import ModelContract
 from deploy.dataset import CocoImage, CocoSet, read_image
 from deploy.errors import CalibrationError, ConfigError, DataError, MissingDependencyError
 from deploy.files import sha256_of
-from deploy.graph import producers, remove_unused
+from deploy.graph import producers, with_outputs
 from deploy.preprocess import preprocess
 from deploy.progress import progress
 
@@ -142,7 +142,7 @@ def extend_statistics(
     groups = _groups(model, set(collected.statistics).difference(*rectified.values()), contract)
     for number, group in enumerate(groups, start=1):
         part = f"calibration, part {number} of {len(groups)}" if len(groups) > 1 else "calibration"
-        session = runtime_session(_with_outputs(model, group), "calibration", quiet=True)
+        session = runtime_session(with_outputs(model, group), "calibration", quiet=True)
         waiting: Dict[str, List[Seen]] = {name: [] for name in group}
         for done, image in enumerate(progress(further.values(), len(further), part), start=1):
             for name, seen in _seen(session, image, contract):
@@ -261,15 +261,3 @@ def _sizes_in_bytes(model: onnx.ModelProto, contract: ModelContract) -> Dict[str
         for value in (*graph.input, *graph.value_info)
     }
     return {name: 4 * int(np.prod(shape, dtype=np.int64)) for name, shape in shapes.items()}
-
-
-def _with_outputs(model: onnx.ModelProto, tensors: Sequence[str]) -> onnx.ModelProto:
-    """A copy of the model whose only outputs are these tensors, without what they do not need."""
-    import onnx
-
-    changed = onnx.ModelProto()
-    changed.CopyFrom(model)
-    del changed.graph.output[:]
-    changed.graph.output.extend(onnx.ValueInfoProto(name=name) for name in tensors)
-    remove_unused(changed)
-    return changed

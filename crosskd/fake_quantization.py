@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -81,6 +82,12 @@ class _Call:
     """Place -> value, of the tensors that the detector computed."""
     weight: Tensor | None
     norm: _BatchNorm | None = None
+
+    @functools.cached_property
+    def folded_weight(self) -> _Sample:
+        """As the exported graph has it."""
+        weight = torch.zeros(0) if self.weight is None else self.weight.detach()
+        return _Sample.of((weight if self.norm is None else weight * _factor_of(self.norm).detach()).numpy())
 
 
 class _Calls(TorchFunctionMode):
@@ -257,8 +264,7 @@ def rounded_weight(weight: Tensor, norm: _BatchNorm | None) -> Tensor:
     """
     factor = None
     if norm is not None:
-        factor = (norm.running_var + norm.eps).rsqrt()
-        factor = (factor if norm.weight is None else factor * norm.weight).view(-1, 1, 1, 1)
+        factor = _factor_of(norm)
         factor = torch.where(factor == 0, torch.ones_like(factor), factor)  # nothing passes such a channel
         weight = weight * factor
     with torch.no_grad():
@@ -266,6 +272,12 @@ def rounded_weight(weight: Tensor, norm: _BatchNorm | None) -> Tensor:
         zeros = torch.zeros_like(scales, dtype=torch.int32)
     weight = torch.fake_quantize_per_channel_affine(weight.float(), scales, zeros, 0, -LARGEST_WEIGHT, LARGEST_WEIGHT)
     return weight if factor is None else weight / factor
+
+
+def _factor_of(norm: _BatchNorm) -> Tensor:
+    """(channels, 1, 1, 1): what a norm in evaluation mode multiplies by."""
+    factor = (norm.running_var + norm.eps).rsqrt()
+    return (factor if norm.weight is None else factor * norm.weight).view(-1, 1, 1, 1)
 
 
 def recorded_calls(detector: nn.Module, images: Tensor) -> list[_Call]:
@@ -306,18 +318,10 @@ def _is_call_of(node: QuantizedNode, call: _Call) -> bool:
     operator = OPERATORS.get(call.key[0])
     if operator != node.op_type and (operator is not None or node.op_type in OPERATORS.values()):
         return False
-    if node.weight is not None and not _same(_Sample.of(_folded(call)), node.weight):
+    if node.weight is not None and not _same(call.folded_weight, node.weight):
         return False
     values = [operand.value for operand in node.operands if operator is not None or operand.source is not None]
     return all(any(_same(found, value) for found in call.inputs.values()) for value in values)
-
-
-def _folded(call: _Call) -> np.ndarray:
-    if call.weight is None or call.norm is None:
-        return np.zeros(0) if call.weight is None else call.weight.detach().numpy()
-    norm = call.norm
-    factor = (norm.running_var + norm.eps).rsqrt() * (1 if norm.weight is None else norm.weight.detach())
-    return (call.weight.detach() * factor.view(-1, 1, 1, 1)).numpy()
 
 
 def _same(found: _Sample, tensor: np.ndarray) -> bool:

@@ -17,7 +17,7 @@ import onnxruntime
 from onnx import numpy_helper
 
 from deploy.errors import CalibrationError
-from deploy.graph import constants, load_onnx, producers
+from deploy.graph import constants, load_onnx, producers, with_outputs
 
 SCALE = "_scale"
 """Ends the names of activations' scales; before it stands the tensor whose range they are of."""
@@ -75,9 +75,8 @@ def read_quantized_graph(int8_path: str | Path, float_path: str | Path, feed: di
     fixed, made_by = constants(int8), producers(int8)
     weights, originals = constants(original), {node.output[0]: node for node in original.graph.node}
     quantizations: dict[str, Quantization] = {}
-    found: list[
-        tuple[onnx.NodeProto, dict[str, str | None], bool]
-    ] = []  # node, tensor -> source, whether weight is INT8
+    # (node, tensor that it reads -> tensor whose range the pair has, whether its weight is INT8)
+    found: list[tuple[onnx.NodeProto, dict[str, str | None], bool]] = []
     for node in int8.graph.node:
         if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
             continue
@@ -125,9 +124,6 @@ def read_quantized_graph(int8_path: str | Path, float_path: str | Path, feed: di
 
 def values_of(model: onnx.ModelProto, tensors: Sequence[str], feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Tensor -> its value, of activations of the model."""
-    opened = onnx.ModelProto()
-    opened.CopyFrom(model)
-    del opened.graph.output[:]
-    opened.graph.output.extend(onnx.ValueInfoProto(name=name) for name in tensors)
-    session = onnxruntime.InferenceSession(opened.SerializeToString(), providers=["CPUExecutionProvider"])
+    opened = with_outputs(model, tensors).SerializeToString()
+    session = onnxruntime.InferenceSession(opened, providers=["CPUExecutionProvider"])
     return dict(zip(tensors, session.run(list(tensors), feed), strict=True))

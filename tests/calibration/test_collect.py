@@ -184,9 +184,9 @@ def test_what_follows_from_an_input_does_not_leave_the_graph(contract, data_dir,
     expected = collect_statistics(model, ["x"], images, contract)  # without the input, x itself is looked at
     expected.update(collect_statistics(model, ["y"], images, contract))
     outputs = []
-    with_outputs = calibration.collect._with_outputs
+    with_outputs = calibration.collect.with_outputs
     monkeypatch.setattr(
-        "calibration.collect._with_outputs", lambda m, names: outputs.extend(names) or with_outputs(m, names)
+        "calibration.collect.with_outputs", lambda m, names: outputs.extend(names) or with_outputs(m, names)
     )
     found = collect_statistics(model, ["x"], images, contract, minmax_only=["image"])
     assert outputs == looked_at
