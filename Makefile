@@ -59,12 +59,12 @@ bench-bccd: $(READY)
 	$(BIN)/python -m crosskd.pipeline configs/crosskd_gfl_r18_half_r34_320.py --data ../shared/data/bccd -o runs/bccd
 
 bench-distillation: $(READY)
-	$(BIN)/python -m benchmarks.distillation shapes
-	$(BIN)/python -m benchmarks.distillation bccd
-	$(BIN)/python -m benchmarks.distillation ablations
+	$(BIN)/python -m benchmarks.studies.distillation shapes
+	$(BIN)/python -m benchmarks.studies.distillation bccd
+	$(BIN)/python -m benchmarks.studies.distillation ablations
 
 bench-training-step: $(READY)
-	$(BIN)/python -m benchmarks.training_step --threads 2 --steps 4 --rounds 3 -o benchmarks/results/training_step/cpu.json
+	$(BIN)/python -m benchmarks.studies.training_step --threads 2 --steps 4 --rounds 3 -o benchmarks/results/training_step/cpu.json
 
 # What INT8 costs and gains: models, INT8-aware students, then three tables. A run that has ended has its config.py.
 CALIBRATION := runs/bench/calibration
@@ -79,17 +79,17 @@ INT8_AWARE := --quantize int8 --target onnxruntime
 bench-calibration: $(CALIBRATION)/batchnorm.onnx $(CALIBRATION)/groupnorm.onnx $(CALIBRATION)/r18.onnx $(CALIBRATION)/nanodet.onnx \
 		$(CALIBRATION)/int8-batchnorm/config.py $(CALIBRATION)/int8-groupnorm/config.py $(CALIBRATION)/int8-nanodet/config.py
 	-$(MAKE) .venv-modelopt/.ready
-	$(BIN)/python -m benchmarks.calibration int8-aware configs/bench/nanodet_crosskd.py --data $(COCO) \
+	$(BIN)/python -m benchmarks.studies.calibration int8-aware configs/bench/nanodet_crosskd.py --data $(COCO) \
 		--student $(CALIBRATION)/nanodet --teacher $(CALIBRATION)/nanodet/detector.pth --epochs 10 --learning-rate 1.5e-4 \
 		--runs-dir $(CALIBRATION)/int8_aware -o $(RESULTS)/int8_aware
-	$(BIN)/python -m benchmarks.calibration methods batchnorm=$(CALIBRATION)/batchnorm.onnx:$(BCCD) \
+	$(BIN)/python -m benchmarks.studies.calibration methods batchnorm=$(CALIBRATION)/batchnorm.onnx:$(BCCD) \
 		groupnorm=$(CALIBRATION)/groupnorm.onnx:$(BCCD) r18=$(CALIBRATION)/r18.onnx:$(BCCD) nanodet=$(CALIBRATION)/nanodet.onnx:$(COCO) \
 		--int8-aware batchnorm=$(CALIBRATION)/int8-batchnorm/student.int8.onnx groupnorm=$(CALIBRATION)/int8-groupnorm/student.int8.onnx \
 		nanodet=$(CALIBRATION)/int8-nanodet/student.int8.onnx nanodet=$(CALIBRATION)/int8_aware/int8-aware-0/student.int8.onnx \
 		--runs-dir $(CALIBRATION)/methods -o $(RESULTS)/methods
-	$(BIN)/python -m benchmarks.calibration_tools $(CALIBRATION)/batchnorm.onnx --data $(BCCD) \
+	$(BIN)/python -m benchmarks.studies.tools $(CALIBRATION)/batchnorm.onnx --data $(BCCD) \
 		--num-images 64 --modelopt-python .venv-modelopt/bin/python -o $(RESULTS)/tools_bccd
-	$(BIN)/python -m benchmarks.calibration_tools $(CALIBRATION)/nanodet.onnx --data $(COCO) \
+	$(BIN)/python -m benchmarks.studies.tools $(CALIBRATION)/nanodet.onnx --data $(COCO) \
 		--num-images 64 --modelopt-python .venv-modelopt/bin/python -o $(RESULTS)/tools_coco
 
 $(CALIBRATION)/teacher/config.py: | $(READY)

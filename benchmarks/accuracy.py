@@ -19,12 +19,11 @@ from typing import Any, Dict, List, Optional, Sequence
 
 import numpy as np
 
-from benchmarks.bootstrap import ap_of_draws, matches_by_class
-from benchmarks.coco import evaluate_with_curves
-from benchmarks.detections import CocoResults, detections_path, load_results, write_detections
-from benchmarks.operating_point import best_f1, comparison, found_scores
-from benchmarks.result import check_same_data, read_result, write_result
-from benchmarks.subject import (
+from benchmarks.measuring.bootstrap import ap_of_draws, matches_by_class
+from benchmarks.measuring.coco import evaluate_with_curves
+from benchmarks.measuring.detections import CocoResults, detections_path, load_results, write_detections
+from benchmarks.measuring.result import check_same_data, read_result, write_result
+from benchmarks.measuring.subject import (
     Subject,
     add_arguments,
     begin_result,
@@ -35,14 +34,15 @@ from benchmarks.subject import (
     load_subject,
     run_crosskd,
 )
-from benchmarks.wording import between_points, points, signed_points
+from benchmarks.reporting.operating_point import best_f1, comparison, found_scores
+from benchmarks.reporting.wording import between_points, points, signed_points
 from deploy.dataset import CocoImage, CocoSet, read_image
 from deploy.errors import ConfigError, DataError, MeasurementError, command
 from deploy.files import check_writable, read_json
-from deploy.postprocess import Detections, postprocess
-from deploy.preprocess import preprocess
 from deploy.progress import progress
-from deploy.session import Session, open_session
+from deploy.runtime.postprocess import Detections, postprocess
+from deploy.runtime.preprocess import preprocess
+from deploy.runtime.session import Session, open_session
 
 BOOTSTRAP_SEED = 0
 BOOTSTRAP_DRAWS = 1000

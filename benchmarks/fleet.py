@@ -24,11 +24,11 @@ import time
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
-from benchmarks.board_list import Board, boards_from_file
-from benchmarks.result import check_result
-from benchmarks.ssh import BoardError, CommandError, Remote, check_asyncssh, connected, printable
-from benchmarks.wording import UNKNOWN, ms
-from deploy.board import Bundle
+from benchmarks.boards.list import Board, boards_from_file
+from benchmarks.boards.ssh import BoardError, CommandError, Remote, check_asyncssh, connected, printable
+from benchmarks.measuring.result import check_result
+from benchmarks.reporting.wording import UNKNOWN, ms
+from deploy.board.commands import Bundle
 from deploy.bundle import SUFFIX, unpack
 from deploy.contract import check_seal, provenance
 from deploy.errors import ConfigError, MeasurementError, command

@@ -36,7 +36,7 @@ from typing import Any, Callable, ContextManager, Dict, Iterator, List, Mapping,
 import cv2
 import numpy as np
 
-from benchmarks.environment import (
+from benchmarks.measuring.environment import (
     GPU_SLOWDOWNS,
     Gpu,
     NotHere,
@@ -50,8 +50,8 @@ from benchmarks.environment import (
     throttle_count,
     usable_cores,
 )
-from benchmarks.power import Monitor, PowerSource, open_power, power_from_readings
-from benchmarks.result import (
+from benchmarks.measuring.power import Monitor, PowerSource, open_power, power_from_readings
+from benchmarks.measuring.result import (
     LEAST_RUNS,
     STAGES,
     STATISTICS,
@@ -61,7 +61,7 @@ from benchmarks.result import (
     summarize,
     write_result,
 )
-from benchmarks.subject import (
+from benchmarks.measuring.subject import (
     Subject,
     add_arguments,
     begin_result,
@@ -73,10 +73,10 @@ from benchmarks.subject import (
 )
 from deploy.dataset import CocoSet, read_image
 from deploy.errors import ConfigError, MeasurementError, command
-from deploy.postprocess import postprocess
-from deploy.preprocess import preprocess
 from deploy.progress import progress
-from deploy.session import Session, open_session
+from deploy.runtime.postprocess import postprocess
+from deploy.runtime.preprocess import preprocess
+from deploy.runtime.session import Session, open_session
 
 IMAGES = 8
 WARMUP_WINDOW = 5
@@ -176,7 +176,7 @@ class SessionDetection(Detection):
 
 class TorchDetection(Detection):
     """
-    A run directory, in a process of `crosskd.time_detector`, which may import torch: it detects when it is told to.
+    A run directory, in a process of `crosskd.workers.time_detector`, which may import torch: it detects when told to.
 
     Raises:
         MeasurementError: that process failed; the message is its own.
@@ -186,7 +186,7 @@ class TorchDetection(Detection):
         words = [str(run_dir), *map(str, images)] + (["--threads", str(threads)] if threads is not None else [])
         self._message = ""
         self._process: Any = subprocess.Popen(
-            [sys.executable, "-m", "crosskd.time_detector", *words],
+            [sys.executable, "-m", "crosskd.workers.time_detector", *words],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace",
         )  # fmt: skip
         self._relay = threading.Thread(target=self._follow, daemon=True)
@@ -214,7 +214,7 @@ class TorchDetection(Detection):
             status = self._process.wait()
             self._relay.join()
             raise MeasurementError(
-                self._message or f"crosskd.time_detector ended with status {status}: its output is above"
+                self._message or f"crosskd.workers.time_detector ended with status {status}: its output is above"
             )
         try:
             answer = json.loads(line)
@@ -222,7 +222,7 @@ class TorchDetection(Detection):
             answer = None
         if not isinstance(answer, dict) or any(key not in answer for key in keys):
             raise MeasurementError(
-                f"crosskd.time_detector wrote {line.strip()[:80]!r}; expected JSON with {list(keys)}"
+                f"crosskd.workers.time_detector wrote {line.strip()[:80]!r}; expected JSON with {list(keys)}"
             )
         return answer
 

@@ -20,19 +20,24 @@ from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Seq
 
 import numpy as np
 
-from benchmarks.bootstrap import bounds_of_draws, resampled_percentile
-from benchmarks.changes import changes_from_reports, read_report
-from benchmarks.coco import METRICS
-from benchmarks.detections import NO_BOXES, Boxes, boxes_by_image, read_detections
-from benchmarks.environment import VARYING
-from benchmarks.figures import LINE_STYLES, curves_from_precisions, distribution_from_samples, plot_from_points
-from benchmarks.gallery import Side, gallery, most_disagreed
-from benchmarks.junit import junit_from_limits
-from benchmarks.ladder import RUNGS, faults, movement
-from benchmarks.operating_point import comparison
-from benchmarks.result import STAGES, STATISTICS, check_same_data, read_result
-from benchmarks.subject import ROLES
-from benchmarks.verdict import (
+from benchmarks.measuring.bootstrap import bounds_of_draws, resampled_percentile
+from benchmarks.measuring.coco import METRICS
+from benchmarks.measuring.detections import NO_BOXES, Boxes, boxes_by_image, read_detections
+from benchmarks.measuring.environment import VARYING
+from benchmarks.measuring.result import STAGES, STATISTICS, check_same_data, read_result
+from benchmarks.measuring.subject import ROLES
+from benchmarks.reporting.changes import changes_from_reports, read_report
+from benchmarks.reporting.figures import (
+    LINE_STYLES,
+    curves_from_precisions,
+    distribution_from_samples,
+    plot_from_points,
+)
+from benchmarks.reporting.gallery import Side, gallery, most_disagreed
+from benchmarks.reporting.junit import junit_from_limits
+from benchmarks.reporting.ladder import RUNGS, faults, movement
+from benchmarks.reporting.operating_point import comparison
+from benchmarks.reporting.verdict import (
     LIMITS,
     Estimate,
     Row,
@@ -42,7 +47,7 @@ from benchmarks.verdict import (
     limits_from_file,
     verdict_from_limits,
 )
-from benchmarks.wording import (
+from benchmarks.reporting.wording import (
     amount,
     amount_between,
     cell,
@@ -656,7 +661,7 @@ def render(report: Mapping[str, Any], template: str, **pictures: Any) -> str:
     except ImportError as error:
         raise MissingDependencyError("jinja2", "the report", "pip install jinja2") from error
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "reporting"),
         autoescape=template.endswith(".html.jinja"),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

@@ -1,5 +1,5 @@
 """
-Command: what `deploy.session.OrtSession` costs on top of ONNX Runtime's own call, for one model.
+Command: what `deploy.runtime.session.OrtSession` costs on top of ONNX Runtime's own call, for one model.
 
     python -m benchmarks.session_overhead student.onnx --threads 1 -o student.overhead.json
 
@@ -17,13 +17,13 @@ import sys
 import time
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
-from benchmarks.environment import read_environment
+from benchmarks.measuring.environment import read_environment
 from deploy.contract import RESULT_VERSION, provenance
 from deploy.errors import ConfigError, command
 from deploy.files import check_writable, write_json
-from deploy.golden import noise_input
 from deploy.progress import progress
-from deploy.session import OrtSession
+from deploy.runtime.golden import noise_input
+from deploy.runtime.session import OrtSession
 
 WARMUP = 5
 Pair = Tuple[float, float]

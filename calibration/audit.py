@@ -31,7 +31,15 @@ from typing import TYPE_CHECKING, Any, Dict, Iterable, List, Optional, Set, Tupl
 from calibration.placement import INTEGER_PRODUCTS, final_convolutions, node_name, only_moves
 from deploy.contract import read_sidecar, sidecar_path
 from deploy.errors import CalibrationError, command
-from deploy.graph import TRANSPARENT_OPS, check_graph, check_no_subgraph, constants, consumers, load_onnx, producers
+from deploy.graphs.graph import (
+    TRANSPARENT_OPS,
+    check_graph,
+    check_no_subgraph,
+    constants,
+    consumers,
+    load_onnx,
+    producers,
+)
 
 if TYPE_CHECKING:
     import onnx

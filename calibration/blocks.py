@@ -20,7 +20,7 @@ from calibration.collect import runtime_session
 from calibration.placement import Graph, node_name
 from deploy.contract import ModelContract
 from deploy.errors import CalibrationError
-from deploy.graph import remove_unused
+from deploy.graphs.graph import remove_unused
 
 BLOCK_KINDS = ("grouped", "each")
 MEETING_OPS = ("Add", "Concat")

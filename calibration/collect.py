@@ -20,9 +20,9 @@ from deploy.contract import ModelContract
 from deploy.dataset import CocoImage, CocoSet, read_image
 from deploy.errors import CalibrationError, ConfigError, DataError, MissingDependencyError
 from deploy.files import sha256_of
-from deploy.graph import producers, with_outputs
-from deploy.preprocess import preprocess
+from deploy.graphs.graph import producers, with_outputs
 from deploy.progress import progress
+from deploy.runtime.preprocess import preprocess
 
 if TYPE_CHECKING:
     import onnx

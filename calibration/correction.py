@@ -20,9 +20,9 @@ from calibration.qdq import QUANTIZATION_FROM_RANGE
 from calibration.ranges import int8_from_weight, weight_scales
 from deploy.contract import ModelContract
 from deploy.dataset import CocoImage, read_image
-from deploy.graph import remove_unused
-from deploy.preprocess import preprocess
+from deploy.graphs.graph import remove_unused
 from deploy.progress import progress
+from deploy.runtime.preprocess import preprocess
 
 if TYPE_CHECKING:
     import onnx

@@ -7,7 +7,7 @@ from typing import Sequence, Tuple
 from calibration.placement import INTEGER_PRODUCTS, Graph, node_name
 from deploy.contract import ModelContract, load_contract
 from deploy.errors import CalibrationError
-from deploy.graph import check_graph, check_static, load_onnx
+from deploy.graphs.graph import check_graph, check_static, load_onnx
 
 SMALLEST_OPSET = 13
 """The first in which QuantizeLinear has an axis."""

@@ -11,10 +11,10 @@ from typing import Tuple
 from calibration.float_model import check_quantizable
 from calibration.placement import PLACEMENTS, Graph, Placement, node_name
 from calibration.recipe import Ranges
-from deploy.calibration_cache import read_cache
 from deploy.contract import read_sidecar
 from deploy.errors import CalibrationError
 from deploy.files import AnyPath, read_json
+from deploy.graphs.calibration_cache import read_cache
 
 LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
 """Beyond it a scale could not be written."""

@@ -19,10 +19,10 @@ from deploy.contract import ModelContract, load_contract, write_sidecar
 from deploy.dataset import CocoImage, read_image
 from deploy.errors import CalibrationError
 from deploy.files import read_json
-from deploy.graph import save_onnx
-from deploy.postprocess import Detections, postprocess
-from deploy.preprocess import preprocess
-from deploy.session import OrtSession
+from deploy.graphs.graph import save_onnx
+from deploy.runtime.postprocess import Detections, postprocess
+from deploy.runtime.preprocess import preprocess
+from deploy.runtime.session import OrtSession
 
 if TYPE_CHECKING:
     import onnx

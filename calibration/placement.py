@@ -26,7 +26,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Callable, Dict, List, Sequence, Set, Tuple
 
 from deploy.errors import ConfigError
-from deploy.graph import constants, consumers, producers
+from deploy.graphs.graph import constants, consumers, producers
 
 if TYPE_CHECKING:
     import onnx

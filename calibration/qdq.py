@@ -8,7 +8,7 @@ import numpy as np
 
 from calibration.placement import Graph, Placement
 from calibration.ranges import Quantization, int8_from_weight, signed_from_range, unsigned_from_range, weight_scales
-from deploy.graph import remove_unused
+from deploy.graphs.graph import remove_unused
 
 if TYPE_CHECKING:
     import onnx

@@ -52,12 +52,12 @@ from calibration.recipe import (
     warn,
 )
 from calibration.search import Journal, journal_path, kept_for_budget, text_of_result
-from deploy.calibration_cache import amax_from_quantised, write_cache
 from deploy.contract import ModelContract, write_sidecar
 from deploy.dataset import SPLITS, CocoImage, CocoSet, check_image_files, load_coco, load_split, split_paths
 from deploy.errors import CalibrationError, ConfigError, command
 from deploy.files import AnyPath, check_writable, read_json, write_json
-from deploy.graph import check_graph, save_onnx
+from deploy.graphs.calibration_cache import amax_from_quantised, write_cache
+from deploy.graphs.graph import check_graph, save_onnx
 
 if TYPE_CHECKING:
     import onnx

@@ -43,8 +43,8 @@ def main(argv: list[str] | None = None) -> int:
     config = load_config(arguments.config, overrides_from_arguments(arguments))
     set_classes(config, data.class_names)
 
-    from crosskd.checkpoint import load_detector_weights
-    from crosskd.detector import detector_from_config
+    from crosskd.models.checkpoint import load_detector_weights
+    from crosskd.models.detector import detector_from_config
 
     detector = detector_from_config(config, load_weights=False)
     load_detector_weights(detector, arguments.checkpoint, data.class_names)

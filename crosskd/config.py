@@ -42,7 +42,7 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Co
     # What third parties warn of in their own code is nothing that a user can mend.
     warnings.filterwarnings("ignore", module=r"mm(det|cv|engine)|torch\.jit")
     try:
-        from crosskd.ops import register_mmcv_ops
+        from crosskd.models.ops import register_mmcv_ops
 
         register_mmcv_ops()
         with contextlib.redirect_stdout(io.StringIO()):  # mmdet tells of an optional data service each time
@@ -51,7 +51,12 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Co
             from mmengine.hub import get_config
 
             register_all_modules(init_default_scope=True)
-            from crosskd import amp, backbones, detector, transforms  # noqa: F401  registers them
+            from crosskd import transforms  # noqa: F401  registers them
+            from crosskd.loop import amp  # noqa: F401  registers them
+            from crosskd.models import (
+                backbones,
+                detector,  # noqa: F401  registers them
+            )
     except ModuleNotFoundError as error:
         raise MissingDependencyError(str(error.name), "training", "pip install 'crosskd[train]'") from error
 

@@ -9,8 +9,8 @@ INT8-aware, for a trained student that loses too much AP by `calibration.quantiz
     python -m crosskd.distill CONFIG --data DIR --teacher-checkpoint X --quantize int8 --from RUN/student.pth -o RUN_DIR
 
 trains it further while it computes with the rounding of its INT8 graph, and its rounded tower features go through the
-float teacher's head: see `crosskd.fake_quantization`. Placement and first ranges are those of the student's INT8 file,
-`--calibrated`, or of one that is made for `--target` on the way. Writes also `RUN_DIR/student.onnx` and
+float teacher's head: see `crosskd.int8.fake_quantization`. Placement and first ranges are those of the student's INT8
+file, `--calibrated`, or of one that is made for `--target` on the way. Writes also `RUN_DIR/student.onnx` and
 `RUN_DIR/student.int8.onnx`, and `RUN_DIR/int8.json`, the trained ranges: `calibration.quantize --ranges` takes them for
 another export of the same run. A quarter of the config's epochs at a tenth of its learning rate, in float32, unless
 --epochs, `--set optim_wrapper.optimizer.lr=...` and --precision say otherwise.
@@ -34,9 +34,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from crosskd import int8_aware
 from crosskd.config import TrainingData, data_from_arguments, load_config, set_classes, set_epochs
-from crosskd.distributed import first_of_each_machine_first, is_first_process, joined_processes, wait_for_all
+from crosskd.int8 import int8_aware
+from crosskd.loop.distributed import first_of_each_machine_first, is_first_process, joined_processes, wait_for_all
 from crosskd.training import add_training_arguments, overrides_of, run_dir_of, run_training, seed_everything
 from deploy.contract import read_sidecar
 from deploy.errors import ConfigError, command
@@ -128,7 +128,7 @@ def distil(arguments: argparse.Namespace) -> None:
     if arguments.quantize:
         set_fine_tuning(config, arguments)
 
-    from crosskd.detector import detector_from_config
+    from crosskd.models.detector import detector_from_config
 
     seed_everything(arguments.seed)
     with first_of_each_machine_first():  # a teacher may have to be downloaded
@@ -185,7 +185,7 @@ def int8_to_start_with(arguments: argparse.Namespace, data: TrainingData, run_di
         ConfigError: --resume, and the file is not there, or for another target.
         PipelineError: the student cannot be exported or quantised.
     """
-    from crosskd.checkpoint import latest_checkpoint
+    from crosskd.models.checkpoint import latest_checkpoint
 
     int8 = Path(arguments.calibrated) if arguments.calibrated else run_dir / int8_aware.START
     if arguments.resume:

@@ -22,7 +22,7 @@ from deploy.contract import RESULT_VERSION, check_seal, read_sidecar
 from deploy.dataset import SPLITS, load_coco, split_paths
 from deploy.errors import ConfigError, PipelineError, command
 from deploy.files import check_writable, read_json, sha256_of, write_json
-from deploy.trt import load_cuda, load_tensorrt
+from deploy.tensorrt.session import load_cuda, load_tensorrt
 
 TARGETS = ("onnxruntime", "tensorrt")
 
@@ -93,8 +93,8 @@ def planned_stages(arguments: argparse.Namespace, config: Any) -> list[Stage]:
     Raises:
         ConfigError: the config is no distillation, or its student cannot be exported.
     """
-    import crosskd.families  # noqa: F401  registers them
-    from crosskd.heads import heads_with_decoder
+    import crosskd.models.families  # noqa: F401  registers them
+    from crosskd.models.heads import heads_with_decoder
 
     if config.model.type != "CrossKDDetector":
         raise ConfigError(f"{arguments.config}: model.type is {config.model.type}; expected CrossKDDetector")

@@ -11,7 +11,7 @@ import argparse
 import sys
 
 from crosskd.config import data_from_arguments, load_config, set_classes
-from crosskd.distributed import is_first_process, joined_processes
+from crosskd.loop.distributed import is_first_process, joined_processes
 from crosskd.training import add_training_arguments, overrides_of, run_dir_of, run_training, seed_everything
 from deploy.errors import command
 from deploy.files import check_writable
@@ -38,7 +38,7 @@ def train(arguments: argparse.Namespace) -> None:
         config.model = config.model.student
     set_classes(config, data.class_names)
 
-    from crosskd.detector import detector_from_config
+    from crosskd.models.detector import detector_from_config
 
     seed_everything(arguments.seed)
     run_training(config, detector_from_config(config), data, run_dir, arguments, "detector.pth", inputs={})

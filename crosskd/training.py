@@ -16,7 +16,7 @@ from crosskd.config import (
     overrides_from_arguments,
     set_data,
 )
-from crosskd.distributed import is_first_process, local_rank, process_count, wait_for_all
+from crosskd.loop.distributed import is_first_process, local_rank, process_count, wait_for_all
 from deploy.contract import read_sidecar, weights_of_run, write_sidecar
 from deploy.errors import CheckpointError, ConfigError, MissingDependencyError
 from deploy.files import sha256_of
@@ -118,9 +118,9 @@ def run_training(
     """
     import torch
 
-    from crosskd.guard import accept_single_values, guard_training
-    from crosskd.runner import TrainingRunner
-    from crosskd.teacher import check_teacher
+    from crosskd.loop.guard import accept_single_values, guard_training
+    from crosskd.loop.runner import TrainingRunner
+    from crosskd.loop.teacher import check_teacher
 
     set_precision(config, detector, arguments.precision, "cuda" if torch.cuda.is_available() else "cpu")
     set_optimisation(config, arguments)
@@ -203,13 +203,13 @@ def set_log_backends(config: Any, packages: list[str]) -> None:
 
 def set_hooks(config: Any, ema_momentum: float | None) -> None:
     """
-    Adds the hooks of `crosskd.hooks`; two take the place of mmengine's own in the config, with its arguments:
+    Adds the hooks of `crosskd.loop.hooks`; two take the place of mmengine's own in the config, with its arguments:
     CheckpointHook and EMAHook.
 
     Raises:
         ConfigError: the momentum is out of its range.
     """
-    from crosskd import hooks  # noqa: F401  registers them
+    from crosskd.loop import hooks  # noqa: F401  registers them
 
     if ema_momentum is not None and not 0 < ema_momentum < 1:
         raise ConfigError(f"--ema is {ema_momentum}; expected a number between 0 and 1")
@@ -264,8 +264,8 @@ def set_run_dir(config: Any, run_dir: Path, resume: bool) -> None:
     Raises:
         CheckpointError: `resume`, and there is nothing to go on from.
     """
-    from crosskd.checkpoint import latest_checkpoint
-    from crosskd.hooks import remove_leftovers
+    from crosskd.loop.hooks import remove_leftovers
+    from crosskd.models.checkpoint import latest_checkpoint
 
     config.work_dir = str(run_dir)
     config.resume, config.load_from = resume, str(latest_checkpoint(run_dir)) if resume else None
@@ -285,7 +285,7 @@ def save_run(
         config: of the plain mmdet detector that the weights belong to.
         inputs: name -> file, recorded besides the config and the annotations. details: recorded besides the classes.
     """
-    from crosskd.checkpoint import save_detector_weights
+    from crosskd.models.checkpoint import save_detector_weights
 
     save_detector_weights(detector, weights, meta={"dataset_meta": {"classes": data.class_names}})
     config_path = weights.with_name("config.py")
@@ -322,7 +322,7 @@ def set_precision(config: Any, detector: Any, precision: str | None, device: str
     """
     import torch
 
-    from crosskd.amp import computes_in_bf16, keep_losses_in_float32
+    from crosskd.loop.amp import computes_in_bf16, keep_losses_in_float32
 
     if precision == "fp16" and device != "cuda":
         raise ConfigError("--precision fp16 needs a GPU (its loss scaling does); use bf16 on a CPU")
@@ -361,8 +361,8 @@ def load_run(run_dir: str | Path) -> tuple[Any, Any, dict[str, Any]]:
         raise CheckpointError(
             f"{config_path} is missing or was changed since {weights.name} was written; bring back the original"
         )
-    from crosskd.checkpoint import load_detector_weights
-    from crosskd.detector import detector_from_config
+    from crosskd.models.checkpoint import load_detector_weights
+    from crosskd.models.detector import detector_from_config
 
     config = load_config(config_path)
     detector = detector_from_config(config, load_weights=False)

@@ -26,8 +26,8 @@ import numpy as np
 from deploy.contract import OUTPUTS, ModelContract, sidecar_path, write_sidecar
 from deploy.errors import ContractError, command
 from deploy.files import check_writable, read_json
-from deploy.graph import check_graph, check_static, load_onnx
-from deploy.session import Arrays, OrtSession
+from deploy.graphs.graph import check_graph, check_static, load_onnx
+from deploy.runtime.session import Arrays, OrtSession
 
 
 def check_outputs(outputs: Arrays, contract: ModelContract) -> None:

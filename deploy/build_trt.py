@@ -7,9 +7,9 @@ ONNX -> TensorRT engine, for this machine's device, checked against ONNX Runtime
     python -m deploy.build_trt student.int8.onnx --int8 --target 10.3       (only whether that version takes the graph)
 
 Needs TensorRT 8.5 to 11.4, onnx and one of cuda-python and pycuda, on the machine that will run the engine; a check
-with --target needs onnx alone. The one ONNX file gives each TensorRT what it wants (`deploy.builder.recipe_for`): a
-graph whose types say everything to TensorRT 10 and 11, an FP32 graph and flags to TensorRT 8. Nothing falls back to
-another precision.
+with --target needs onnx alone. The one ONNX file gives each TensorRT what it wants
+(`deploy.tensorrt.builder.recipe_for`): a graph whose types say everything to TensorRT 10 and 11, an FP32 graph and
+flags to TensorRT 8. Nothing falls back to another precision.
 """
 
 from __future__ import annotations
@@ -23,7 +23,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Dict, List, Mapping, NamedTuple, Optional, Sequence
 
-from deploy.builder import (
+from deploy.contract import ModelContract, load_contract, read_sidecar
+from deploy.errors import ConfigError, EngineBuildError, MissingDependencyError, command
+from deploy.files import check_writable
+from deploy.runtime.golden import TOLERANCES, check_agreement, words_of_agreement
+from deploy.runtime.session import OrtSession, Session
+from deploy.tensorrt.builder import (
     SCALES,
     BuildOptions,
     Recipe,
@@ -37,17 +42,12 @@ from deploy.builder import (
     typing_of_version,
     write_engine,
 )
-from deploy.contract import ModelContract, load_contract, read_sidecar
-from deploy.errors import ConfigError, EngineBuildError, MissingDependencyError, command
-from deploy.files import check_writable
-from deploy.golden import TOLERANCES, check_agreement, words_of_agreement
-from deploy.session import OrtSession, Session
-from deploy.trt import PlanSession, describe_machine, load_cuda, load_tensorrt
+from deploy.tensorrt.session import PlanSession, describe_machine, load_cuda, load_tensorrt
 
 if TYPE_CHECKING:
     import onnx
 
-    from deploy.precision import TypedGraph
+    from deploy.graphs.precision import TypedGraph
 
 
 @command
@@ -92,7 +92,7 @@ class Machine(NamedTuple):
 
     trt: ModuleType
     here: Dict[str, str]
-    """Of `deploy.trt.describe_machine`."""
+    """Of `deploy.tensorrt.session.describe_machine`."""
     recipe: Recipe
     timing_cache: Optional[Path]
     verbose: bool
@@ -104,7 +104,7 @@ class Graph(NamedTuple):
     model: bytes
     float_tensors: Sequence[str]
     kept: Mapping[str, Sequence[str]]
-    """As `deploy.precision.TypedGraph`."""
+    """As `deploy.graphs.precision.TypedGraph`."""
     amax: Mapping[str, float]
     """Of activations that have Q/DQ."""
 
@@ -289,7 +289,7 @@ class Source(NamedTuple):
     @property
     def amax(self) -> Dict[str, float]:
         """Activation that has Q/DQ -> the largest absolute value that it holds."""
-        from deploy.calibration_cache import amax_from_quantised
+        from deploy.graphs.calibration_cache import amax_from_quantised
 
         return amax_from_quantised(self.model)
 
@@ -304,7 +304,7 @@ def read_source(path: Path, precision: str, data: Optional[Path]) -> Source:
         ConfigError: `data` is given for a graph that is quantised already.
         EngineBuildError: the graph and the precision do not go together.
     """
-    from deploy.precision import is_quantised
+    from deploy.graphs.precision import is_quantised
 
     source = _read(path)
     quantised = is_quantised(source.model)
@@ -318,7 +318,7 @@ def read_source(path: Path, precision: str, data: Optional[Path]) -> Source:
 
 
 def _read(path: Path) -> Source:
-    from deploy.graph import check_graph, check_static, load_onnx
+    from deploy.graphs.graph import check_graph, check_static, load_onnx
 
     contract = load_contract(path)
     model = load_onnx(path)
@@ -356,8 +356,8 @@ def quantised_file(path: Path, data: Optional[Path]) -> Path:
 
 def _checked_graph(source: Source, recipe: Recipe, version: str) -> TypedGraph:
     """The graph in the form of the recipe, of which TensorRT `version` takes every node; prints what stays FP32."""
-    from deploy.operators import check_operators
-    from deploy.precision import typed_graph
+    from deploy.graphs.operators import check_operators
+    from deploy.graphs.precision import typed_graph
 
     graph = typed_graph(source.model, recipe.graph, source.details)
     check_operators(graph.model, version)
@@ -400,7 +400,7 @@ def _layers(found: Dict[str, Any]) -> str:
 
 
 def _count_parameters(model: onnx.ModelProto) -> int:
-    from deploy.graph import count_parameters
+    from deploy.graphs.graph import count_parameters
 
     return count_parameters(model)
 

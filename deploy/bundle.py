@@ -5,9 +5,9 @@ Command: one archive with all that a board needs to build, check, measure and us
 
     tar xzf student.tar.gz && cd student && python3 run.py build     (on the board)
 
-In it: the ONNX files, each form of their graphs that a TensorRT from 8.5 to 11.4 may want (`deploy.precision`), the
-contract, fixed inputs with ONNX Runtime's outputs, those of our modules that run there, `run.py`, our licence, and a
-manifest with the hash of every file. Nothing of ours has to be installed on the board, nor onnx or ONNX Runtime. The
+In it: the ONNX files, each form of their graphs that a TensorRT from 8.5 to 11.4 may want (`deploy.graphs.precision`),
+the contract, fixed inputs with ONNX Runtime's outputs, those of our modules that run there, `run.py`, our licence, and
+a manifest with the hash of every file. Nothing of ours has to be installed on the board, nor onnx or ONNX Runtime. The
 same files give the same archive, byte for byte, as long as the packages that make it are the same.
 
 Needs onnx and onnxruntime. Reading an archive (`unpack`) needs neither.
@@ -34,27 +34,30 @@ from typing import IO, Any, Dict, List, Mapping, Optional, Sequence
 
 import numpy as np
 
-from deploy.board import BUNDLE_VERSION, golden_path
+from deploy.board.commands import BUNDLE_VERSION, golden_path
+from deploy.board.run import MANIFEST, fault_of_files
 from deploy.contract import OUTPUTS, load_contract, package_versions, read_sidecar, sidecar_path
 from deploy.errors import ConfigError, ContractError, PipelineError, command
 from deploy.files import AnyPath, check_writable, replacing, sha256_of
-from deploy.golden import SEEDS, noise_input
-from deploy.run import MANIFEST, fault_of_files
-from deploy.session import OrtSession
+from deploy.runtime.golden import SEEDS, noise_input
+from deploy.runtime.session import OrtSession
 
 SUFFIX = ".tar.gz"
 ROOT = Path(__file__).parents[1]
 MODULES = (
-    "benchmarks/__init__.py", "benchmarks/board.py", "benchmarks/coco.py", "benchmarks/environment.py",
-    "benchmarks/result.py",
-    "deploy/__init__.py", "deploy/board.py", "deploy/build_trt.py", "deploy/builder.py", "deploy/calibration_cache.py",
-    "deploy/contract.py", "deploy/dataset.py", "deploy/detect.py", "deploy/detector.py", "deploy/draw.py",
-    "deploy/errors.py", "deploy/files.py", "deploy/golden.py", "deploy/postprocess.py", "deploy/preprocess.py",
-    "deploy/progress.py", "deploy/run.py", "deploy/session.py", "deploy/trt.py",
+    "benchmarks/__init__.py", "benchmarks/boards/__init__.py", "benchmarks/boards/bench.py",
+    "benchmarks/measuring/__init__.py", "benchmarks/measuring/coco.py", "benchmarks/measuring/environment.py",
+    "benchmarks/measuring/result.py", "deploy/__init__.py", "deploy/board/__init__.py", "deploy/board/commands.py",
+    "deploy/board/run.py", "deploy/build_trt.py", "deploy/contract.py", "deploy/dataset.py", "deploy/detect.py",
+    "deploy/detector.py", "deploy/errors.py", "deploy/files.py", "deploy/graphs/__init__.py",
+    "deploy/graphs/calibration_cache.py", "deploy/progress.py", "deploy/runtime/__init__.py",
+    "deploy/runtime/draw.py", "deploy/runtime/golden.py", "deploy/runtime/postprocess.py",
+    "deploy/runtime/preprocess.py", "deploy/runtime/session.py", "deploy/tensorrt/__init__.py",
+    "deploy/tensorrt/builder.py", "deploy/tensorrt/session.py",
 )  # fmt: skip
 """What the commands of run.py import: Python 3.8 and numpy are enough for all but `detect`, which needs OpenCV."""
 FORMS = {"float": ("fp32", "fp16"), "int8": ("int8", "int8_fp32_scales", "fp32")}
-"""Kind of ONNX file -> the forms of its graph (`deploy.precision.GRAPHS`) that a board may want of it.
+"""Kind of ONNX file -> the forms of its graph (`deploy.graphs.precision.GRAPHS`) that a board may want of it.
 
 The FP32 form of an INT8 file is for a DLA that takes its ranges from a calibration cache.
 """
@@ -116,8 +119,8 @@ class Source:
     """An ONNX file that a bundle is made of, checked."""
 
     def __init__(self, path: Path) -> None:
-        from deploy.graph import check_graph, check_static, load_onnx
-        from deploy.precision import is_quantised
+        from deploy.graphs.graph import check_graph, check_static, load_onnx
+        from deploy.graphs.precision import is_quantised
 
         if path.suffix != ".onnx" or not NAME.fullmatch(path.name):
             raise ConfigError(
@@ -169,11 +172,11 @@ def _check_related(source: Source, quantised: Source) -> None:
 
 def files_of_bundle(sources: Mapping[str, Source]) -> Dict[str, bytes]:
     """Path inside the bundle's folder -> content. The manifest among them holds the hashes of the others."""
-    from deploy.calibration_cache import amax_from_quantised
-    from deploy.graph import count_parameters
+    from deploy.graphs.calibration_cache import amax_from_quantised
+    from deploy.graphs.graph import count_parameters
 
     files = {module: (ROOT / module).read_bytes() for module in MODULES}
-    files["run.py"] = (ROOT / "deploy" / "run.py").read_bytes()
+    files["run.py"] = (ROOT / "deploy" / "board" / "run.py").read_bytes()
     files["LICENSE"] = _licence()
     described = {}
     # Seen when the INT8 file was calibrated; they say of the float file, too, what FP16 cannot hold.
@@ -205,7 +208,7 @@ def files_of_bundle(sources: Mapping[str, Source]) -> Dict[str, bytes]:
 
 def _add_graphs(source: Source, ranges: Mapping[str, Any], files: Dict[str, bytes]) -> Dict[str, Any]:
     """Adds each form that `source` is good for to `files`; form -> its file and what stays FP32 in it."""
-    from deploy.precision import typed_graph
+    from deploy.graphs.precision import typed_graph
 
     described = {}
     for form in FORMS[source.kind]:

@@ -29,10 +29,10 @@ import numpy as np
 from deploy.contract import sidecar_path
 from deploy.dataset import read_image
 from deploy.detector import Detector
-from deploy.draw import draw
 from deploy.errors import ConfigError, DataError, PipelineError, command
 from deploy.files import check_writable, replacing
 from deploy.progress import progress
+from deploy.runtime.draw import draw
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")
 CODEC = int.from_bytes(b"mp4v", "little")

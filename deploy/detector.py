@@ -20,9 +20,9 @@ from deploy.contract import ModelContract
 from deploy.dataset import read_image
 from deploy.errors import ConfigError, DataError
 from deploy.files import AnyPath
-from deploy.postprocess import Detections, postprocess
-from deploy.preprocess import preprocess
-from deploy.session import open_session
+from deploy.runtime.postprocess import Detections, postprocess
+from deploy.runtime.preprocess import preprocess
+from deploy.runtime.session import open_session
 
 AnyImage = Union[AnyPath, np.ndarray]
 

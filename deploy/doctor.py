@@ -33,8 +33,8 @@ COMMANDS: Dict[str, Tuple[str, ...]] = {
     "crosskd.pipeline": (*TRAINING, "onnx", "onnxruntime", "onnxslim", "faster-coco-eval", "jinja2"),
     "crosskd.predict": TRAINING,
     "crosskd.shapes": ("numpy", "opencv"),
-    "crosskd.time_detector": TRAINING,
-    "crosskd.time_training": TRAINING,
+    "crosskd.workers.time_detector": TRAINING,
+    "crosskd.workers.time_training": TRAINING,
     "crosskd.train": TRAINING,
     "deploy.export": (*TRAINING, "onnx", "onnxruntime", "onnxslim"),
     "deploy.build_trt": ("numpy", "onnx", *ENGINE),
@@ -53,17 +53,17 @@ COMMANDS: Dict[str, Tuple[str, ...]] = {
     "calibration.sensitivity --metric error": ("numpy", "opencv", "onnx", "onnxruntime"),
     "benchmarks.accuracy MODEL.onnx": ("numpy", "opencv", "onnx", "onnxruntime", "faster-coco-eval"),
     "benchmarks.accuracy MODEL.engine": ("numpy", "opencv", "faster-coco-eval", *ENGINE),
-    "benchmarks.calibration_child": ("numpy", "opencv", "onnxruntime"),
-    "benchmarks.calibration methods": ("numpy", "opencv", "onnx", "onnxruntime", "faster-coco-eval"),
-    "benchmarks.calibration int8-aware": (*TRAINING, "opencv", "onnx", "onnxruntime", "faster-coco-eval"),
-    "benchmarks.calibration_tools": ("numpy", "opencv", "onnx", "onnxruntime", "faster-coco-eval"),
-    "benchmarks.distillation": (*TRAINING, "faster-coco-eval"),
+    "benchmarks.studies.tools_child": ("numpy", "opencv", "onnxruntime"),
+    "benchmarks.studies.calibration methods": ("numpy", "opencv", "onnx", "onnxruntime", "faster-coco-eval"),
+    "benchmarks.studies.calibration int8-aware": (*TRAINING, "opencv", "onnx", "onnxruntime", "faster-coco-eval"),
+    "benchmarks.studies.tools": ("numpy", "opencv", "onnx", "onnxruntime", "faster-coco-eval"),
+    "benchmarks.studies.distillation": (*TRAINING, "faster-coco-eval"),
     "benchmarks.fleet": ("numpy", "asyncssh"),
     "benchmarks.latency MODEL.onnx": ("numpy", "opencv", "onnx", "onnxruntime"),
     "benchmarks.latency MODEL.engine": ("numpy", "opencv", *ENGINE),
     "benchmarks.report": ("numpy", "opencv", "jinja2"),
     "benchmarks.session_overhead": ("numpy", "onnxruntime"),
-    "benchmarks.training_step": TRAINING,
+    "benchmarks.studies.training_step": TRAINING,
 }
 """Command, with what it is given where that matters -> what it needs."""
 TO_DO = {
@@ -225,7 +225,7 @@ def _kernel_driver() -> str:
 
 
 def _cuda_binding() -> Found:
-    from deploy.trt import load_cuda
+    from deploy.tensorrt.session import load_cuda
 
     try:
         load_cuda("running engines").close()
@@ -237,7 +237,7 @@ def _cuda_binding() -> Found:
 
 
 def _gpu() -> Found:
-    from deploy.trt import load_cuda
+    from deploy.tensorrt.session import load_cuda
 
     cuda = load_cuda("running engines")
     try:
@@ -252,7 +252,7 @@ def _gpu() -> Found:
 
 
 def _tensorrt() -> Found:
-    from deploy.trt import load_tensorrt
+    from deploy.tensorrt.session import load_tensorrt
 
     trt: Any = load_tensorrt("building and running engines")
     if not hasattr(trt.IExecutionContext, "execute_async_v3"):

@@ -2,10 +2,11 @@
 Checkpoint -> ONNX: `python -m deploy.export RUN_DIR -o student.onnx`.
 
 One file, one static graph: points and strides are constants, boxes are decoded and the best candidates of each level
-chosen in the graph. Non-maximum suppression stays outside (deploy/postprocess.py) or, with `--outputs nms`, follows in
-the graph. Only the number of images may be left open (`--batch dynamic`). The sidecar carries the model contract.
+chosen in the graph. Non-maximum suppression stays outside (deploy/runtime/postprocess.py) or, with `--outputs nms`,
+follows in the graph. Only the number of images may be left open (`--batch dynamic`). The sidecar carries the model
+contract.
 
-How a head's outputs become boxes is said by its family (crosskd/families).
+How a head's outputs become boxes is said by its family (crosskd/models/families).
 
 Needs the training packages (torch, mmdet) and onnx; it is the one file outside crosskd/ that may import them.
 """
@@ -224,8 +225,8 @@ def family_with_decoder(head_type: str) -> Any:
     Raises:
         ExportError: none that decodes boxes; the heads that have one are named.
     """
-    import crosskd.families  # noqa: F401  registers them
-    from crosskd.heads import FAMILIES, heads_with_decoder
+    import crosskd.models.families  # noqa: F401  registers them
+    from crosskd.models.heads import FAMILIES, heads_with_decoder
 
     if head_type not in heads_with_decoder():
         raise ExportError(
@@ -244,8 +245,8 @@ def onnx_from_detector(detector: Any, contract: ModelContract, path: Path) -> No
     """
     import torch
 
-    from crosskd.families.deform import deform_convolutions_of_standard_operators
-    from deploy.graph import check_graph, save_onnx
+    from crosskd.models.families.deform import deform_convolutions_of_standard_operators
+    from deploy.graphs.graph import check_graph, save_onnx
 
     with replacing(path) as temporary, deform_convolutions_of_standard_operators(), torch.no_grad():
         model = deployed_model(detector, contract)
@@ -275,7 +276,7 @@ def traced_graph(model: Any, contract: ModelContract, images: int, scratch: Path
     """
     import torch
 
-    from deploy.graph import load_onnx
+    from deploy.graphs.graph import load_onnx
 
     images_in = example_input(contract, images)
     names = [CANDIDATE + name for name in OUTPUTS["topk"]] if contract.outputs == "nms" else contract.output_names
@@ -405,7 +406,7 @@ def clean_graph(model: onnx.ModelProto, feed: Dict[str, Any]) -> onnx.ModelProto
     """
     import onnxslim
 
-    from deploy.graph import check_graph, check_static, share_equal_initializers
+    from deploy.graphs.graph import check_graph, check_static, share_equal_initializers
 
     model = onnxslim.slim(model)
     if any(node.op_type == "Shape" for node in model.graph.node):  # onnxslim cannot infer every one, as behind a Pad
@@ -454,7 +455,7 @@ def graph_of_any_batch(two: onnx.ModelProto, three: onnx.ModelProto) -> onnx.Mod
     import numpy as np
     from onnx import numpy_helper, shape_inference
 
-    from deploy.graph import initializers, remove_unused
+    from deploy.graphs.graph import initializers, remove_unused
 
     def differs(reason: str) -> ExportError:
         return ExportError(
@@ -506,8 +507,8 @@ def add_suppression(model: onnx.ModelProto, contract: ModelContract) -> None:
 
     As mmdet's `batched_nms`: the boxes of each class are moved to a place of their own, so that boxes overlap within
     their class only. Boxes are clipped to the network input before: the size of the image in it, to which
-    deploy/postprocess.py clips, the graph does not know. TensorRT looks at the best 5000 candidates of an image only
-    (facts: TensorRT, section 4). What NMS reads has to stay in float32, where large numbers keep their pixels.
+    deploy/runtime/postprocess.py clips, the graph does not know. TensorRT looks at the best 5000 candidates of an image
+    only (facts: TensorRT, section 4). What NMS reads has to stay in float32, where large numbers keep their pixels.
     """
     import numpy as np
     from onnx import TensorProto, helper, numpy_helper

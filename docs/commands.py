@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
-from deploy import run
+from deploy.board import run
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "commands.md"
@@ -27,7 +27,7 @@ FOLDERS = {
     "benchmarks": ("Measuring and judging", ("accuracy", "latency", "report", "fleet")),
 }
 """Folder -> title and its commands in the order of use; those not named here come after these."""
-SUBCOMMANDS = {"benchmarks.calibration": ("methods", "int8-aware")}
+SUBCOMMANDS = {"benchmarks.studies.calibration": ("methods", "int8-aware")}
 """Command -> words whose own help is shown, too."""
 HEAD = """\
 <!-- Written by `make docs` with Python {version}: do not edit. -->
@@ -69,12 +69,12 @@ def python_version() -> str:
 def command_names(folder: str, first: tuple[str, ...]) -> list[str]:
     """The modules of a folder that are commands, `first` first; but for the runner inside bundles."""
     names = [
-        path.stem
-        for path in sorted((ROOT / folder).glob("*.py"))
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for path in sorted((ROOT / folder).rglob("*.py"))
         if 'if __name__ == "__main__"' in path.read_text(encoding="utf-8") and path != Path(run.__file__)
     ]
-    names.sort(key=lambda name: first.index(name) if name in first else len(first))
-    return [f"{folder}.{name}" for name in names]
+    order = [f"{folder}.{name}" for name in first]
+    return sorted(names, key=lambda name: order.index(name) if name in order else len(order))
 
 
 def help_of(command: Callable[[list[str]], int], *words: str) -> str:

@@ -12,11 +12,11 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = [
-    f"{package}.{path.stem}"
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
     for package in ("crosskd", "deploy", "calibration", "benchmarks")
-    for path in sorted((ROOT / package).glob("*.py"))
+    for path in sorted((ROOT / package).rglob("*.py"))
     if 'if __name__ == "__main__"' in path.read_text(encoding="utf-8")
-    and path != ROOT / "deploy" / "run.py"  # the runner inside bundles
+    and path != ROOT / "deploy" / "board" / "run.py"  # the runner inside bundles
 ]
 HEAVY = (
     "torch",
@@ -40,8 +40,8 @@ print("HEAVY", sorted(set(sys.modules) & set(sys.argv[2:])))
 """
 BAD_INPUT = {
     "benchmarks.fleet": ["nope.toml", "nope.tar.gz", "-o", "out"],
-    "benchmarks.calibration": ["methods", "x=nope.onnx:nope", "-o", "out"],
-    "benchmarks.calibration_child": [
+    "benchmarks.studies.calibration": ["methods", "x=nope.onnx:nope", "-o", "out"],
+    "benchmarks.studies.tools_child": [
         "modelopt",
         "nope.onnx",
         "--method",
@@ -53,7 +53,7 @@ BAD_INPUT = {
         "-o",
         "out.onnx",
     ],
-    "benchmarks.calibration_tools": ["nope.onnx", "--data", "nope", "-o", "out"],
+    "benchmarks.studies.tools": ["nope.onnx", "--data", "nope", "-o", "out"],
     "calibration.audit": ["nope.onnx"],
     "calibration.statistics": ["nope.npz"],
     "calibration.sensitivity": ["nope.onnx", "--data", "nope", "-o", "out.json"],
@@ -63,8 +63,8 @@ BAD_INPUT = {
     "crosskd.pipeline": ["nope.py", "--data", "nope", "-o", "out"],
     "crosskd.predict": ["nope", "--annotations", "nope.json", "--images-dir", "nope", "-o", "out.json"],
     "crosskd.shapes": ["out", "--images", "1"],
-    "crosskd.time_detector": ["nope", "nope.png"],
-    "crosskd.time_training": ["nope.py", "--variant", "student", "-o", "out.json"],
+    "crosskd.workers.time_detector": ["nope", "nope.png"],
+    "crosskd.workers.time_training": ["nope.py", "--variant", "student", "-o", "out.json"],
     "crosskd.train": ["nope.py", "--data", "nope", "-o", "out"],
     "deploy.build_trt": ["nope.onnx", "--fp16", "-o", "out.engine"],
     "deploy.bundle": ["nope.onnx", "-o", "out.tar.gz"],
@@ -72,11 +72,11 @@ BAD_INPUT = {
     "deploy.export": ["nope", "-o", "out.onnx"],
     "calibration.quantize": ["nope.onnx", "--data", "nope", "-o", "out.onnx"],
     "benchmarks.accuracy": ["nope.onnx", "--data", "nope", "-o", "out.result.json"],
-    "benchmarks.distillation": ["bccd", "--data", "nope", "-o", "out"],
+    "benchmarks.studies.distillation": ["bccd", "--data", "nope", "-o", "out"],
     "benchmarks.latency": ["nope.onnx", "--data", "nope", "-o", "out.result.json"],
     "benchmarks.report": ["nope.result.json", "-o", "out.html"],
     "benchmarks.session_overhead": ["nope.onnx", "-o", "out.json"],
-    "benchmarks.training_step": ["nope.py", "-o", "out.json"],
+    "benchmarks.studies.training_step": ["nope.py", "-o", "out.json"],
 }
 WITHOUT_INPUT = ("deploy.doctor",)
 

@@ -16,9 +16,9 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional
 
-from crosskd.checkpoint import state_of_checkpoint
-from crosskd.families.gfl import GFLFamily
-from crosskd.heads import register_family
+from crosskd.models.checkpoint import state_of_checkpoint
+from crosskd.models.families.gfl import GFLFamily
+from crosskd.models.heads import register_family
 from deploy.errors import command
 from deploy.files import replacing
 

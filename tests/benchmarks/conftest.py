@@ -9,9 +9,9 @@ import cv2
 import numpy as np
 import pytest
 
-from benchmarks.coco import METRICS
-from benchmarks.detections import write_detections
-from benchmarks.result import STAGES, STATISTICS, write_result
+from benchmarks.measuring.coco import METRICS
+from benchmarks.measuring.detections import write_detections
+from benchmarks.measuring.result import STAGES, STATISTICS, write_result
 from deploy.contract import ModelContract, write_sidecar
 from deploy.files import sha256_of
 

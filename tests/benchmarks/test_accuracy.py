@@ -7,13 +7,14 @@ import tracemalloc
 
 import pytest
 
-from benchmarks import accuracy, subject
-from benchmarks.result import read_result
+from benchmarks import accuracy
+from benchmarks.measuring import subject
+from benchmarks.measuring.result import read_result
 from deploy.contract import load_contract, write_sidecar
 from deploy.dataset import load_split
 from deploy.errors import MeasurementError
 from deploy.files import sha256_of
-from deploy.session import open_session
+from deploy.runtime.session import open_session
 
 
 def run(*words):
@@ -140,7 +141,7 @@ def test_a_failure_while_writing_leaves_no_result(data_dir, detector, tmp_path, 
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr("benchmarks.result.write_json", fail)
+    monkeypatch.setattr("benchmarks.measuring.result.write_json", fail)
     with pytest.raises(OSError, match="disk full"):
         run(detector(), "--data", data_dir, "-o", tmp_path / "x.result.json")
     assert not (tmp_path / "x.result.json").exists()

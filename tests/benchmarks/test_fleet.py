@@ -21,16 +21,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import fleet, ssh
-from benchmarks.board_list import Board, boards_from_file
-from benchmarks.result import STAGES, STATISTICS, read_result, write_result
-from benchmarks.wording import UNKNOWN
-from deploy.board import BUNDLE_VERSION
+from benchmarks import fleet
+from benchmarks.boards import ssh
+from benchmarks.boards.list import Board, boards_from_file
+from benchmarks.measuring.result import STAGES, STATISTICS, read_result, write_result
+from benchmarks.reporting.wording import UNKNOWN
+from deploy.board.commands import BUNDLE_VERSION
+from deploy.board.run import MANIFEST
 from deploy.bundle import main as make_bundle
 from deploy.bundle import pack
 from deploy.contract import sidecar_path, write_sidecar
 from deploy.errors import ConfigError
-from deploy.run import MANIFEST
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "boards.example.toml"
 STAND_INS = Path(__file__).parents[1] / "deploy" / "conftest.py"

@@ -9,11 +9,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from benchmarks import environment, latency, power
-from benchmarks.result import STAGES, STATISTICS, read_result
+from benchmarks import latency
+from benchmarks.measuring import environment, power
+from benchmarks.measuring.result import STAGES, STATISTICS, read_result
 from deploy.contract import write_sidecar
 from deploy.errors import ContractError
-from deploy.session import OrtSession
+from deploy.runtime.session import OrtSession
 
 CPU_STAGES = {"read", "preprocess", "inference", "postprocess", "total"}
 

@@ -10,7 +10,7 @@ from onnx import numpy_helper, parser
 from calibration.audit import FLOAT, INT8, WEIGHT_ONLY, audit, main, table_from_audit
 from deploy.contract import sidecar_path, write_sidecar
 from deploy.errors import CalibrationError
-from deploy.graph import initializers
+from deploy.graphs.graph import initializers
 
 HEADER = """
     <ir_version: 8, opset_import: ["" : 17]>

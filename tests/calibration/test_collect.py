@@ -23,7 +23,7 @@ from calibration.statistics import Collected
 from deploy.dataset import load_split, read_image
 from deploy.errors import CalibrationError, ConfigError, DataError
 from deploy.files import sha256_of
-from deploy.preprocess import preprocess
+from deploy.runtime.preprocess import preprocess
 
 
 def test_choice_is_seeded_and_independent_of_order(data_dir):

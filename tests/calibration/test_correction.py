@@ -12,8 +12,8 @@ from calibration.placement import Graph, node_name
 from calibration.ranges import PERCENTILE
 from calibration.recipe import Recipe, tensors_of_any_choice
 from deploy.dataset import read_image
-from deploy.graph import constants
-from deploy.preprocess import preprocess
+from deploy.graphs.graph import constants
+from deploy.runtime.preprocess import preprocess
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ from onnx import numpy_helper
 
 from calibration.placement import PLACEMENTS, Graph
 from calibration.quantize import main
-from deploy.calibration_cache import amax_from_quantised, read_cache, write_cache
 from deploy.contract import load_contract, read_sidecar, write_sidecar
 from deploy.files import sha256_of
-from deploy.graph import initializers, load_onnx
+from deploy.graphs.calibration_cache import amax_from_quantised, read_cache, write_cache
+from deploy.graphs.graph import initializers, load_onnx
 
 WEIGHTS = "5e" * 32
 """SHA-256 of weights."""

@@ -9,8 +9,8 @@ from calibration.measure import OutputError, _errors, accuracy_numbers, saved
 from calibration.placement import Graph, node_name
 from deploy.contract import load_contract, write_sidecar
 from deploy.errors import CalibrationError
-from deploy.graph import initializers
-from deploy.postprocess import Detections
+from deploy.graphs.graph import initializers
+from deploy.runtime.postprocess import Detections
 
 NAMES = [
     "node_stem", "node_plain1", "node_plain2", "node_down1", "node_down2", "node_down_skip",

@@ -16,7 +16,7 @@ from calibration.placement import (
 )
 from calibration.qdq import quantize_graph
 from deploy.errors import ConfigError
-from deploy.graph import check_graph, consumers, initializers
+from deploy.graphs.graph import check_graph, consumers, initializers
 
 PREDICTIONS = ["prediction_3", "prediction_4"]
 QUANTIZED = [

@@ -8,8 +8,8 @@ import onnxruntime
 from onnx import TensorProto, numpy_helper
 
 from deploy.dataset import load_split, read_image
-from deploy.graph import check_graph, count_parameters, initializers, producers
-from deploy.preprocess import preprocess
+from deploy.graphs.graph import check_graph, count_parameters, initializers, producers
+from deploy.runtime.preprocess import preprocess
 
 PREDICTIONS = ["prediction_3", "prediction_4"]
 QUANTIZED = [

@@ -19,14 +19,14 @@ from calibration.collect import choose_images
 from calibration.quantize import main
 from calibration.ranges import METHODS
 from calibration.search import journal_path
-from deploy.calibration_cache import amax_from_quantised
 from deploy.contract import load_contract, read_sidecar, sidecar_path, write_sidecar
 from deploy.dataset import read_image
 from deploy.files import sha256_of
-from deploy.graph import initializers, load_onnx, save_onnx
-from deploy.postprocess import postprocess
-from deploy.preprocess import preprocess
-from deploy.session import OrtSession
+from deploy.graphs.calibration_cache import amax_from_quantised
+from deploy.graphs.graph import initializers, load_onnx, save_onnx
+from deploy.runtime.postprocess import postprocess
+from deploy.runtime.preprocess import preprocess
+from deploy.runtime.session import OrtSession
 
 PREDICTIONS = ["prediction_3", "prediction_4"]
 QUANTIZED = [

@@ -13,7 +13,7 @@ pytest.importorskip("mmengine")
 
 from crosskd import distill, train  # noqa: E402
 from crosskd.config import load_config  # noqa: E402
-from crosskd.detector import detector_from_config  # noqa: E402
+from crosskd.models.detector import detector_from_config  # noqa: E402
 from crosskd.shapes import write_shapes  # noqa: E402
 
 CONFIGS = Path(__file__).parent / "configs"

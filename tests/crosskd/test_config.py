@@ -23,7 +23,7 @@ from crosskd.config import (
     set_classes,
     set_data,
 )
-from crosskd.detector import CrossKDDetector, detector_from_config
+from crosskd.models.detector import CrossKDDetector, detector_from_config
 from deploy.dataset import load_coco
 from deploy.errors import ConfigError, DataError
 

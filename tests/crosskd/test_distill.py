@@ -22,7 +22,7 @@ from deploy.files import sha256_of
 
 LOADS_WITHOUT_CROSSKD = """
 import sys, torch
-from crosskd.ops import register_mmcv_ops
+from crosskd.models.ops import register_mmcv_ops
 register_mmcv_ops()  # mmdet does not import without; nothing else of this project is used
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
@@ -46,7 +46,7 @@ def test_the_student_loads_into_mmdets_own_detector_in_a_fresh_process(student_r
         capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2],
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "mmdet.models.detectors.gfl ['crosskd', 'crosskd.ops']"
+    assert done.stdout.splitlines()[-1] == "mmdet.models.detectors.gfl ['crosskd', 'crosskd.models.ops']"
 
 
 def test_the_sidecar_names_the_teacher(student_run: Path, teacher_run: Path) -> None:

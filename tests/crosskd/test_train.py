@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from crosskd import train
-from crosskd.detector import CrossKDDetector
+from crosskd.models.detector import CrossKDDetector
 from deploy.contract import read_sidecar
 from deploy.files import sha256_of
 

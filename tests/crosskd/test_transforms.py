@@ -12,7 +12,7 @@ from mmengine.dataset import Compose, pseudo_collate
 
 from crosskd.config import load_config
 from deploy.export import contract_from_config
-from deploy.preprocess import preprocess
+from deploy.runtime.preprocess import preprocess
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,10 @@ from deploy import build_trt
 from deploy.build_trt import main
 from deploy.contract import sidecar_path, write_sidecar
 from deploy.errors import MissingDependencyError
-from deploy.golden import noise_input
-from deploy.precision import BEHIND
-from deploy.session import OrtSession
-from deploy.trt import TrtSession
+from deploy.graphs.precision import BEHIND
+from deploy.runtime.golden import noise_input
+from deploy.runtime.session import OrtSession
+from deploy.tensorrt.session import TrtSession
 
 onnx = pytest.importorskip("onnx")
 File = Callable[..., Path]

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 
 from deploy import bundle
+from deploy.board.run import MANIFEST
 from deploy.bundle import MODULES, ROOT, main, pack, unpack
 from deploy.contract import ModelContract, sidecar_path, write_sidecar
 from deploy.errors import ContractError, PipelineError
-from deploy.golden import noise_input
-from deploy.run import MANIFEST
-from deploy.session import OrtSession
+from deploy.runtime.golden import noise_input
+from deploy.runtime.session import OrtSession
 
 onnx = pytest.importorskip("onnx")
 File = Callable[..., Path]
@@ -147,7 +147,7 @@ def test_a_full_disk_leaves_nothing(
 
 def test_the_modules_are_closed_under_import() -> None:
     """What a shipped module imports of ours is shipped, but for what needs onnx and never runs on a board."""
-    needs_onnx = {"deploy/graph.py", "deploy/operators.py", "deploy/precision.py"}
+    needs_onnx = {"deploy/graphs/graph.py", "deploy/graphs/operators.py", "deploy/graphs/precision.py"}
     for module in MODULES:
         for node in ast.walk(ast.parse((ROOT / module).read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(("deploy.", "benchmarks.")):

@@ -12,8 +12,8 @@ import pytest
 
 from deploy import detect
 from deploy.detector import Detector
-from deploy.draw import colour_of, draw
-from deploy.postprocess import Detections
+from deploy.runtime.draw import colour_of, draw
+from deploy.runtime.postprocess import Detections
 
 ROOT = Path(__file__).parents[2]
 SCORE = 0.6

@@ -15,9 +15,9 @@ from deploy import Detector
 from deploy.contract import ModelContract
 from deploy.dataset import read_image
 from deploy.errors import ConfigError, ContractError, DataError
-from deploy.postprocess import Detections, postprocess
-from deploy.preprocess import preprocess
-from deploy.session import OrtSession, Session
+from deploy.runtime.postprocess import Detections, postprocess
+from deploy.runtime.preprocess import preprocess
+from deploy.runtime.session import OrtSession, Session
 
 ROOT = Path(__file__).parents[2]
 LIGHT = """

@@ -19,9 +19,9 @@ pytest.importorskip("mmengine")
 
 
 from crosskd import adopt  # noqa: E402
-from crosskd.checkpoint import save_detector_weights  # noqa: E402
 from crosskd.config import load_config, overrides_from_arguments, set_classes  # noqa: E402
-from crosskd.detector import detector_from_config  # noqa: E402
+from crosskd.models.checkpoint import save_detector_weights  # noqa: E402
+from crosskd.models.detector import detector_from_config  # noqa: E402
 from crosskd.predict import predictor  # noqa: E402
 from crosskd.shapes import write_shapes  # noqa: E402
 from crosskd.training import load_run  # noqa: E402
@@ -29,11 +29,11 @@ from deploy import export  # noqa: E402
 from deploy.contract import ModelContract, load_contract, write_sidecar  # noqa: E402
 from deploy.dataset import CocoImage, load_coco, read_image, split_paths  # noqa: E402
 from deploy.errors import ExportError  # noqa: E402
-from deploy.graph import count_parameters, load_onnx  # noqa: E402
-from deploy.operators import check_operators  # noqa: E402
-from deploy.postprocess import postprocess  # noqa: E402
-from deploy.preprocess import preprocess  # noqa: E402
-from deploy.session import OrtSession  # noqa: E402
+from deploy.graphs.graph import count_parameters, load_onnx  # noqa: E402
+from deploy.graphs.operators import check_operators  # noqa: E402
+from deploy.runtime.postprocess import postprocess  # noqa: E402
+from deploy.runtime.preprocess import preprocess  # noqa: E402
+from deploy.runtime.session import OrtSession  # noqa: E402
 
 TINY = Path(__file__).parents[1] / "crosskd" / "configs" / "gfl_tiny.py"
 THRESHOLD = "model.test_cfg.score_thr=0.05"
@@ -275,7 +275,7 @@ def test_score_voting_is_said_to_be_left_out() -> None:
 
 
 def test_every_head_that_can_be_distilled_can_be_exported() -> None:
-    from crosskd.heads import FAMILIES, heads_with_decoder
+    from crosskd.models.heads import FAMILIES, heads_with_decoder
 
     assert heads_with_decoder() == sorted(FAMILIES)
     own = {name for name, family in FAMILIES.items() if type(family).__module__.startswith("crosskd.")}
@@ -349,7 +349,7 @@ def test_pixels_in_give_the_detections_of_normalised_pixels(
 
 def test_a_backbone_of_windows_is_exported_without_shape_arithmetic(shapes_dir: Path, tmp_path: Path) -> None:
     pytest.importorskip("timm")
-    from crosskd.backbones import fit_to_backbone
+    from crosskd.models.backbones import fit_to_backbone
 
     config = load_config(TINY, {"model.test_cfg.score_thr": 0.05})
     swin = {"img_size": (64, 96), "embed_dim": 16, "depths": (1, 2, 1, 1), "num_heads": (1, 2, 2, 2)}

@@ -13,8 +13,8 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("mmengine")
 
-import crosskd.families  # noqa: F401  registers them
-from crosskd.heads import FAMILIES
+import crosskd.models.families  # noqa: F401  registers them
+from crosskd.models.heads import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "add-a-head.md").read_text()

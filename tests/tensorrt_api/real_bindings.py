@@ -172,7 +172,7 @@ BUILDS = (
 
 def main(folder: Path) -> None:
     from deploy.build_trt import main as build
-    from deploy.trt import TrtSession
+    from deploy.tensorrt.session import TrtSession
 
     models(folder)
     for number, (name, *options) in enumerate(BUILDS):

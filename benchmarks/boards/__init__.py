@@ -1,0 +1,1 @@
+"""Boards: their list, SSH to them, and what measures on them."""

@@ -1,0 +1,284 @@
+"""
+SSH to a board, as `benchmarks.fleet` needs it: files there and back, and one command at a time, each with a deadline.
+
+Keys alone are tried: of the agent, of key files, as ~/.ssh/config says. It may also name a ProxyJump, whose host key is
+looked up as it says; that of the board is always compared with known hosts, whatever it says.
+
+The package is asyncssh (EPL-2.0, used as it is): it reads ~/.ssh/config, its calls can be ended at a deadline, and it
+needs little more than `cryptography`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import posixpath
+import shlex
+import time
+from pathlib import Path
+from typing import Any, AsyncIterator, Awaitable, List, Mapping, Optional, TypeVar
+
+from benchmarks.boards.list import Board
+from deploy.errors import MeasurementError, MissingDependencyError
+
+CONNECT_S = 30.0
+KEEPALIVE_S = 15.0
+"""A board that answers none of three such questions has gone."""
+CLOSE_S = 3.0
+GRACE_S = 30.0
+"""What the board gets, after its own deadline for a command, to end it and to say so."""
+KILL_AFTER_S = 10
+ENDED_LATE = (124, 137, 143)
+"""Status of `timeout` after its limit: coreutils' after TERM, both after KILL, busybox's after TERM."""
+KNOWN_HOSTS = ("~/.ssh/known_hosts", "/etc/ssh/ssh_known_hosts")
+MOST_OUTPUT = 1 << 20
+"""Bytes of a command's output that are kept, the last ones."""
+
+T = TypeVar("T")
+
+
+class BoardError(MeasurementError):
+    """A board cannot be reached, or does not do what it was asked."""
+
+
+class CommandError(BoardError):
+    """A command on a board failed or took too long; the board itself still answers."""
+
+
+def check_asyncssh() -> None:
+    """Raises MissingDependencyError if the package is not installed."""
+    try:
+        import asyncssh  # noqa: F401
+    except ImportError as error:
+        raise MissingDependencyError("asyncssh", "benchmarks.fleet", "pip install 'crosskd[fleet]'") from error
+
+
+@contextlib.asynccontextmanager
+async def connected(board: Board) -> AsyncIterator[Remote]:
+    """
+    Yields the open connection to `board`.
+
+    Raises:
+        BoardError: it does not answer, its host key is not the known one, or it takes none of our keys.
+    """
+    connection = await _connect(board)
+    try:
+        sftp = await _within(CONNECT_S, "no files can be sent (SFTP)", connection.start_sftp_client())
+        home = await _within(CONNECT_S, "no home folder", sftp.realpath("."))
+        yield Remote(board, connection, sftp, home)
+    finally:
+        connection.close()
+        with contextlib.suppress(BoardError):
+            await _within(CLOSE_S, "not closed", connection.wait_closed())
+        connection.abort()
+
+
+async def _connect(board: Board) -> Any:
+    import asyncssh
+
+    known = _KnownHosts(board)
+    given = {"port": board.port, "username": board.user, "client_keys": [str(board.key)] if board.key else None}
+    connecting = asyncssh.connect(
+        board.host,
+        **{name: value for name, value in given.items() if value is not None},
+        known_hosts=known.match,
+        preferred_auth=["publickey"],
+        password_auth=False,
+        kbdint_auth=False,
+        gss_auth=False,
+        gss_kex=False,
+        host_based_auth=False,
+        agent_forwarding=False,
+        x11_forwarding=False,
+        keepalive_interval=KEEPALIVE_S,
+    )
+    try:
+        return await _within(CONNECT_S, f"no connection to {board.host}", connecting)
+    except ValueError as error:  # a key that cannot be read, or ~/.ssh/config
+        raise BoardError(
+            f"no connection to {board.host}: {printable(str(error))}. See {board.key or '~/.ssh/config'}; a key that "
+            "has a passphrase goes into the agent (ssh-add), and `key` is left out"
+        ) from error
+    except BoardError as error:
+        if isinstance(error.__cause__, asyncssh.HostKeyNotVerifiable):
+            raise BoardError(known.words(error)) from error
+        if isinstance(error.__cause__, asyncssh.PermissionDenied):
+            raise BoardError(
+                f"{error}, none of our keys will do; put the public key into its authorized_keys (ssh-copy-id), and "
+                "see that boards.toml names its user and key, or that ssh-add -l lists the key"
+            ) from error
+        raise
+
+
+class _KnownHosts:
+    """Looks the board up among the known hosts, and remembers what it found."""
+
+    def __init__(self, board: Board) -> None:
+        files = [board.known_hosts] if board.known_hosts else [Path(name).expanduser() for name in KNOWN_HOSTS]
+        self._files = [str(path) for path in files if path.is_file()]
+        self._host, self._is_known = "", False
+
+    def match(self, host: str, address: str, port: Optional[int]) -> Any:
+        """What asyncssh asks of `known_hosts`: the host, and its port if that is not 22."""
+        import asyncssh
+
+        self._host = f"[{host}]:{port}" if port else host
+        found = asyncssh.match_known_hosts(self._files, host, address, port)
+        self._is_known = bool(found[0])
+        return found
+
+    def words(self, error: BoardError) -> str:
+        """What to do about a host key that is not the known one."""
+        if not self._host:  # the board was not reached
+            return f"{error}, which is a ProxyJump; connect once with ssh, and compare the fingerprint"
+        files = ", ".join(self._files) or "known hosts (there is no such file)"
+        if self._is_known:
+            return (
+                f"the host key of {self._host} is not the one in {files}: the board was set up anew, or another "
+                f"machine answers in its place. Find out which; in the first case ssh-keygen -R '{self._host}', then "
+                "connect once with ssh and compare the fingerprint"
+            )
+        return (
+            f"the host key of {self._host} is not in {files}; connect once with ssh, and compare the fingerprint with "
+            "that on the board (ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub)"
+        )
+
+
+class Remote:
+    """An open connection to a board."""
+
+    def __init__(self, board: Board, connection: Any, sftp: Any, home: str) -> None:
+        self.board = board
+        self._connection, self._sftp, self._home = connection, sftp, home
+
+    def path(self, path: str) -> str:
+        """`path` with the home folder on the board in place of ~."""
+        return posixpath.join(self._home, path[2:]) if path.startswith("~/") else path
+
+    async def upload(self, local: Path, remote: str) -> bool:
+        """
+        Copies the folder `local`; False if `remote` is there already.
+
+        Each file is renamed when it is whole, and so is the folder: what a cut leaves behind, the next call goes on
+        from. Whether the contents are right, run.py says by the manifest's hashes.
+
+        Raises:
+            BoardError: the connection is lost, it takes longer than the board's timeout_s, or its disk is full.
+        """
+        return await _within(self.board.timeout_s, "upload", self._upload(local, remote))
+
+    async def _upload(self, local: Path, remote: str) -> bool:
+        if await self._sftp.exists(remote):
+            return False
+        part = f"{remote}.part"
+        for path in sorted(path for path in local.rglob("*") if path.is_file()):
+            target = f"{part}/{path.relative_to(local).as_posix()}"
+            if not await self._sftp.exists(target):
+                await self._sftp.makedirs(posixpath.dirname(target), exist_ok=True)
+                await self._sftp.put(str(path), f"{target}.part")
+                await self._sftp.posix_rename(f"{target}.part", target)
+        await self._sftp.rename(part, remote)
+        return True
+
+    async def read(self, path: str, most: int) -> Optional[bytes]:
+        """
+        The content of a file, at most the first `most` bytes; None if there is none.
+
+        Raises:
+            BoardError: it cannot be read, or the connection is lost.
+        """
+        return await _within(CONNECT_S, path, self._read(path, most))
+
+    async def _read(self, path: str, size: int) -> Optional[bytes]:
+        if not await self._sftp.exists(path):
+            return None
+        async with self._sftp.open(path, "rb") as file:
+            return await file.read(size)
+
+    async def run(self, folder: str, words: List[str], output: bytearray) -> None:
+        """
+        Runs `run.py WORDS` in `folder`. The board itself ends it after timeout_s, even if the connection is lost.
+
+        Args:
+            output: stdout and stderr are appended, whatever happens; the last MOST_OUTPUT bytes of them are kept.
+
+        Raises:
+            CommandError: it failed, or took longer than timeout_s.
+            BoardError: the connection is lost, or the board does not answer any more.
+        """
+        limit_s = self.board.timeout_s
+        command = command_line(folder, self.path(self.board.python), words, self.board.environment, limit_s)
+        start = time.monotonic()
+        process = await _within(CONNECT_S, "no command can be run", self._start(command))
+        try:
+            await _within(limit_s + GRACE_S, "nothing more from the board", _drain(process, output))
+        finally:
+            if process.exit_status is None:
+                process.terminate()  # OpenSSH before 7.9, or as root, refuses; there its own deadline ends it
+        if process.exit_status is None:
+            raise BoardError("the connection was lost")
+        if process.exit_status in ENDED_LATE and time.monotonic() - start >= limit_s:
+            raise CommandError(f"not done after {limit_s:g} s (timeout_s), so it was ended")
+        if process.exit_signal:
+            signal = printable(process.exit_signal[0])
+            raise CommandError(f"ended by the signal {signal}" + (": out of memory?" if signal == "KILL" else ""))
+        if process.exit_status != 0:
+            raise CommandError(_reason(output, process.exit_status, folder))
+
+    async def _start(self, command: str) -> Any:
+        import asyncssh
+
+        return await self._connection.create_process(
+            command, stdin=asyncssh.DEVNULL, stderr=asyncssh.STDOUT, encoding=None, request_pty=False
+        )
+
+
+async def _drain(process: Any, output: bytearray) -> None:
+    """Reads until the command ends, so that it never waits for us."""
+    while True:
+        block = await process.stdout.read(1 << 16)
+        if not block:
+            break
+        output += block
+        del output[:-MOST_OUTPUT]
+    await process.wait_closed()
+
+
+def command_line(folder: str, python: str, words: List[str], environment: Mapping[str, str], limit_s: float) -> str:
+    """
+    The one command that is ever run on a board, for its shell: our run.py, with an end.
+
+    -u, so that what was printed is not lost when it is ended; whole seconds, since busybox knows no others.
+    """
+    variables = [f"{name}={value}" for name, value in environment.items()]
+    limit = ["timeout", "-k", str(KILL_AFTER_S), str(math.ceil(limit_s))]
+    run = ["env", *variables, *limit, python, "-u", "run.py", *words]
+    return f"cd {shlex.quote(folder)} && exec {' '.join(map(shlex.quote, run))}"
+
+
+def _reason(output: bytearray, status: int, folder: str) -> str:
+    """Why a command failed: its own last error, or its last line."""
+    lines = [line for line in output.decode(errors="replace").splitlines() if line.strip()]
+    errors = [line[len("error: ") :] for line in lines if line.startswith("error: ")]
+    reason = printable((errors or lines or [f"ended with status {status}, without a word"])[-1])
+    if "Unpack the bundle again" in reason:
+        reason += f" (remove {folder} on the board, and run this command again)"
+    return reason
+
+
+def printable(text: str) -> str:
+    """What a board sent, in one line that no terminal obeys."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)[:500].strip()
+
+
+async def _within(seconds: float, what: str, work: Awaitable[T]) -> T:
+    """The result of `work`. Raises BoardError, which starts with `what`, if it fails or takes longer."""
+    import asyncssh
+
+    try:
+        return await asyncio.wait_for(work, seconds)
+    except asyncio.TimeoutError as error:  # an OSError from Python 3.11 on
+        raise BoardError(f"{what}: no answer within {seconds:g} s") from error
+    except (asyncssh.Error, OSError) as error:
+        raise BoardError(f"{what}: {printable(str(error)) or type(error).__name__}") from error

@@ -1,0 +1,1 @@
+"""What is measured, on what, and how sure it is: environment, power, COCO metrics, result files."""

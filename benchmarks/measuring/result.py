@@ -1,0 +1,191 @@
+"""
+Versioned result files: what was measured, of which file, on which images, where, and the numbers.
+
+`accuracy` and `latency` write them, `report` reads them. The versions of the format:
+
+1: the first.
+2: every file has the hash of its own content (`content_sha256`). Accuracy: `detections` names the file beside the
+   result that holds them, in place of `samples`; `numbers` also has `best_f1`, `best_f1_per_class`, `found_scores`,
+   `pr_curves`, `bootstrap` and `against`. Latency: the stages `read`, `host_to_device` and `device_to_host`, null where
+   a runtime has none; the statistics `p95` and `max`; whether runs compare, memory, power, throughput.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Dict, Mapping, Sequence, Tuple, Union
+
+import numpy as np
+
+from benchmarks.measuring.coco import METRICS
+from deploy.contract import RESULT_VERSION, check_seal, provenance, sealed
+from deploy.errors import MeasurementError
+from deploy.files import AnyPath, read_json, write_json
+
+STAGES = ("read", "preprocess", "host_to_device", "inference", "device_to_host", "postprocess", "total")
+"""Of a detection. `total` is all of it but for `read`, from the decoded image to the detections."""
+STATISTICS = ("median", "mean", "p90", "p95", "p99", "max")
+LEAST_RUNS = 10
+UNSTABLE = "it is unstable"
+"""Begins that reason of `comparable_reasons`: runs that scatter, which the bounds of a number say already."""
+UNSTABLE_SPREAD = 0.1
+"""Interquartile range over median above which a run is called unstable (as torch.utils.benchmark does)."""
+
+_NUMBER = (int, float)
+_NUMBER_OR_NULL = (int, float, type(None))
+_STRING_OR_NULL = (str, type(None))
+_COMMON: Dict[str, Any] = {
+    "kind": str,
+    "role": str,
+    "model": {
+        "file": str, "sha256": str, "bytes": int, "format": str,
+        "parameters": (int, type(None)), "inputs": dict, "command": list,
+    },
+    "data": {"annotations": str, "annotations_sha256": str, "images_dir": str, "images": int, "class_names": list},
+    "environment": {"cpu": _STRING_OR_NULL, "cores": (int, type(None)), "os": _STRING_OR_NULL},
+    "command": list,
+    "versions": dict,
+    "created_utc": str,
+}  # fmt: skip
+_KINDS: Dict[str, Dict[str, Any]] = {  # a list holds the keys of an object that may also be null
+    "accuracy": {
+        "numbers": {
+            **dict.fromkeys(METRICS, _NUMBER_OR_NULL),
+            "per_class": dict,
+            "best_f1": (dict, type(None)),
+            "best_f1_per_class": dict,
+            "found_scores": dict,
+            "pr_curves": {"AP50": dict, "AP": dict},
+            "bootstrap": {"seed": int, "ap": list},
+            "against": (dict, type(None)),
+        },
+        "detections": {"file": str, "sha256": str, "count": int},
+    },
+    "latency": {
+        "numbers": {
+            "summary_ms": {
+                stage: statistics if stage == "total" else [statistics]
+                for statistics in [dict.fromkeys(STATISTICS, _NUMBER)]
+                for stage in STAGES
+            },
+            "samples_ms": {**dict.fromkeys(STAGES, (list, type(None))), "total": list},
+            "stable": bool,
+            "spread": _NUMBER,
+            "comparable": bool,
+            "comparable_reasons": list,
+            "threads": (int, type(None)),
+            "description": str,
+            "warmup_runs": int,
+            "mode": str,
+            "fps": _NUMBER_OR_NULL,
+            "late_frames": (int, type(None)),
+            "memory_mib": {"host_peak": _NUMBER_OR_NULL, "device_peak": _NUMBER_OR_NULL},
+            "power": [
+                {
+                    "idle_w": _NUMBER,
+                    "load_w": _NUMBER,
+                    "energy_mj_per_inference": _NUMBER,
+                    "energy_above_idle_mj_per_inference": _NUMBER,
+                    "source": str,
+                }
+            ],
+            "power_reason": _STRING_OR_NULL,
+            "sweep": (list, type(None)),
+        },
+    },
+}
+
+
+def write_result(path: AnyPath, result: Mapping[str, Any], inputs: Mapping[str, AnyPath]) -> None:
+    """
+    Writes a result file atomically, with its version and provenance. What `read_result` would refuse is refused here.
+
+    Args:
+        inputs: name -> file that was measured or measured with; recorded with its hash.
+    """
+    document = {"result_version": RESULT_VERSION, **provenance(inputs), **result}
+    check_result(document, path)
+    write_json(path, sealed(document))
+
+
+def read_result(path: AnyPath) -> Dict[str, Any]:
+    """
+    The checked content of a result file.
+
+    Raises:
+        MeasurementError: it is missing, truncated, edited, of another version or kind, or lacks a key.
+    """
+    document = read_json(
+        path, MeasurementError, "a result file of benchmarks.accuracy or benchmarks.latency; measure again"
+    )
+    check_result(document, path)
+    check_seal(document, path)
+    return document
+
+
+def check_result(document: Any, path: AnyPath) -> None:
+    """Raises MeasurementError, with the file and the key, if `document` is not a result of a known version and kind."""
+    if not isinstance(document, dict) or "result_version" not in document:
+        raise MeasurementError(
+            f"{path} is not a result file: it has no result_version. Give files that benchmarks wrote."
+        )
+    if document["result_version"] != RESULT_VERSION:
+        raise MeasurementError(
+            f"{path}: result_version is {document['result_version']!r}; expected {RESULT_VERSION}. Measure again."
+        )
+    if document.get("kind") not in list(_KINDS):
+        raise MeasurementError(f"{path}: kind is {document.get('kind')!r}; expected one of {sorted(_KINDS)}")
+    _check_keys(document, {**_COMMON, **_KINDS[document["kind"]]}, str(path), "")
+
+
+def check_same_data(read: Sequence[Tuple[AnyPath, Mapping[str, Any]]]) -> None:
+    """Raises MeasurementError if the results are of different annotations, classes or numbers of evaluated images."""
+    for key in ("annotations_sha256", "class_names", "images"):
+        of_kind = [pair for pair in read if key != "images" or pair[1]["kind"] == "accuracy"]
+        for path, result in of_kind[1:]:
+            first_path, first = of_kind[0]
+            if result["data"][key] != first["data"][key]:
+                raise MeasurementError(
+                    f"{path} and {first_path} differ in data.{key}: "
+                    f"{result['data'][key]!r:.80} and {first['data'][key]!r:.80}. "
+                    "Numbers from different data do not compare: measure all models on the same images."
+                )
+
+
+def _check_keys(found: Any, expected: Mapping[str, Any], path: str, prefix: str) -> None:
+    for key, kind in expected.items():
+        name = prefix + key
+        if key not in found:
+            raise MeasurementError(f"{path}: the key {name} is missing; the file was changed or cut. Measure again.")
+        value = found[key]
+        if isinstance(kind, list):
+            if value is None:
+                continue
+            (kind,) = kind
+        if isinstance(kind, dict):
+            _check_keys(value if isinstance(value, dict) else {}, kind, path, f"{name}.")
+        elif not _is_a(value, kind):
+            raise MeasurementError(f"{path}: {name} is {value!r:.80}; expected {_words(kind)}. Measure again.")
+
+
+def _is_a(value: Any, kind: Union[type, Tuple[type, ...]]) -> bool:
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, kind) and (not isinstance(value, float) or math.isfinite(value))
+
+
+def _words(kind: Union[type, Tuple[type, ...]]) -> str:
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    return " or ".join("null" if one is type(None) else one.__name__ for one in kinds)
+
+
+def summarize(samples_ms: Sequence[float]) -> Dict[str, float]:
+    """Median, mean, 90th, 95th and 99th percentile (linear between samples, numpy's default) and maximum, in ms."""
+    median, p90, p95, p99 = np.percentile(samples_ms, [50, 90, 95, 99]).tolist()
+    return dict(zip(STATISTICS, (median, float(np.mean(samples_ms)), p90, p95, p99, float(max(samples_ms)))))
+
+
+def relative_spread(samples_ms: Sequence[float]) -> float:
+    """Interquartile range over median: a fraction."""
+    low, median, high = np.percentile(samples_ms, [25, 50, 75])
+    return float((high - low) / median)

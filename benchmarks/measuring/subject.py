@@ -1,0 +1,217 @@
+"""What is measured on what: the model and the images that `accuracy` and `latency` share."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Dict, List, Sequence, TypeVar
+
+from benchmarks.measuring.environment import read_environment
+from deploy.contract import ModelContract, read_sidecar, weights_of_run
+from deploy.dataset import CocoSet, load_coco, split_paths
+from deploy.errors import ConfigError, MeasurementError, MissingDependencyError
+from deploy.files import check_writable, sha256_of
+
+T = TypeVar("T")
+ROLES = {
+    "teacher": "Teacher",
+    "baseline": "Student without distillation",
+    "student": "Distilled student",
+    "onnx-fp32": "ONNX FP32",
+    "onnx-int8": "ONNX INT8",
+    "engine-fp16": "TensorRT FP16",
+    "engine-int8": "TensorRT INT8",
+}
+"""Role -> title, in the order of the report's table. Any other role is allowed and comes after these."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A model to be measured."""
+
+    path: Path
+    """What the user named: an ONNX file, an engine or a run directory."""
+    weights: Path
+    """The file whose hash and size count."""
+    format: str
+    """'onnx', 'engine', 'torch', or 'detections': COCO results of a detector that is not here."""
+    sidecar: Dict[str, Any]
+
+    @property
+    def is_run_dir(self) -> bool:
+        return self.format == "torch"
+
+    def inputs(self, data: CocoSet) -> Dict[str, Path]:
+        """Name -> file, for the provenance of a result."""
+        return {"model": self.weights, "annotations": Path(data.annotations_path)}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments that name the model, the images, the role and the output."""
+    parser.add_argument(
+        "model", metavar="MODEL", help="an .onnx or .engine file, or a run directory of the training side"
+    )
+    parser.add_argument("--data", metavar="DIR", help="data folder: annotations/instances_SPLIT.json and images/")
+    parser.add_argument("--split", help="split of --data (default: test)")
+    parser.add_argument("--annotations", metavar="FILE", help="COCO annotation file, instead of --data")
+    parser.add_argument("--images-dir", metavar="DIR", help="folder of the images of --annotations")
+    parser.add_argument("--role", help=f"what the model is in the report: {', '.join(ROLES)}, or a name of your own "
+                        "(default: the name of the file or run directory)")  # fmt: skip
+    parser.add_argument("-o", "--output", required=True, metavar="FILE", help="result file to write: X.result.json")
+
+
+def load_subject(path: str) -> Subject:
+    """
+    The model at `path`, its file compared with its sidecar.
+
+    Raises:
+        MeasurementError: it is neither an ONNX file, an engine nor a run directory.
+        ContractError: the run directory is not that of a finished run, or the file does not match its sidecar.
+    """
+    model = Path(path)
+    if model.is_dir():
+        weights = weights_of_run(model)
+        return Subject(model, weights, "torch", read_sidecar(weights))
+    if model.suffix not in (".onnx", ".engine"):
+        raise MeasurementError(f"cannot measure {model}; expected an .onnx file, an .engine file or a run directory")
+    return Subject(model, model, model.suffix[1:], read_sidecar(model))
+
+
+def load_detections_subject(path: str) -> Subject:
+    """
+    A file of COCO results, anybody's, in place of a model. It needs no sidecar: that it fits is checked box by box.
+
+    Raises:
+        MeasurementError: there is no such file.
+    """
+    model = Path(path)
+    if not model.is_file():
+        raise MeasurementError(f"no such file: {model}; expected COCO results")
+    return Subject(model, model, "detections", {"artefact": {"sha256": sha256_of(model)}})
+
+
+def load_data(arguments: argparse.Namespace, check_files: bool) -> CocoSet:
+    """
+    The images that the arguments name.
+
+    Raises:
+        ConfigError: not exactly one of --data and --annotations with --images-dir.
+        DataError: as `deploy.dataset.load_coco`.
+    """
+    explicit = arguments.annotations is not None and arguments.images_dir is not None
+    if arguments.data is not None and arguments.annotations is None and arguments.images_dir is None:
+        annotations, images_dir = split_paths(arguments.data, arguments.split or "test")
+    elif arguments.data is None and arguments.split is None and explicit:
+        annotations, images_dir = arguments.annotations, arguments.images_dir
+    else:
+        raise ConfigError("give either --data DIR [--split SPLIT], or --annotations FILE with --images-dir DIR")
+    return load_coco(annotations, images_dir, check_files=check_files)
+
+
+def check_fits(contract: ModelContract, data: CocoSet, subject: Subject) -> None:
+    """Raises MeasurementError if the model has other classes than the annotations, or takes several images at once."""
+    model = dict(zip(contract.class_names, contract.category_ids))
+    annotated = dict(zip(data.class_names, data.category_ids))
+    if model != annotated:
+        raise MeasurementError(
+            f"{subject.path} and {data.annotations_path} differ in their classes (name: category id): the model has "
+            f"{model}, the annotations {annotated}. Measure on the data set that the model was made for."
+        )
+    if contract.input_shape[0] not in (1, -1):
+        raise MeasurementError(
+            f"{subject.path} takes {contract.input_shape[0]} images at once; expected 1, or any number: export it again"
+        )
+
+
+def spread(items: Sequence[T], count: int) -> List[T]:
+    """At most `count` of `items`, evenly spread from the first to the last."""
+    if len(items) <= count:
+        return list(items)
+    return [items[index * (len(items) - 1) // (count - 1)] for index in range(count)]
+
+
+def begin_result(kind: str, subject: Subject, data: CocoSet, role: str, images: int) -> Dict[str, Any]:
+    """
+    What a result file says before anything is measured: model, data, environment with the load that others cause.
+
+    Args:
+        images: how many images are measured.
+    """
+    return {
+        "kind": kind,
+        "role": role,
+        "model": {
+            "file": str(subject.weights),
+            "format": subject.format,
+            "sha256": subject.sidecar["artefact"]["sha256"],  # compared with the file by `read_sidecar`
+            "bytes": subject.weights.stat().st_size,
+            "parameters": _parameters(subject),
+            "inputs": subject.sidecar.get("inputs", {}),
+            "command": subject.sidecar.get("command", []),
+        },
+        "data": {
+            "annotations": str(data.annotations_path),
+            "annotations_sha256": sha256_of(data.annotations_path),
+            "images_dir": str(data.images_dir),
+            "images": images,
+            "class_names": list(data.class_names),
+        },
+        "environment": read_environment(),
+    }
+
+
+def check_arguments(arguments: argparse.Namespace) -> str:
+    """
+    The role: the flag's, or the name of the file or run directory.
+
+    The suffix is part of it: `student.onnx` without --role must not pass for the role "student", which is torch's.
+
+    Raises:
+        ConfigError: an empty role, or the output is an input. PipelineError: the output cannot be written.
+    """
+    for flag in ("model", "annotations", "against"):
+        given = getattr(arguments, flag, None)
+        if given is not None and Path(given).resolve() == Path(arguments.output).resolve():
+            raise ConfigError(f"--output is {arguments.output}, which would be written over; choose another")
+    check_writable(arguments.output)
+    role = Path(arguments.model).resolve().name if arguments.role is None else arguments.role.strip()
+    if not role:
+        raise ConfigError("--role is empty; give a name")
+    return role
+
+
+def _parameters(subject: Subject) -> Any:
+    if subject.format != "onnx":
+        return subject.sidecar.get("details", {}).get("parameters")
+    try:
+        from deploy.graphs.graph import count_parameters, load_onnx
+    except ImportError as error:
+        raise MissingDependencyError(
+            "onnx", f"counting the parameters of {subject.weights}", "pip install onnx"
+        ) from error
+    return count_parameters(load_onnx(subject.weights))
+
+
+def run_crosskd(module: str, words: Sequence[str]) -> None:
+    """
+    Runs a command of the training side, which may import torch, in a process of its own. Its output goes to stderr.
+
+    Raises:
+        MeasurementError: it failed; the message is the command's own.
+    """
+    command = [sys.executable, "-m", module, *words]
+    message = ""
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("error: "):
+                message = line[len("error: ") :].strip()
+            else:
+                print(line, end="", file=sys.stderr, flush=True)
+    if process.returncode:
+        raise MeasurementError(message or f"{module} ended with status {process.returncode}: its output is above")

@@ -1,0 +1,1 @@
+"""The laboratory: what measures this project itself. Nothing of the product imports it."""

@@ -1,0 +1,110 @@
+"""
+Command: what INT8 costs in AP and gains in time, and what INT8-aware training wins back.
+
+    python -m benchmarks.studies.calibration methods nanodet=nanodet.onnx:../shared/data/coco_open \\
+        --int8-aware nanodet=trained.int8.onnx -o benchmarks/results/calibration/methods
+    python -m benchmarks.studies.calibration int8-aware CONFIG --student RUN_DIR --teacher teacher.pth --data DIR \\
+        -o benchmarks/results/calibration/int8_aware
+
+`methods` quantises ready ONNX files, with their sidecars, by each method of calibration.quantize and measures what
+comes of it. `int8-aware` fine-tunes a student with crosskd.distill --quantize int8, and once more without, so that what
+longer training alone gains is known.
+
+Everything is made by the project's own commands, in processes of their own, below --runs-dir; only latency is taken
+here. What is there from the very same command and files is kept, and what was measured on the same processor: cut it
+off at any time, and the same line goes on; a command that was cut off, be it a training, begins anew. (A config or
+images that were changed, or a newer version of the commands, are not noticed: delete what is to be made again.) Needs
+what those commands need.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from pathlib import Path
+from typing import List, Optional
+
+from benchmarks.studies.calibration_methods import METHODS, TARGETS, run_methods
+from benchmarks.studies.calibration_training import run_int8_aware
+from benchmarks.studies.jobs import Processes, end_as_by_ctrl_c
+from benchmarks.studies.tables import check_tables
+from deploy.contract import read_sidecar, weights_of_run
+from deploy.dataset import SPLITS, split_paths
+from deploy.errors import ConfigError, command
+
+
+@command
+def main(argv: Optional[List[str]] = None) -> int:
+    """Makes and measures what is not yet done. A row of `methods` may fail, and says why in the table."""
+    arguments = _parser().parse_args(argv)
+    _check_arguments(arguments)
+    check_tables(arguments.output)
+    if arguments.table == "methods":
+        run_methods(arguments, Processes(1))
+    else:
+        run_int8_aware(arguments, Processes(arguments.jobs))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.studies.calibration",
+        description="Measure INT8: each method of calibration, and training.",
+    )
+    tables = parser.add_subparsers(dest="table", required=True, metavar="methods | int8-aware")
+    methods = tables.add_parser("methods", help="INT8 by each method of calibration")
+    methods.add_argument("models", nargs="+", metavar="NAME=MODEL.onnx:DATA_DIR[:SPLIT]",
+                         help="a float detector with its sidecar, and the data to calibrate (train split) and measure "
+                         "on (split val or test, the default)")  # fmt: skip
+    methods.add_argument("--int8-aware", nargs="+", default=[], metavar="NAME=FILE.int8.onnx",
+                         help="of crosskd.distill --quantize int8: a row for the target that it is for")  # fmt: skip
+    methods.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS), help="(default: both)")
+    methods.add_argument("--max-ap-drop", type=float, default=0.3, metavar="POINTS",
+                         help="of the row with a budget, met on the val split (default: %(default)s)")  # fmt: skip
+    aware = tables.add_parser("int8-aware", help="what INT8-aware training wins back")
+    aware.add_argument("config", metavar="CONFIG", help="of crosskd.distill")
+    aware.add_argument("--student", required=True, metavar="RUN_DIR", help="a finished run of the student")
+    aware.add_argument("--teacher", required=True, metavar="FILE.pth", help="the teacher's weights")
+    aware.add_argument("--data", required=True, metavar="DIR", help="data folder")
+    aware.add_argument("--epochs", type=int, required=True, help="of each fine-tuning")
+    aware.add_argument("--learning-rate", type=float, required=True, metavar="RATE", help="of each fine-tuning")
+    aware.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED", help="(default: 0 1 2)")
+    aware.add_argument("--target", choices=TARGETS, default="tensorrt", help="(default: %(default)s)")
+    aware.add_argument("--method", choices=METHODS, default="max", help="of calibration (default: %(default)s)")
+    aware.add_argument("--jobs", type=int, default=2, help="trainings at a time, a thread each; 1: one, with all the "
+                       "threads (default: %(default)s)")  # fmt: skip
+    for table in (methods, aware):
+        table.add_argument("--runs-dir", metavar="DIR", help="folder of what is made on the way (default: "
+                           f"runs/bench/calibration/{'methods' if table is methods else 'int8_aware'})")  # fmt: skip
+        table.add_argument("-o", "--output", required=True, metavar="PATH", help="result files: PATH.json, PATH.md")
+    return parser
+
+
+def _check_arguments(arguments: argparse.Namespace) -> None:
+    if arguments.table == "methods":
+        if not (math.isfinite(arguments.max_ap_drop) and arguments.max_ap_drop >= 0):
+            raise ConfigError(f"--max-ap-drop is {arguments.max_ap_drop}; expected points of AP, 0 or more")
+        if len(set(arguments.targets)) < len(arguments.targets):
+            raise ConfigError(f"--targets are {' '.join(arguments.targets)}; expected each once")
+        return
+    for flag, least, values in (
+        ("--jobs", 1, [arguments.jobs]), ("--epochs", 1, [arguments.epochs]), ("--seeds", 0, arguments.seeds)
+    ):  # fmt: skip
+        if min(values) < least:
+            raise ConfigError(f"{flag} is {min(values)}; expected at least {least}")
+    if not (math.isfinite(arguments.learning_rate) and arguments.learning_rate > 0):
+        raise ConfigError(f"--learning-rate is {arguments.learning_rate}; expected a number above 0")
+    if len(set(arguments.seeds)) < len(arguments.seeds):
+        raise ConfigError(f"--seeds are {arguments.seeds}; expected each once")
+    for file in (arguments.config, arguments.teacher):
+        if not Path(file).is_file():
+            raise ConfigError(f"no such file: {file}; expected the config and the teacher's weights")
+    read_sidecar(weights_of_run(arguments.student))
+    for split in SPLITS:
+        split_paths(arguments.data, split)
+
+
+if __name__ == "__main__":
+    end_as_by_ctrl_c()
+    sys.exit(main())

@@ -1,0 +1,437 @@
+"""
+INT8 by each method of calibration: `python -m benchmarks.studies.calibration methods`.
+
+Each row is made by calibration.quantize and measured by benchmarks.accuracy and calibration.audit; latency is taken
+here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import functools
+import hashlib
+import re
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+
+import numpy as np
+
+from benchmarks.latency import OTHERS_CORES, REST_S
+from benchmarks.measuring.environment import busy_cores, read_environment
+from benchmarks.measuring.result import read_result
+from benchmarks.reporting.wording import UNKNOWN, ms, times
+from benchmarks.studies.jobs import Make, Processes, is_current, is_made, locked, make, printed_json
+from benchmarks.studies.tables import disturbed, interval, points, table, write_tables
+from deploy.contract import provenance, read_sidecar
+from deploy.dataset import SPLITS, load_coco, read_image, split_paths
+from deploy.errors import ConfigError, MeasurementError, PipelineError
+from deploy.files import read_json, sha256_of, write_json
+from deploy.runtime.preprocess import preprocess
+from deploy.runtime.session import Session, open_session
+
+TARGETS = {"onnxruntime": "ONNX Runtime", "tensorrt": "TensorRT"}
+"""Of calibration.quantize, and what the tables call them."""
+METHODS = ("max", "percentile", "entropy", "mse", "auto")
+MOST_IMAGES = 512
+"""To calibrate on; of a small split two thirds, since `auto` compares methods on the others."""
+WARMUP, TURNS, ROUNDS = 3, 10, 7
+"""Of the latency: inferences of the float and the INT8 model, and how often that many."""
+
+Record = Dict[str, Any]
+"""What the result file says of a row."""
+
+
+def accuracy_words(model: Path, data: Path, split: str, result: Path, against: Optional[Path] = None) -> List[str]:
+    """The command that measures a model."""
+    words = ["benchmarks.accuracy", str(model), "--data", str(data), "--split", split, "-o", str(result)]
+    return words if against is None else [*words, "--against", str(against)]
+
+
+def images_to_calibrate_on(data: Path) -> int:
+    """See MOST_IMAGES."""
+    images = load_coco(*split_paths(data, "train"), check_files=False).images
+    return min(MOST_IMAGES, 2 * len(images) // 3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A float detector and the data that it is calibrated and measured on."""
+
+    name: str
+    file: Path
+    data: Path
+    split: str
+    """That AP is measured on."""
+    folder: Path
+    """Of what is made of it."""
+
+    @classmethod
+    def from_argument(cls, text: str, runs_dir: Path) -> Model:
+        """
+        Of `NAME=MODEL.onnx:DATA_DIR[:SPLIT]`.
+
+        Raises:
+            ConfigError: it is not of that form, or names what is not there. DataError: a split is missing.
+        """
+        found = re.fullmatch(r"([\w.-]+)=([^:]+\.onnx):([^:]+)(?::([^:]+))?", text)
+        if found is None:
+            raise ConfigError(f"{text} names no model; expected NAME=MODEL.onnx:DATA_DIR, or with :SPLIT behind it")
+        name, file, data, split = found.groups()
+        if split not in (None, *SPLITS[1:]):  # not the first, on which it is calibrated
+            raise ConfigError(f"{text}: the split is {split}; expected one of {', '.join(SPLITS[1:])}")
+        for one in SPLITS:
+            split_paths(data, one)
+        read_sidecar(file)
+        return cls(name, Path(file), Path(data), split or "test", runs_dir / name)
+
+    @property
+    def result(self) -> Path:
+        return self.folder / "float.accuracy.result.json"
+
+    @property
+    def words(self) -> List[str]:
+        """The command that measures it."""
+        return accuracy_words(self.file, self.data, self.split, self.result)
+
+    def statistics(self, target: str) -> Path:
+        """Where the statistics lie that all methods share: another file for another model or other images."""
+        of = sha256_of(self.file) + sha256_of(split_paths(self.data, "train")[0])
+        return self.folder / f"{target}-{hashlib.sha256(of.encode()).hexdigest()[:8]}.statistics.npz"
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One INT8 model of the table."""
+
+    model: Model
+    target: str
+    name: str
+    file: Path
+    words: Tuple[str, ...]
+    """The command that makes the file; none where it is given."""
+    seeks_budget: bool
+    """Then its statistics serve all other rows, but not the other way round."""
+
+    def __str__(self) -> str:
+        return f"{self.model.name}, {self.target}, {self.name}"
+
+    def beside(self, suffix: str) -> Path:
+        """A file of the row, of another suffix."""
+        return self.model.folder / f"{self.target}-{_file_name(self.name)}{suffix}"
+
+    @property
+    def result(self) -> Path:
+        return self.beside(".accuracy.result.json")
+
+    @property
+    def accuracy_words(self) -> List[str]:
+        return accuracy_words(self.file, self.model.data, self.model.split, self.result, self.model.result)
+
+
+def _file_name(name: str) -> str:
+    return re.sub(r"[^\w.]+", "-", name)
+
+
+def rows_of(model: Model, arguments: argparse.Namespace, trained: Sequence[Tuple[str, Path]]) -> List[Row]:
+    """
+    The rows of a model, in the order of the table.
+
+    Args:
+        trained: target -> INT8 file that was made by INT8-aware training.
+    """
+    options: Dict[str, Tuple[str, ...]] = {method: ("--method", method) for method in METHODS}
+    budget = f"auto, at most {arguments.max_ap_drop:g} points lost"
+    options[budget] = ("--method", "auto", "--max-ap-drop", f"{arguments.max_ap_drop:g}")
+    number = images_to_calibrate_on(model.data)
+    rows = []
+    for target in arguments.targets:
+        for name, flags in options.items():
+            file = model.folder / f"{target}-{_file_name(name)}.int8.onnx"
+            words = (
+                "calibration.quantize", str(model.file), "--data", str(model.data), "--target", target, *flags,
+                "--num-images", str(number), "--statistics", str(model.statistics(target)), "-o", str(file),
+            )  # fmt: skip
+            rows.append(Row(model, target, name, file, words, name == budget))
+        rows += [Row(model, target, "INT8-aware", file, (), False) for of, file in trained if of == target]
+    return rows
+
+
+def trained_files(texts: Sequence[str], models: Sequence[Model]) -> Dict[str, List[Tuple[str, Path]]]:
+    """
+    Name of a model -> (target, file) of each `--int8-aware NAME=FILE`.
+
+    Raises:
+        ConfigError: it is not of that form, or of no model. ContractError: the file and its sidecar do not match.
+    """
+    found: Dict[str, List[Tuple[str, Path]]] = {model.name: [] for model in models}
+    for text in texts:
+        name, _, file = text.partition("=")
+        if name not in found or not file:
+            raise ConfigError(f"--int8-aware {text}; expected NAME=FILE.int8.onnx, NAME one of {', '.join(found)}")
+        target = read_sidecar(file)["details"].get("target")
+        if target not in TARGETS:
+            raise ConfigError(
+                f"--int8-aware {text}: its sidecar has the target {target!r}; expected a file of crosskd.distill "
+                "--quantize int8 or of calibration.quantize"
+            )
+        if target in dict(found[name]):
+            raise ConfigError(
+                f"--int8-aware {text}: a second file of {name} for {target}; expected one for each target"
+            )
+        found[name].append((target, Path(file)))
+    return found
+
+
+def is_finished(row: Row) -> bool:
+    """Whether all that the row says is there and up to date."""
+    if row.words and not is_made(row.file, row.words):
+        return False
+    records = [row.beside(".audit.json"), *([row.beside(".latency.json")] if row.target == "onnxruntime" else [])]
+    return is_made(row.result, row.accuracy_words) and all(map(is_current, records))
+
+
+def complete(row: Row, made: Make) -> None:
+    """
+    Makes and measures the row's model as far as that is not done.
+
+    Raises:
+        PipelineError: it cannot be had; its files are as far as it went.
+    """
+    if row.words:
+        made(row.file, row.words)
+    made(row.result, row.accuracy_words)
+    audit = row.beside(".audit.json")
+    if not is_current(audit):
+        write_json(audit, {**provenance({"model": row.file}), "audit": audit_of(row.file)})
+    latency = row.beside(".latency.json")
+    if row.target == "onnxruntime" and not is_current(latency):
+        environment = read_environment()  # before it is measured: the load is that which others cause
+        numbers = latency_of(row.model, row.file)
+        inputs = {"float": row.model.file, "int8": row.file}
+        write_json(latency, {**provenance(inputs), "environment": environment, "numbers": numbers})
+
+
+def audit_of(model: Path) -> Dict[str, Any]:
+    """What `calibration.audit --json` prints."""
+    return printed_json(["calibration.audit", str(model), "--json"])
+
+
+def latency_of(model: Model, int8: Path) -> Dict[str, Any]:
+    """
+    `float_ms` and `int8_ms`, medians of an inference; `times`: float over INT8, median, lowest and highest round; and
+    `others_cores`, the processors that other programs kept busy before it began.
+
+    Milliseconds of processor time on one thread: on an idle machine the latency, and on a busy one without the time
+    that others had. The two models take turns, so that what slows the machine for a while slows both.
+    """
+    image = load_coco(*split_paths(model.data, model.split), check_files=False).images[0]
+    with open_session(model.file, threads=1) as plain, open_session(int8, threads=1) as quantized:
+        contract = plain.contract
+        prepared = preprocess(read_image(image.path), contract)
+        feed = {contract.input_name: np.repeat(prepared.input, max(1, contract.input_shape[0]), axis=0)}
+        others = busy_cores(REST_S)
+        take_turns(plain, quantized, feed, WARMUP)
+        rounds = [take_turns(plain, quantized, feed, TURNS) for _ in range(ROUNDS)]
+        description = quantized.description
+    ratios = [statistics.median(one[0]) / statistics.median(one[1]) for one in rounds]
+    return {
+        "float_ms": statistics.median(value for one in rounds for value in one[0]),
+        "int8_ms": statistics.median(value for one in rounds for value in one[1]),
+        "times": {"median": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios)},
+        "description": description,
+        "others_cores": others,
+    }
+
+
+def take_turns(
+    first: Session, second: Session, feed: Mapping[str, np.ndarray], turns: int
+) -> Tuple[List[float], List[float]]:
+    """Milliseconds of processor time of each inference of the two, every other turn in reverse order."""
+    taken: Tuple[List[float], List[float]] = [], []
+    for turn in range(turns):
+        both = ((first, taken[0]), (second, taken[1]))
+        for session, times_ms in both if turn % 2 == 0 else both[::-1]:
+            start = time.thread_time()
+            session.infer(feed)
+            times_ms.append(1e3 * (time.thread_time() - start))
+    return taken
+
+
+def record_of(row: Row) -> Record:
+    """What the result file says of a finished row."""
+    sidecar, result = read_sidecar(row.file), read_result(row.result)
+    audit = read_json(row.beside(".audit.json"), MeasurementError, "an audit")["audit"]
+    latency = None
+    if row.target == "onnxruntime":
+        latency = read_json(row.beside(".latency.json"), MeasurementError, "a latency")
+        latency = {**latency["numbers"], **{key: latency[key] for key in ("created_utc", "environment")}}
+    details = sidecar["details"]
+    return {
+        "target": row.target,
+        "name": row.name,
+        "error": None,
+        "command": sidecar["command"],
+        "sha256": sidecar["artefact"]["sha256"],
+        "versions": sidecar["versions"],
+        "created_utc": sidecar["created_utc"],
+        "method": details.get("method"),
+        "num_images": details.get("num_images"),
+        "kept_blocks": details.get("budget", {}).get("kept_blocks", []),
+        "convolutions": dict(collections.Counter(entry["state"] for entry in audit["convolutions"])),
+        "int8_share": audit["int8_share"],
+        "faults": audit["faults"],
+        **measured(result),
+        "latency": latency,
+    }
+
+
+def measured(result: Mapping[str, Any]) -> Dict[str, Any]:
+    numbers = result["numbers"]
+    return {name: numbers[name] for name in ("AP", "AP50", "best_f1", "against")}
+
+
+def run_methods(arguments: argparse.Namespace, processes: Processes) -> None:
+    """
+    Makes and measures what is not yet done, and writes the result files after each row.
+
+    Raises:
+        PipelineError: a model cannot be read or measured in float. A row that fails says why in the table instead.
+    """
+    runs_dir = Path(arguments.runs_dir or "runs/bench/calibration/methods")
+    models = [Model.from_argument(text, runs_dir) for text in arguments.models]
+    names = [model.name for model in models]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"the models are named {', '.join(names)}; expected a name of its own for each")
+    trained = trained_files(arguments.int8_aware, models)
+    runs_dir.mkdir(parents=True, exist_ok=True)
+    with locked(runs_dir) as lock:
+        made = functools.partial(make, processes=processes, keep_open=[lock])
+        for model in models:
+            made(model.result, model.words)
+        rows = [row for model in models for row in rows_of(model, arguments, trained[model.name])]
+        records = {row: record_of(row) for row in rows if is_finished(row)}
+        todo = sorted((row for row in rows if row not in records), key=lambda row: not row.seeks_budget)
+        print(f"{len(records)} of {len(rows)} rows are done, {len(todo)} to do", flush=True)
+        write_methods(arguments.output, models, rows, records)
+        for row in todo:
+            try:
+                complete(row, made)
+                records[row] = record_of(row)
+            except PipelineError as error:
+                print(f"error: {row}: {error}", file=sys.stderr, flush=True)
+                why = str(error).splitlines()[0]
+                records[row] = {"target": row.target, "name": row.name, "command": list(row.words), "error": why}
+            write_methods(arguments.output, models, rows, records)
+
+
+def write_methods(output: str, models: Sequence[Model], rows: Sequence[Row], records: Mapping[Row, Record]) -> None:
+    """Writes `<output>.json`, with all numbers, and `<output>.md`, a table for each model."""
+    entries = []
+    for model in models:
+        result = read_result(model.result)
+        entries.append(
+            {
+                "name": model.name,
+                "file": str(model.file),
+                "sha256": sha256_of(model.file),
+                "data": str(model.data),
+                "split": model.split,
+                "images": result["data"]["images"],
+                **measured(result),
+                "rows": [records[row] for row in rows if row.model == model and row in records],
+            }
+        )
+    inputs = {f"{model.name}_annotations": split_paths(model.data, model.split)[0] for model in models}
+    document = {
+        **provenance(inputs), "environment": read_environment(), "rows_planned": len(rows), "models": entries
+    }  # fmt: skip
+    write_tables(output, document, methods_markdown(document))
+
+
+COLUMNS = (
+    "method", "AP", "AP50", "against FP32 (95 %)", "best F1 (at score)", "convolutions in INT8 (multiplications)",
+)  # fmt: skip
+LATENCY_COLUMNS = ("ms, FP32 and INT8", "times faster (rounds)")
+
+
+def methods_markdown(document: Mapping[str, Any]) -> str:
+    """The tables of `methods`, one for each model and target; AP in points."""
+    done = sum(len(model["rows"]) for model in document["models"])
+    lines = [
+        "# INT8 by each method of calibration",
+        "",
+        f"{done} of {document['rows_planned']} rows, made by `{' '.join(document['command'])}` on "
+        f"{document['environment']['cpu']}.",
+        "",
+    ]
+    for model in document["models"]:
+        numbers = sorted({row["num_images"] for row in model["rows"] if row.get("num_images") is not None})
+        lines += [
+            f"## {model['name']}",
+            "",
+            f"`{model['file']}`, measured on {model['images']} images, the {model['split']} split of `{model['data']}`"
+            + (f"; calibrated on {' or '.join(map(str, numbers))} of its train split." if numbers else "."),
+            "",
+        ]
+        for target in dict.fromkeys(row["target"] for row in model["rows"]):
+            rows = [row for row in model["rows"] if row["target"] == target]
+            timed = any(row.get("latency") for row in rows)
+            lines += [
+                f"### {model['name']}, {TARGETS[target]}",
+                "",
+                *table(
+                    (*COLUMNS, *(LATENCY_COLUMNS if timed else ())),
+                    [_cells(row, timed) for row in ({**model, "name": "FP32"}, *rows)],
+                ),
+                "",
+                *_notes(rows),
+            ]
+    lines += [
+        "Intervals are a paired bootstrap over the images. Milliseconds: processor time of an inference on ONNX "
+        f"Runtime, one thread, median; FP32 and INT8 took turns, {ROUNDS} rounds of {TURNS}, and in brackets are the "
+        f"lowest and the highest round; disturbed: other programs kept more than {OTHERS_CORES} processors busy. A "
+        "file for TensorRT has none here, and its AP is that of ONNX Runtime, which computes between its pairs in "
+        "float or in INT8 as it can. The method in brackets is that which `auto` chose; the budget is met on the val "
+        "split.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _cells(row: Mapping[str, Any], timed: bool) -> List[str]:
+    width = len(COLUMNS) + (len(LATENCY_COLUMNS) if timed else 0)
+    if row.get("error"):
+        return [row["name"], "failed", *[""] * (width - 2)]
+    against, best, latency = row["against"], row["best_f1"], row.get("latency")
+    states = row.get("convolutions", {})  # none of the float model
+    cells = [
+        f"{row['name']} ({row['method']})" if row["name"].startswith("auto") else row["name"],
+        points(row["AP"]),
+        points(row["AP50"]),
+        "" if against is None else f"{points(against['AP_difference'], '+')} ({interval(against)})",
+        "" if best is None else f"{best['f1']:.3f} ({best['score']:.3f})",
+        f"{states.get('INT8', 0)} of {sum(states.values())} ({_percent(row['int8_share'])})" if states else "",
+        *([f"{ms(latency['float_ms'])}, {ms(latency['int8_ms'])}", _ratio(latency)] if latency else []),
+    ]
+    return [*cells, *[""] * (width - len(cells))]
+
+
+def _notes(rows: Sequence[Mapping[str, Any]]) -> List[str]:
+    """Why rows failed, and what their budget keeps in float: too long for the table."""
+    notes = [f"- {row['name']}: failed: {row['error']}" for row in rows if row["error"]]
+    notes += [f"- {row['name']}: in float {', '.join(row['kept_blocks'])}" for row in rows if row.get("kept_blocks")]
+    return [*notes, ""] if notes else []
+
+
+def _percent(share: Optional[float]) -> str:
+    return UNKNOWN if share is None else f"{100 * share:.1f} %"
+
+
+def _ratio(latency: Mapping[str, Any]) -> str:
+    ratio, others = latency["times"], latency["others_cores"]
+    return f"{times(ratio['median'])} ({ratio['lowest']:.2f} to {ratio['highest']:.2f}){disturbed(others)}"

@@ -1,0 +1,501 @@
+"""
+Command: whether distillation helps. Trains students with and without it, and writes the table.
+
+    python -m benchmarks.studies.distillation shapes      # five methods, three seeds, on drawn shapes
+    python -m benchmarks.studies.distillation bccd        # with and without CrossKD, three seeds, on blood cells
+    python -m benchmarks.studies.distillation ablations   # split, tap and norm of the head, one seed, on the shapes
+
+To be run from the folder of the checkout. Everything is trained by the training side's own commands, in processes of
+their own. The result files are written again after each run, and what is finished is kept: cut it off at any time, and
+the same line goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+
+import numpy as np
+
+from benchmarks.measuring.bootstrap import interval_from_aps, resampled_ap
+from benchmarks.measuring.coco import evaluate
+from benchmarks.measuring.environment import read_environment
+from benchmarks.studies.jobs import Processes, end_as_by_ctrl_c, locked, tail_of, work_through
+from benchmarks.studies.tables import check_tables, table, write_tables
+from deploy.contract import provenance, read_sidecar, sidecar_path
+from deploy.dataset import SPLITS, split_paths
+from deploy.errors import ConfigError, MeasurementError, command
+from deploy.files import read_json, sha256_of, write_json
+
+METRICS = {
+    "AP": "AP", "AP50": "AP50", "AP75": "AP75",
+    "AP_small": "small", "AP_medium": "medium", "AP_large": "large",
+}  # fmt: skip
+"""Number of a result -> its column."""
+SHAPES = ("--images", "4000", "--size", "128", "--seed", "0", "--held-out", "0.25")
+BCCD = "../shared/data/bccd"
+RESAMPLES = 1000
+GROUP_NORM = "model.student.bbox_head.norm_cfg={'type':'GN','num_groups':32,'requires_grad':True}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A way to train the student: a row of the table."""
+
+    name: str
+    baseline: Optional[str]
+    """The method that the row is compared with."""
+    runs: str
+    """Where its runs lie, without the seed: `shapes/none` for `RUNS/shapes/none-0`."""
+    overrides: Tuple[str, ...]
+    """What differs from the config of the data set, as `--set` of crosskd.distill wants it."""
+    options: Tuple[str, ...] = ()
+    """Of crosskd.distill, besides."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    name: str
+    data_set: str
+    """Its configs are `configs/bench/<data set>_teacher.py` and `_crosskd.py`."""
+    seeds: Tuple[int, ...]
+    methods: Tuple[Method, ...]
+
+
+def _method(name: str, runs: str, method: str, *overrides: str, baseline: Optional[str] = "none") -> Method:
+    return Method(name, baseline, runs, (f"model.distill.method={method}", *overrides))
+
+
+def _methods(folder: str, *names: str) -> Tuple[Method, ...]:
+    return tuple(_method(name, f"{folder}/{name}", name, baseline=None if name == "none" else "none") for name in names)
+
+
+EXPERIMENTS = {
+    "shapes": Experiment(
+        "shapes", "shapes", (0, 1, 2), _methods("shapes", "none", "mimic", "pkd", "crosskd", "crosskd+pkd")
+    ),
+    "bccd": Experiment("bccd", "bccd", (0, 1, 2), _methods("bccd", "none", "crosskd")),
+    "ablations": Experiment(
+        "ablations",
+        "shapes",
+        (0,),
+        (
+            *_methods("shapes", "none"),
+            *(
+                _method(f"split-{split}", f"ablations/split-{split}", "crosskd", f"model.distill.split={split}")
+                for split in (0, 1, 2)
+            ),
+            _method("split-3", "shapes/crosskd", "crosskd"),  # as its config has it
+            _method("split-4", "ablations/split-4", "crosskd", "model.distill.split=4"),
+            _method("before-activation", "ablations/before-activation", "crosskd",
+                    "model.distill.tap=before_activation"),
+            Method("float32", "none", "ablations/float32", ("model.distill.method=crosskd",), ("--precision", "fp32")),
+            _method("group-norm-none", "ablations/group-norm-none", "none", GROUP_NORM, baseline=None),
+            _method("group-norm-crosskd", "ablations/group-norm-crosskd", "crosskd", GROUP_NORM,
+                    baseline="group-norm-none"),
+        ),
+    ),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One training: of the teacher, or of a student by a method and a seed."""
+
+    method: str
+    seed: int
+    folder: Path
+    words: Tuple[str, ...]
+    """The module and its arguments, without `python -m`."""
+    weights: Path
+
+    def __str__(self) -> str:
+        return str(self.folder)
+
+    @property
+    def command(self) -> List[str]:
+        return ["python", "-m", *self.words]
+
+    @property
+    def files(self) -> List[str]:
+        """The files that its command names and that are there: config, teacher, annotations."""
+        data = Path(self.words[self.words.index("--data") + 1])
+        annotations = [str(data / "annotations" / f"instances_{split}.json") for split in SPLITS]
+        return [word for word in [*self.words[1:], *annotations] if Path(word).is_file()]
+
+
+Record = Dict[str, Any]
+"""What the result file says of a finished run."""
+
+
+@command
+def main(argv: Optional[List[str]] = None) -> int:
+    """Trains what is not yet trained and writes the result files; status 2 if a run failed."""
+    arguments = _parser().parse_args(argv)
+    experiment = EXPERIMENTS[arguments.experiment]
+    check_tables(Path(arguments.output) / experiment.name)
+    _check_arguments(arguments, experiment)
+    run_experiment(experiment, arguments, Processes(arguments.jobs))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.studies.distillation",
+        description="Train students with and without distillation; compare.",
+    )
+    parser.add_argument("experiment", choices=sorted(EXPERIMENTS))
+    parser.add_argument("--data", metavar="DIR", help="data folder (default: shapes are drawn into "
+                        f"RUNS/shapes_data, bccd is {BCCD})")  # fmt: skip
+    parser.add_argument("--runs-dir", metavar="RUNS", default="runs/bench", help="folder of the runs (%(default)s)")
+    parser.add_argument("-o", "--output", metavar="DIR", default="benchmarks/results/distillation",
+                        help="folder of the result files (%(default)s)")  # fmt: skip
+    parser.add_argument("--jobs", type=int, default=2, help="trainings at a time, a thread each; 1: one, with all the "
+                        "threads (%(default)s)")  # fmt: skip
+    parser.add_argument("--epochs", type=int, help="of every training, the teacher's too (default: the configs')")
+    parser.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="(default: 0 1 2; of ablations 0)")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="train only these methods (default: all)")
+    return parser
+
+
+def _check_arguments(arguments: argparse.Namespace, experiment: Experiment) -> None:
+    names = [method.name for method in experiment.methods]
+    unknown = sorted(set(arguments.only or ()) - set(names))
+    if unknown:
+        raise ConfigError(f"--only {' '.join(unknown)}: no such method in {experiment.name}; expected some of {names}")
+    for flag, least, values in (
+        ("--jobs", 1, [arguments.jobs]),
+        ("--epochs", 1, [arguments.epochs] if arguments.epochs is not None else []),
+        ("--seeds", 0, arguments.seeds or []),
+    ):
+        if any(value < least for value in values):
+            raise ConfigError(f"{flag} is {min(values)}; expected at least {least}")
+    config = Path(config_of(experiment, "crosskd"))
+    if not config.is_file():
+        raise ConfigError(f"there is no {config} here; run this command in the folder of the checkout")
+
+
+def config_of(experiment: Experiment, what: str) -> str:
+    return f"configs/bench/{experiment.data_set}_{what}.py"
+
+
+def run_experiment(experiment: Experiment, arguments: argparse.Namespace, processes: Processes) -> None:
+    """
+    Trains and measures what is not yet done, teacher first, and writes the result files after each run.
+
+    Raises:
+        PipelineError: the data or the teacher cannot be had, or a finished run is of another command or other files.
+        MeasurementError: runs failed; each was told of when it did, and the others were done all the same.
+    """
+    data = data_of(experiment, arguments, processes)
+    teacher = teacher_run(experiment, arguments, data)
+    complete = functools.partial(complete_run, data=data, processes=processes, jobs=arguments.jobs)
+    teacher_record = complete(teacher, alone=True)
+    runs = planned_runs(experiment, arguments, data, teacher.weights)
+    records = {run: record for run, record in ((run, finished_run(run, data)) for run in runs) if record is not None}
+    todo = [run for run in runs if run not in records and run.method in (arguments.only or [run.method])]
+    print(f"{experiment.name}: {len(records)} of {len(runs)} runs are done, {len(todo)} to do", flush=True)
+
+    def write() -> None:
+        done = [records[run] for run in runs if run in records]
+        write_results(experiment, Path(arguments.output), data, teacher_record, done, len(runs))
+
+    write()
+
+    def done(run: Run, record: Record) -> None:
+        records[run] = record
+        write()
+
+    failed = [str(run) for run in work_through(todo, complete, done, processes, arguments.jobs)]
+    if failed:
+        raise MeasurementError(
+            f"{len(failed)} of {len(todo)} runs failed: {', '.join(failed)}; why is above and in their log.txt. Put "
+            "that right and run the same command again: what is finished is kept"
+        )
+
+
+def data_of(experiment: Experiment, arguments: argparse.Namespace, processes: Processes) -> Path:
+    """
+    The data folder; shapes are drawn if they are not there.
+
+    Raises:
+        PipelineError: a split is missing, or the folder holds something else.
+    """
+    if experiment.data_set == "shapes":
+        folder = Path(arguments.data or f"{arguments.runs_dir}/shapes_data")
+        log = Path(arguments.runs_dir) / "shapes_data.txt"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        if processes.run(["crosskd.shapes", str(folder), *SHAPES], log, alone=True):
+            raise MeasurementError(f"the shapes cannot be drawn:\n{tail_of(log)}")
+    else:
+        folder = Path(arguments.data or BCCD)
+    for split in SPLITS:
+        split_paths(folder, split)
+    return folder
+
+
+def teacher_run(experiment: Experiment, arguments: argparse.Namespace, data: Path) -> Run:
+    folder = Path(arguments.runs_dir) / f"{experiment.data_set}_teacher"
+    words = ("crosskd.train", config_of(experiment, "teacher"), "--data", str(data), *_epochs(arguments))
+    return Run("teacher", 0, folder, (*words, "-o", str(folder)), folder / "detector.pth")
+
+
+def planned_runs(experiment: Experiment, arguments: argparse.Namespace, data: Path, teacher: Path) -> List[Run]:
+    """Every student of the experiment; all methods of a seed before the next seed, so that any part is balanced."""
+    runs = []
+    for seed in arguments.seeds or experiment.seeds:
+        for method in experiment.methods:
+            folder = Path(arguments.runs_dir) / f"{method.runs}-{seed}"
+            words = (
+                "crosskd.distill", config_of(experiment, "crosskd"), "--data", str(data),
+                "--teacher-checkpoint", str(teacher), "--seed", str(seed), *_epochs(arguments),
+                "--set", *method.overrides, "-o", str(folder), *method.options,
+            )  # fmt: skip
+            runs.append(Run(method.name, seed, folder, words, folder / "student.pth"))
+    return runs
+
+
+def _epochs(arguments: argparse.Namespace) -> List[str]:
+    return [] if arguments.epochs is None else ["--epochs", str(arguments.epochs)]
+
+
+def finished_run(run: Run, data: Path) -> Optional[Record]:
+    """
+    What the result file says of the run, or None if it is not yet trained and measured.
+
+    Raises:
+        ConfigError: it is trained, but by another command or from other files. ContractError: its weights were changed.
+    """
+    if not sidecar_path(run.weights).is_file():
+        return None
+    sidecar = read_sidecar(run.weights)
+    if run.method != "teacher":  # which is taken as it is: it may have been trained elsewhere, or for longer
+        _check_made_by(run, sidecar)
+    measured = _json_or_empty(run.folder / "test.json")
+    if measured.get("of") != _measured_of(run, data):
+        return None
+    details, timing = sidecar["details"], _json_or_empty(run.folder / "timing.json")
+    seconds = timing.get("train_s")
+    return {
+        "method": run.method,
+        "seed": run.seed,
+        "folder": str(run.folder),
+        "command": sidecar["command"],
+        "weights_sha256": sidecar["artefact"]["sha256"],
+        "versions": sidecar["versions"],
+        "created_utc": sidecar["created_utc"],
+        **{key: details.get(key) for key in ("parameters", "epochs", "iterations", "precision", "device")},
+        "train_s": seconds,
+        "train_ms_per_step": None if seconds is None else round(1000 * seconds / details["iterations"], 1),
+        "jobs": timing.get("jobs"),
+        "numbers": measured["numbers"],
+    }
+
+
+def _check_made_by(run: Run, sidecar: Mapping[str, Any]) -> None:
+    made_by = [word for word in sidecar["command"] if word != "--resume"]
+    if made_by != run.command:
+        raise ConfigError(
+            f"{run.folder} was made by `{' '.join(made_by)}`; expected `{' '.join(run.command)}`. Give another "
+            "--runs-dir, or delete the folder"
+        )
+    for one in sidecar["inputs"].values():
+        if not Path(one["file"]).is_file() or sha256_of(one["file"]) != one["sha256"]:
+            raise ConfigError(
+                f"{one['file']} is not what {run.folder} was made from, or is gone. Bring it back, or delete the folder"
+            )
+
+
+def complete_run(run: Run, data: Path, processes: Processes, jobs: int, alone: bool = False) -> Record:
+    """
+    Trains and measures the run as far as that is not done.
+
+    Raises:
+        PipelineError: it failed, with the end of its log; or another process is at it.
+    """
+    run.folder.mkdir(parents=True, exist_ok=True)
+    with locked(run.folder) as lock:
+        began = time.monotonic()
+        if not sidecar_path(run.weights).is_file():
+            _train(run, processes, 1 if alone else jobs, alone, lock)
+        record = finished_run(run, data)
+        if record is None:
+            _measure(run, data, processes, alone, lock)
+            record = finished_run(run, data)
+        assert record is not None
+    ap = record["numbers"]["AP"]
+    print(f"{run.folder}: AP {100 * ap:.1f}, {time.monotonic() - began:.0f} s", flush=True)
+    return record
+
+
+def _train(run: Run, processes: Processes, jobs: int, alone: bool, lock: int) -> None:
+    started = {"command": run.command, "files": {name: sha256_of(name) for name in run.files}}
+    left = run.folder / "last_checkpoint"
+    resume = left.is_file() and _json_or_empty(run.folder / "started.json") == started
+    if left.is_file() and not resume:
+        print(f"{run.folder}: begun by another command or from other files; it starts anew", flush=True)
+        left.unlink()
+    (run.folder / "timing.json").unlink(missing_ok=True)
+    write_json(run.folder / "started.json", started)
+    words = [*run.words, "--resume"] if resume else run.words
+    print(f"python -m {' '.join(words)}", flush=True)
+    began = time.monotonic()
+    _run(words, run, processes, alone, lock)
+    seconds = None if resume else round(time.monotonic() - began, 1)
+    write_json(run.folder / "timing.json", {"train_s": seconds, "jobs": jobs})
+
+
+def _measure(run: Run, data: Path, processes: Processes, alone: bool, lock: int) -> None:
+    annotations_path, images_dir = split_paths(data, "test")
+    detections_path = run.folder / "test.bbox.json"
+    words = [
+        "crosskd.predict", str(run.folder), "--annotations", str(annotations_path), "--images-dir", str(images_dir),
+        "-o", str(detections_path),
+    ]  # fmt: skip
+    _run(words, run, processes, alone, lock)
+    annotations = read_json(annotations_path, MeasurementError, "COCO annotations")
+    detections = read_json(detections_path, MeasurementError, "the COCO results of crosskd.predict")
+    numbers = evaluate(annotations, detections, [image["id"] for image in annotations["images"]])
+    write_json(run.folder / "test.json", {"of": _measured_of(run, data), "numbers": numbers})
+
+
+def _run(words: Sequence[str], run: Run, processes: Processes, alone: bool, lock: int) -> None:
+    log = run.folder / "log.txt"
+    status = processes.run(words, log, alone, [lock])
+    if status:
+        raise MeasurementError(f"{words[0]} ended with status {status}; the end of {log}:\n{tail_of(log)}")
+
+
+def _measured_of(run: Run, data: Path) -> Dict[str, str]:
+    """Hashes of what a measurement depends on."""
+    return {"weights_sha256": sha256_of(run.weights), "annotations_sha256": sha256_of(split_paths(data, "test")[0])}
+
+
+def _json_or_empty(path: Path) -> Dict[str, Any]:
+    return dict(read_json(path, MeasurementError, "what an earlier run left")) if path.is_file() else {}
+
+
+def write_results(
+    experiment: Experiment, output: Path, data: Path, teacher: Record, records: Sequence[Record], planned: int
+) -> None:
+    """Writes `<experiment>.json`, with every run's numbers, and `<experiment>.md`, the table."""
+    annotations = split_paths(data, "test")[0]
+    document = {
+        **provenance({"test_annotations": annotations}),
+        "experiment": experiment.name,
+        "environment": read_environment(),
+        "runs_planned": planned,
+        "teacher": teacher,
+        "methods": [row_of(method, records, annotations) for method in experiment.methods],
+        "runs": list(records),
+    }
+    write_tables(output / experiment.name, document, markdown_of(document))
+
+
+def row_of(method: Method, records: Sequence[Record], annotations: Path) -> Dict[str, Any]:
+    """Mean and spread over the seeds of a method, and the difference to the same seeds of its baseline."""
+    own = {record["seed"]: record for record in records if record["method"] == method.name}
+    others = {record["seed"]: record for record in records if record["method"] == method.baseline}
+    pairs = {seed: (own[seed], others[seed]) for seed in own if seed in others}
+    differences = {seed: first["numbers"]["AP"] - second["numbers"]["AP"] for seed, (first, second) in pairs.items()}
+    return {
+        "name": method.name,
+        "baseline": method.baseline,
+        "overrides": list(method.overrides),
+        "seeds": list(own),
+        "numbers": {name: _mean_and_std([one["numbers"][name] for one in own.values()]) for name in METRICS},
+        "difference": {
+            "mean": statistics.mean(differences.values()) if differences else None,
+            "by_seed": {str(seed): value for seed, value in differences.items()},
+            "interval": _interval(list(pairs.values()), annotations) if pairs else None,
+        },
+        "train_s": _mean_and_std([one["train_s"] for one in own.values()])["mean"],
+        "train_ms_per_step": _mean_and_std([one["train_ms_per_step"] for one in own.values()])["mean"],
+    }
+
+
+def _mean_and_std(values: Sequence[Optional[float]]) -> Dict[str, Optional[float]]:
+    known = [value for value in values if value is not None]
+    return {
+        "mean": statistics.mean(known) if known else None,
+        "std": statistics.stdev(known) if len(known) > 1 else None,
+    }
+
+
+def _interval(pairs: Sequence[Tuple[Record, Record]], annotations: Path) -> Dict[str, Any]:
+    aps = [(_aps_of(first, annotations), _aps_of(second, annotations)) for first, second in pairs]
+    images = read_json(annotations, MeasurementError, "COCO annotations")["images"]
+    return dataclasses.asdict(interval_from_aps(aps, len(images)))
+
+
+def _aps_of(record: Record, annotations_path: Path) -> np.ndarray:
+    return _resampled_ap(Path(record["folder"]) / "test.bbox.json", annotations_path)
+
+
+@functools.lru_cache(maxsize=None)
+def _resampled_ap(detections_path: Path, annotations_path: Path) -> np.ndarray:
+    """Of a finished run, so that neither file changes: seconds of work that each writing of the table asks for."""
+    annotations = read_json(annotations_path, MeasurementError, "COCO annotations")
+    detections = read_json(detections_path, MeasurementError, "the COCO results of crosskd.predict")
+    return resampled_ap(annotations, detections, [image["id"] for image in annotations["images"]], RESAMPLES)
+
+
+def markdown_of(document: Mapping[str, Any]) -> str:
+    """The table of a result file, in points: percent of AP."""
+    teacher, environment = document["teacher"], document["environment"]
+    columns = [
+        "method", *METRICS.values(), "AP against", "difference (by seed)", "95 % interval", "seeds", "s per run",
+        "ms per step",
+    ]  # fmt: skip
+    lines = [
+        f"# Distillation: {document['experiment']}",
+        "",
+        f"{len(document['runs'])} of {document['runs_planned']} runs, made by `{' '.join(document['command'])}` on "
+        f"{environment['cpu']}, {environment['cores_usable']} cores. COCO metrics of the test split in percent: mean ± "
+        "standard deviation over the seeds.",
+        "",
+        "Teacher: " + ", ".join(f"{title} {_points(teacher['numbers'][name])}" for name, title in METRICS.items())
+        + f" ({teacher['parameters'] / 1e6:.2f} M parameters, {teacher['epochs']} epochs).",
+        "",
+        *table(columns, [_cells(row) for row in document["methods"]]),
+        "",
+        "The interval is a paired bootstrap over the test images, averaged over the seeds: it says how much of the "
+        "difference may be due to the choice of images, not of seeds. Times are those of whole processes, start-up and "
+        "data included, and with several jobs at a time only rough; resumed runs have none.",
+        "",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _cells(row: Mapping[str, Any]) -> List[str]:
+    difference = row["difference"]
+    interval = difference["interval"]
+    by_seed = ", ".join(_points(value, "+") for value in difference["by_seed"].values())
+    cells = [row["name"]]
+    for name in METRICS:
+        number = row["numbers"][name]
+        cells.append(_points(number["mean"]) + (f" ± {_points(number['std'])}" if number["std"] is not None else ""))
+    return [
+        *cells,
+        row["baseline"] or "",
+        f"{_points(difference['mean'], '+')} ({by_seed})" if by_seed else "",
+        f"{_points(interval['low'], '+')} to {_points(interval['high'], '+')}" if interval else "",
+        str(len(row["seeds"])),
+        "" if row["train_s"] is None else f"{row['train_s']:.0f}",
+        "" if row["train_ms_per_step"] is None else f"{row['train_ms_per_step']:.0f}",
+    ]
+
+
+def _points(fraction: Optional[float], sign: str = "") -> str:
+    return "" if fraction is None else f"{100 * fraction:{sign}.1f}"
+
+
+if __name__ == "__main__":
+    end_as_by_ctrl_c()
+    sys.exit(main())

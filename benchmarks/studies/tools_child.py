@@ -1,0 +1,167 @@
+"""
+Command: what one process of benchmarks.studies.tools does: images through a model, alone or to calibrate a tool.
+
+    python -m benchmarks.studies.tools_child plain student.onnx --annotations images.json --images-dir DIR
+    python -m benchmarks.studies.tools_child modelopt student.onnx --method entropy \\
+        --annotations images.json --images-dir DIR -o student.int8.onnx
+
+Run in the folder of the checkout by the Python that has the tool, which need not be ours; it needs numpy, OpenCV and
+onnx besides. Settings are the tool's defaults, but for what `int8_by_modelopt` says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from typing import Callable, Dict, List, Optional, Sequence, Set
+
+import numpy as np
+
+from deploy.contract import load_contract
+from deploy.dataset import load_coco, read_image
+from deploy.errors import CalibrationError, ConfigError, command
+from deploy.files import check_writable
+from deploy.runtime.preprocess import preprocess
+from deploy.runtime.session import OrtSession
+
+Feed = Dict[str, np.ndarray]
+
+
+class Images:
+    """
+    The feeds of a model, one image each, made as they are asked for.
+
+    The methods are those of a data reader of ONNX Runtime (`CalibrationDataReader`), and of ModelOpt, which wants to
+    see the first feed without taking it.
+    """
+
+    def __init__(self, model: str, annotations: str, images_dir: str) -> None:
+        self._contract = load_contract(model)
+        self._images = load_coco(annotations, images_dir, check_files=False).images
+        self._taken = 0
+
+    def get_next(self) -> Optional[Feed]:
+        if self._taken == len(self._images):
+            return None
+        self._taken += 1
+        return self._feed(self._taken - 1)
+
+    def get_first(self) -> Feed:
+        return self._feed(0)
+
+    def rewind(self) -> None:
+        self._taken = 0
+
+    def _feed(self, index: int) -> Feed:
+        prepared = preprocess(read_image(self._images[index].path), self._contract)
+        return {self._contract.input_name: np.repeat(prepared.input, max(1, self._contract.input_shape[0]), axis=0)}
+
+
+def nodes_from(model_path: str, names: Sequence[str]) -> List[str]:
+    """
+    The names of these nodes and of all that read what comes of them.
+
+    Raises:
+        CalibrationError: one of them is not in the graph, or has no name to be excluded by.
+    """
+    from deploy.graphs.graph import load_onnx
+
+    reached: Set[str] = set()
+    found = []
+    for node in load_onnx(model_path).graph.node:  # each after those that it reads
+        if node.name in names or reached.intersection(node.input):
+            reached.update(name for name in node.output if name)
+            found.append(node.name)
+    missing = set(names) - set(found)
+    if missing or not all(found):
+        raise CalibrationError(
+            f"{model_path} has {sorted(missing) or 'nodes without a name'}; expected the name of each node to exclude"
+        )
+    return found
+
+
+def run_plainly(images: Images, model: str) -> None:
+    """One inference of each image, as in deployment."""
+    with OrtSession(model) as session:
+        for feed in iter(images.get_next, None):
+            session.infer(feed)
+
+
+def int8_by_onnxruntime(images: Images, model: str, method: str, excluded: List[str], output: str) -> None:
+    """`method` is the name of a CalibrationMethod."""
+    from onnxruntime import quantization
+
+    quantization.quantize_static(
+        model,
+        output,
+        images,
+        nodes_to_exclude=excluded,
+        calibrate_method=quantization.CalibrationMethod[method],
+    )
+
+
+def int8_by_modelopt(images: Images, model: str, method: str, excluded: List[str], output: str) -> None:
+    """
+    `method` is "max" or "entropy".
+
+    By default ModelOpt 0.47 looks for GPUs first and turns to FP16 what it leaves in float; here it calibrates on the
+    processor, and leaves it in FP32, as the others do. It takes nodes to exclude as patterns of `re.match`.
+    """
+    from modelopt.onnx.quantization import quantize
+
+    quantize(
+        model,
+        calibration_data_reader=images,
+        calibration_method=method,
+        calibration_eps=["cpu"],
+        nodes_to_exclude=[f"{re.escape(name)}$" for name in excluded],
+        high_precision_dtype="fp32",
+        output_path=output,
+    )
+
+
+QUANTIZERS: Dict[str, Callable[[Images, str, str, List[str], str], None]] = {
+    "onnxruntime": int8_by_onnxruntime,
+    "modelopt": int8_by_modelopt,
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.studies.tools_child",
+        description="Run images through a model, alone or to calibrate another's tool.",
+    )
+    parser.add_argument("tool", choices=("plain", *QUANTIZERS), help="plain: inference alone")
+    parser.add_argument("model", help="float ONNX file, with its sidecar")
+    parser.add_argument("--method", help="of calibration, as the tool calls it")
+    parser.add_argument("--annotations", required=True, metavar="FILE", help="COCO file of the images")
+    parser.add_argument("--images-dir", required=True, metavar="DIR", help="their folder")
+    parser.add_argument("--float-from", nargs="+", default=[], metavar="NAME",
+                        help="nodes to keep in float, with all that reads what comes of them")  # fmt: skip
+    parser.add_argument("-o", "--output", metavar="FILE", help="INT8 ONNX file to write; none for plain")
+    return parser
+
+
+@command
+def main(argv: Optional[List[str]] = None) -> int:
+    """Runs one pass; see the module's docstring."""
+    arguments = _parser().parse_args(argv)
+    calibrates = arguments.tool != "plain"
+    if any(bool(one) != calibrates for one in (arguments.method, arguments.output)):
+        raise ConfigError(
+            f"the tool is {arguments.tool}; expected {'both' if calibrates else 'neither'} of --method and --output"
+        )
+    if calibrates:
+        check_writable(arguments.output)
+    images = Images(arguments.model, arguments.annotations, arguments.images_dir)
+    if calibrates:
+        excluded = nodes_from(arguments.model, arguments.float_from) if arguments.float_from else []
+        QUANTIZERS[arguments.tool](images, arguments.model, arguments.method, excluded, arguments.output)
+    else:
+        run_plainly(images, arguments.model)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,129 @@
+"""
+Where an INT8 graph has its Q/DQ pairs, and what flows there: what fake quantisation in training has to repeat.
+
+Reads the INT8 file that `calibration.quantize` wrote and the float file that it was made of. Needs onnx and
+onnxruntime.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+from onnx import numpy_helper
+
+from deploy.errors import CalibrationError
+from deploy.graphs.graph import constants, load_onnx, producers, with_outputs
+
+SCALE = "_scale"
+"""Ends the names of activations' scales; before it stands the tensor whose range they are of."""
+LIMITS = {"int8": (-128, 127), "uint8": (0, 255)}
+"""Of the integers, as QuantizeLinear saturates."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantization:
+    """The number format of one range: real = scale * (integer - zero_point)."""
+
+    scale: float
+    zero_point: int
+    smallest: int
+    largest: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Operand:
+    """What a node reads, but for constants."""
+
+    value: np.ndarray
+    """In the float model, for the example input."""
+    source: str | None
+    """The tensor whose range its Q/DQ pair has; None without a pair."""
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizedNode:
+    """A node that reads a pair, or that has an INT8 weight."""
+
+    name: str
+    op_type: str
+    operands: list[Operand]
+    weight: np.ndarray | None
+    """The FP32 weight of a convolution whose weight is quantised."""
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizedGraph:
+    nodes: list[QuantizedNode]
+    quantizations: dict[str, Quantization]
+    """Tensor whose range it is -> number format."""
+
+
+def read_quantized_graph(int8_path: str | Path, float_path: str | Path, feed: dict[str, np.ndarray]) -> QuantizedGraph:
+    """
+    The quantised nodes of the INT8 file, with the values that the float file gives them for `feed`.
+
+    Raises:
+        ContractError: a file is missing or no ONNX.
+        CalibrationError: the two are not one model, or there is no pair in the INT8 file.
+    """
+    int8, original = load_onnx(int8_path), load_onnx(float_path)
+    fixed, made_by = constants(int8), producers(int8)
+    weights, originals = constants(original), {node.output[0]: node for node in original.graph.node}
+    quantizations: dict[str, Quantization] = {}
+    # (node, tensor that it reads -> tensor whose range the pair has, whether its weight is INT8)
+    found: list[tuple[onnx.NodeProto, dict[str, str | None], bool]] = []
+    for node in int8.graph.node:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            continue
+        operands: dict[str, str | None] = {}
+        has_weight = False
+        for name in node.input:
+            pair = made_by.get(name)
+            if pair is None or pair.op_type != "DequantizeLinear":
+                if name and name not in fixed:
+                    operands[name] = None
+                continue
+            quantize = made_by.get(pair.input[0])
+            tensor = quantize.input[0] if quantize is not None else pair.input[0]
+            if tensor in fixed:
+                has_weight = True
+                continue
+            source = pair.input[1].removesuffix(SCALE)
+            operands[tensor] = source
+            scale, zero_point = (numpy_helper.to_array(fixed[constant]) for constant in pair.input[1:])
+            quantizations[source] = Quantization(float(scale), int(zero_point), *LIMITS[zero_point.dtype.name])
+        if has_weight or any(operands.values()):
+            found.append((node, operands, has_weight))
+    if not found:
+        raise CalibrationError(f"{int8_path} has no Q/DQ pairs; expected an INT8 model of calibration.quantize")
+    strangers = [node.output[0] for node, _, _ in found if node.output[0] not in originals]
+    if strangers:
+        raise CalibrationError(
+            f"{int8_path} computes {strangers[0]}, {float_path} does not; expected the INT8 model that was made of it"
+        )
+    wanted = sorted({name for _, operands, _ in found for name in operands} - set(feed))
+    values = {**feed, **values_of(original, wanted, feed)}
+    nodes = []
+    for node, operands, has_weight in found:
+        weight = weights[originals[node.output[0]].input[1]] if has_weight else None
+        nodes.append(
+            QuantizedNode(
+                node.name or node.output[0],
+                node.op_type,
+                [Operand(values[name], source) for name, source in operands.items()],
+                None if weight is None else numpy_helper.to_array(weight),
+            )
+        )
+    return QuantizedGraph(nodes, quantizations)
+
+
+def values_of(model: onnx.ModelProto, tensors: Sequence[str], feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Tensor -> its value, of activations of the model."""
+    opened = with_outputs(model, tensors).SerializeToString()
+    session = onnxruntime.InferenceSession(opened, providers=["CPUExecutionProvider"])
+    return dict(zip(tensors, session.run(list(tensors), feed), strict=True))

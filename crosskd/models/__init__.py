@@ -1,0 +1,1 @@
+"""Detectors, heads, losses, backbones and their checkpoints."""

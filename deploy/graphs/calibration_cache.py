@@ -1,0 +1,159 @@
+"""
+TensorRT's calibration caches: the ranges of activations as text, for INT8 where explicit Q/DQ does not reach.
+
+The DLA before TensorRT 11 takes INT8 only from ranges (developer guides of 8.x and 10.x, "Working with DLA"). They are
+taken from the Q/DQ graph, which loses its Q/DQ in exchange, so that no images are needed on the board. A cache looks
+like
+
+    TRT-8503-EntropyCalibration2
+    images: 3ca1204b
+
+with a tensor and its scale on each line: largest value / 127, as the hexadecimal digits of a big-endian float32. NVIDIA
+does not document the format; it is that of the caches which TensorRT 7 and 8 write.
+
+Text needs nothing but Python; what reads a graph needs onnx.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import struct
+from pathlib import Path
+from typing import TYPE_CHECKING, Dict, Mapping
+
+from deploy.errors import CalibrationError, EngineBuildError
+from deploy.files import AnyPath, replacing
+
+if TYPE_CHECKING:
+    import onnx
+
+LARGEST_INT8 = 127
+HEADER = re.compile(r"TRT-\d+-\w+")
+LINE = re.compile(r"(?P<tensor>.+): (?P<scale>[0-9a-f]{8})")
+
+
+def text_from_amax(amax: Mapping[str, float], tensorrt_version: str) -> str:
+    """
+    The cache for `IInt8EntropyCalibrator2` of that TensorRT.
+
+    Args:
+        amax: tensor -> largest absolute value, positive.
+        tensorrt_version: as `tensorrt.__version__` says it: "8.5.3", "10.3.0.30".
+
+    Raises:
+        CalibrationError: a value is not positive and finite.
+    """
+    major, minor, patch = (int(number) for number in re.findall(r"\d+", tensorrt_version)[:3])
+    # NV_TENSORRT_VERSION of NvInferVersion.h: two digits for each part from 10.0 on
+    number = (major * 100 + minor) * 100 + patch if major >= 10 else (major * 10 + minor) * 100 + patch
+    lines = [f"TRT-{number}-EntropyCalibration2"]
+    for tensor, largest in amax.items():
+        if not (math.isfinite(largest) and largest > 0):
+            raise CalibrationError(f"the largest value of the tensor {tensor!r} is {largest}; expected it above 0")
+        lines.append(f"{tensor}: {struct.pack('>f', largest / LARGEST_INT8).hex()}")
+    return "\n".join(lines) + "\n"
+
+
+def amax_from_text(text: str, source: AnyPath) -> Dict[str, float]:
+    """
+    Tensor -> largest absolute value, of a cache that TensorRT or `text_from_amax` wrote.
+
+    Raises:
+        CalibrationError: it is no cache, or a line is broken; `source` is named.
+    """
+    header, *lines = text.splitlines() or [""]
+    if not HEADER.fullmatch(header.strip()):
+        raise CalibrationError(
+            f"{source} begins with {header[:40]!r}; expected a calibration cache of TensorRT, which begins like "
+            "'TRT-8503-EntropyCalibration2'"
+        )
+    found = {}
+    for number, line in enumerate(lines, start=2):
+        match = LINE.fullmatch(line.strip())
+        if not match:
+            raise CalibrationError(
+                f"{source}, line {number} is {line[:60]!r}; expected 'tensor: ' and 8 hexadecimal digits. The file may "
+                "be truncated: make it again."
+            )
+        (scale,) = struct.unpack(">f", bytes.fromhex(match["scale"]))
+        found[match["tensor"]] = scale * LARGEST_INT8
+    return found
+
+
+def read_cache(path: AnyPath) -> Dict[str, float]:
+    """
+    Tensor -> largest absolute value, of a cache file.
+
+    Raises:
+        CalibrationError: the file is missing, no cache, or broken.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CalibrationError(f"cannot read {path} ({error}); expected a calibration cache of TensorRT") from error
+    return amax_from_text(text, path)
+
+
+def write_cache(path: AnyPath, amax: Mapping[str, float], tensorrt_version: str) -> None:
+    """Writes the cache of `text_from_amax`, atomically."""
+    text = text_from_amax(amax, tensorrt_version)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def amax_from_quantised(model: onnx.ModelProto) -> Dict[str, float]:
+    """
+    Tensor -> largest absolute value that INT8 holds, scale * 127, of each activation that has Q/DQ.
+
+    Raises:
+        EngineBuildError: a scale is not one constant number.
+    """
+    from onnx import numpy_helper
+
+    from deploy.graphs.graph import constants
+
+    known = constants(model)
+    found: Dict[str, float] = {}
+    for node in model.graph.node:
+        if node.op_type != "QuantizeLinear" or node.input[0] in known:
+            continue
+        scale = known.get(node.input[1])
+        if scale is None or numpy_helper.to_array(scale).size != 1:
+            raise EngineBuildError(
+                f"{node.name or node.output[0]} (QuantizeLinear) has the scale {node.input[1]!r}; expected one "
+                "constant number for an activation, as calibration.quantize --target tensorrt writes it"
+            )
+        largest = numpy_helper.to_array(scale).item() * LARGEST_INT8
+        found[node.input[0]] = max(largest, found.get(node.input[0], 0.0))
+    return found
+
+
+def float_from_quantised(model: onnx.ModelProto) -> onnx.ModelProto:
+    """
+    A copy of the model without its Q/DQ pairs: the float graph, its tensors under their names.
+
+    Raises:
+        EngineBuildError: integers come from elsewhere than a QuantizeLinear, or a pair stands before an output.
+    """
+    import onnx
+
+    from deploy.graphs.graph import remove_unused
+
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    quantised = {node.output[0]: node.input[0] for node in result.graph.node if node.op_type == "QuantizeLinear"}
+    before: Dict[str, str] = {}
+    outputs = {value.name for value in result.graph.output}
+    for node in result.graph.node:
+        node.input[:] = [before.get(name, name) for name in node.input]
+        if node.op_type == "DequantizeLinear":
+            if node.input[0] not in quantised or node.output[0] in outputs:
+                raise EngineBuildError(
+                    f"the node {node.name or node.output[0]} (DequantizeLinear) is not the second of a pair within the "
+                    "graph; expected a file of calibration.quantize --target tensorrt"
+                )
+            source = quantised[node.input[0]]
+            before[node.output[0]] = before.get(source, source)
+    remove_unused(result)
+    return result

@@ -1,0 +1,357 @@
+"""
+Types of an ONNX graph: what runs in FP16 and what has to stay FP32, and what a Q/DQ graph must look like for TensorRT.
+
+TensorRT 11 takes precision from the graph alone, and TensorRT 10 can (strong typing): `half_from_float` is where the
+graph says so. TensorRT 8 takes an FP32 graph and chooses itself where flags let it: there the same decision is a list
+of tensors that are to be FP32. `typed_graph` makes each of these forms from the one ONNX file.
+
+Runs on a board: needs onnx and numpy, no ONNX Runtime, whose `float16` converter also sends every value between two
+FP32 nodes through FP16, where boxes above 512 pixels are rounded to half a pixel.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Set, Tuple
+
+import numpy as np
+
+from deploy.errors import ContractError, EngineBuildError
+from deploy.graphs.calibration_cache import amax_from_quantised, float_from_quantised
+from deploy.graphs.graph import constants, remove_unused
+
+if TYPE_CHECKING:
+    import onnx
+
+CONVOLUTIONS = ("Conv", "ConvTranspose")
+QUANTISERS = ("QuantizeLinear", "DequantizeLinear")
+FLOAT_ONLY = (
+    "Cast", "Exp", "Log", "LogSoftmax", "Pow", "Reciprocal", "ReduceL2", "ReduceMean", "ReduceSum", "Softmax",
+    "Softplus", "Sqrt",
+)  # fmt: skip
+"""Kept in FP32 even before a convolution: FP16 overflows or cancels in them. A Cast says its own type."""
+COORDINATES = {"GridSample": 1}
+"""Operator -> input that says where it reads. FP16 is too coarse for places, so it and all of them stay FP32."""
+FLOAT_INPUTS = {"Resize": (1, 2)}
+"""Operator -> inputs (roi, scales) that ONNX wants, or lets be, in FP32 when the data are FP16."""
+KEEPS_RANGE = (*QUANTISERS, "Identity", "MaxPool", "Relu", "Reshape", "Resize", "Transpose")
+"""Operators whose output reaches no further than their first input."""
+HALF_QUANTISERS_OPSET = 19
+"""The first opset whose QuantizeLinear and DequantizeLinear take FP16 (onnx.ai, changelog of the operators)."""
+SMALLEST_HALF = float(np.float16(2.0**-24))
+LARGEST_HALF = 65504.0
+LARGEST_SEEN = LARGEST_HALF / 2
+"""Of an activation in calibration: other images reach further."""
+GRAPHS = ("fp32", "fp16", "int8", "int8_fp32_scales")
+"""The forms that `typed_graph` makes, and `deploy.tensorrt.builder.recipe_for` asks for.
+
+fp32: no Q/DQ. fp16: FP16 up to the last convolutions. int8: the same with Q/DQ of FP16 scales. int8_fp32_scales: FP32
+with Q/DQ of FP32 scales.
+"""
+NOTHING_SEEN: Mapping[str, float] = {}
+BEHIND = "behind the convolutions, where boxes, scores and places to read are made"
+UNSAFE = "exponents, roots, sums: FP16 overflows or cancels in them"
+PLACES = "reads between pixels: FP16 is too coarse for places"
+
+
+@dataclasses.dataclass(frozen=True)
+class TypedGraph:
+    """A graph in one of GRAPHS."""
+
+    model: onnx.ModelProto
+    float_tensors: Tuple[str, ...]
+    """What has to stay FP32, for a TensorRT that chooses types itself."""
+    kept: Dict[str, List[str]]
+    """Why nodes stay FP32 where others are FP16 -> their names."""
+
+
+def typed_graph(model: onnx.ModelProto, graph: str, details: Mapping[str, Any]) -> TypedGraph:
+    """
+    The model in one of GRAPHS.
+
+    Args:
+        model: checked, its nodes in topological order, FP32; with Q/DQ for the forms of INT8. "fp32" and "fp16" of one
+            with Q/DQ are those of the float graph below them.
+        details: of the sidecar of the model's file, for `largest_values`.
+
+    Raises:
+        EngineBuildError: the graph does not go with the form, or has no valid FP16 form.
+        ContractError: as `largest_values`.
+    """
+    amax = largest_values(model, details)
+    if graph.startswith("int8"):
+        check_symmetric_int8(model)
+    elif is_quantised(model):
+        model = float_from_quantised(model)
+    kept = float_nodes(model, amax)
+    names: Dict[str, List[str]] = {}
+    for index, reason in kept.items():
+        node = model.graph.node[index]
+        names.setdefault(reason, []).append(node.name or node.output[0])
+    typed = half_from_float(model, amax) if graph in ("fp16", "int8") else model
+    return TypedGraph(typed, tuple(_float_outputs(model, kept)), names)
+
+
+def largest_values(model: onnx.ModelProto, details: Mapping[str, Any]) -> Dict[str, float]:
+    """
+    Tensor -> largest absolute value that calibration saw.
+
+    Args:
+        model: where it has Q/DQ, their scales say it.
+        details: of the file's sidecar; `ranges`, tensor -> [smallest, largest], says it of further tensors.
+
+    Raises:
+        ContractError: `ranges` is something else.
+    """
+    found = amax_from_quantised(model)
+    try:
+        for name, (smallest, largest) in details.get("ranges", {}).items():
+            found[name] = max(abs(float(smallest)), abs(float(largest)), found.get(name, 0.0))
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ContractError(
+            f"the sidecar's details have ranges that are not tensor -> [smallest, largest] ({error}); quantise the "
+            "model again"
+        ) from error
+    return found
+
+
+def is_quantised(model: onnx.ModelProto) -> bool:
+    """Whether the graph has QuantizeLinear or DequantizeLinear nodes."""
+    return any(node.op_type in QUANTISERS for node in model.graph.node)
+
+
+def check_symmetric_int8(model: onnx.ModelProto) -> None:
+    """
+    Raises EngineBuildError unless every Q and DQ has an int8 zero point of 0, the only kind that TensorRT runs.
+
+    A missing zero point is uint8 in ONNX, and refused too.
+    """
+    from onnx import numpy_helper
+
+    known = constants(model)
+    for node in model.graph.node:
+        if node.op_type not in QUANTISERS:
+            continue
+        tensor = known.get(node.input[2]) if len(node.input) > 2 else None
+        values = None if tensor is None else numpy_helper.to_array(tensor)
+        if values is None or values.dtype != np.int8 or np.any(values):
+            found = "none" if values is None else f"{values.dtype} {values.ravel()[:3].tolist()}"
+            raise EngineBuildError(
+                f"{node.op_type} {node.name!r} has the zero point {found}; TensorRT runs int8 with zero point 0 only. "
+                "The graph was quantised for target onnxruntime: quantise the float model again with --target tensorrt."
+            )
+
+
+def float_nodes(model: onnx.ModelProto, amax: Mapping[str, float]) -> Dict[int, str]:
+    """
+    Index -> reason, of each node with floating-point results that stays FP32 when the others become FP16.
+
+    FP16 are convolutions and what leads to one, but for FLOAT_ONLY and COORDINATES, and for what reads or writes a
+    constant or an activation beyond FP16.
+
+    Args:
+        model: checked, its nodes in topological order.
+        amax: tensor -> largest absolute value in calibration.
+    """
+    known = _float_constants(model)
+    beyond = {name: f"the activation {name} reached {value:g}" for name, value in amax.items() if value > LARGEST_SEEN}
+    for name, values in known.items():
+        finite = np.abs(values[np.isfinite(values)])
+        if finite.size and finite.max() > LARGEST_HALF:
+            beyond[name] = f"the constant {name} reaches {finite.max():g}"
+    leading, floating = _leading_to_convolutions(model), _float_tensors(model)
+    kept = {}
+    for index, node in enumerate(model.graph.node):
+        if (
+            node.op_type == "Constant"
+            or node.output[0] in known
+            or not floating.intersection((*node.input, *node.output))
+        ):
+            continue
+        apart = FLOAT_INPUTS.get(node.op_type, ())
+        touched = [*(name for i, name in enumerate(node.input) if i not in apart), *node.output]
+        reasons = [beyond[name] for name in touched if name in beyond]
+        if index not in leading:
+            kept[index] = BEHIND
+        elif node.op_type in FLOAT_ONLY:
+            kept[index] = UNSAFE
+        elif node.op_type in COORDINATES:
+            kept[index] = PLACES
+        elif reasons:
+            kept[index] = f"FP16 ends at {LARGEST_HALF:g}, {reasons[0]}"
+        if node.op_type in KEEPS_RANGE and node.input[0] in beyond and node.output[0] not in amax:
+            beyond.setdefault(node.output[0], beyond[node.input[0]])
+    return kept
+
+
+def _leading_to_convolutions(model: onnx.ModelProto) -> Set[int]:
+    """Indices of the convolutions and of what they depend on, but for that which only says where to read."""
+    import onnx
+
+    places = (onnx.TensorProto.INT64, onnx.TensorProto.INT32, onnx.TensorProto.BOOL)
+    types = _types(model)
+    needed: Set[str] = set()
+    found = set()
+    for index in range(len(model.graph.node) - 1, -1, -1):
+        node = model.graph.node[index]
+        if node.op_type in CONVOLUTIONS or needed.intersection(node.output):
+            values = [name for i, name in enumerate(node.input) if i != COORDINATES.get(node.op_type)]
+            needed.update(name for name in values if name and types.get(name) not in places)
+            found.add(index)
+    return found
+
+
+def _float_constants(model: onnx.ModelProto) -> Dict[str, np.ndarray]:
+    import onnx
+    from onnx import numpy_helper
+
+    return {
+        name: numpy_helper.to_array(tensor)
+        for name, tensor in constants(model).items()
+        if tensor.data_type == onnx.TensorProto.FLOAT
+    }
+
+
+def _float_tensors(model: onnx.ModelProto) -> Set[str]:
+    import onnx
+
+    return {name for name, kind in _types(model).items() if kind == onnx.TensorProto.FLOAT}
+
+
+def _float_outputs(model: onnx.ModelProto, kept: Mapping[int, str]) -> List[str]:
+    """FP32 results of the kept nodes, but for Q/DQ, whose types TensorRT knows."""
+    floating = _float_tensors(model)
+    nodes = [model.graph.node[index] for index in kept]
+    return [name for node in nodes if node.op_type not in QUANTISERS for name in node.output if name in floating]
+
+
+def _types(model: onnx.ModelProto) -> Dict[str, int]:
+    """Tensor -> its type, of inputs, results and constants."""
+    import onnx
+
+    inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True).graph
+    types = {
+        value.name: value.type.tensor_type.elem_type
+        for values in (inferred.input, inferred.value_info, inferred.output)
+        for value in values
+    }
+    types.update((name, tensor.data_type) for name, tensor in constants(model).items())
+    return types
+
+
+def half_from_float(model: onnx.ModelProto, amax: Mapping[str, float] = NOTHING_SEEN) -> onnx.ModelProto:
+    """
+    A copy of an FP32 model in which everything up to and with the last convolutions is FP16 and the rest is FP32.
+
+    Backbone, neck and head are FP16, but for the nodes of `float_nodes`; softmax, box arithmetic and top-k behind the
+    last convolution see FP32 alone, and inputs and outputs of the graph keep their types. Q/DQ before a convolution get
+    FP16 scales, for which the graph is raised to opset 19.
+
+    The result is for TensorRT. ONNX Runtime 1.31 gives wrong detections for FP16 Q/DQ unless its optimiser pass
+    WeightBiasQuantization is disabled.
+
+    Args:
+        model: checked, FP32, its nodes in topological order.
+        amax: tensor -> largest absolute value in calibration.
+
+    Raises:
+        EngineBuildError: the graph cannot be raised to opset 19.
+    """
+    import onnx
+
+    typed = onnx.ModelProto()
+    typed.CopyFrom(_with_half_quantisers(model) if is_quantised(model) else model)
+    _Rewriter(typed, set(float_nodes(typed, amax))).rewrite()
+    remove_unused(typed)
+    try:
+        onnx.checker.check_model(typed, full_check=True)
+    except Exception as error:  # the checker and shape inference raise different types
+        raise EngineBuildError(
+            f"the FP16 form of the graph is not valid ONNX: {error}. Build with FP32, and report this."
+        ) from error
+    return typed
+
+
+def _with_half_quantisers(model: onnx.ModelProto) -> onnx.ModelProto:
+    from onnx import version_converter
+
+    opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+    try:
+        return version_converter.convert_version(model, max(opset, HALF_QUANTISERS_OPSET))
+    except Exception as error:  # onnx raises RuntimeError, ConvertError and others here
+        raise EngineBuildError(
+            f"the graph cannot be raised from opset {opset} to {HALF_QUANTISERS_OPSET}: {error}"
+        ) from error
+
+
+class _Rewriter:
+    """Turns the chosen nodes of a graph to FP16 in place, with one Cast per tensor that crosses between the types."""
+
+    def __init__(self, model: onnx.ModelProto, kept: Set[int]) -> None:
+        import onnx
+
+        self.float, self.half = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
+        self.graph = model.graph
+        self.kept = kept
+        self.types = _types(model)
+        self.constants = constants(model)
+        self.outputs = {value.name for value in model.graph.output}
+        self.nodes: List[onnx.NodeProto] = []
+        self.twins: Dict[str, str] = {}
+        """Tensor name -> the same tensor in the other type."""
+        self.new_constants: Dict[str, onnx.TensorProto] = {}
+
+    def rewrite(self) -> None:
+        for index, node in enumerate(self.graph.node):
+            is_half = index not in self.kept and any(
+                self.types.get(name) in (self.float, self.half) for name in node.input
+            )
+            for position, name in enumerate(node.input):
+                to_half = is_half and position not in FLOAT_INPUTS.get(node.op_type, ())
+                node.input[position] = self.as_type(name, self.half if to_half else self.float, node, position)
+            self.nodes.append(node)
+            if is_half:
+                self.make_outputs_half(node)
+        del self.graph.node[:], self.graph.value_info[:]
+        self.graph.node.extend(self.nodes)
+        self.graph.initializer.extend(self.new_constants.values())
+
+    def as_type(self, name: str, wanted: int, node: onnx.NodeProto, position: int) -> str:
+        """The name of tensor `name` in the wanted type; what is no floating-point tensor stays as it is."""
+        found = self.types.get(name)
+        if found == wanted or found not in (self.float, self.half):
+            return name
+        if name not in self.twins:
+            if name in self.constants and wanted == self.half:
+                is_scale = node.op_type in QUANTISERS and position == 1
+                self.twins[name] = self.half_constant(name, SMALLEST_HALF if is_scale else 0.0)
+            else:
+                self.twins[name] = self.cast(name, f"{name}_{'float16' if wanted == self.half else 'float32'}", wanted)
+        return self.twins[name]
+
+    def half_constant(self, name: str, at_least: float) -> str:
+        from onnx import numpy_helper
+
+        values = numpy_helper.to_array(self.constants[name])
+        half = values.astype(np.float16)
+        if at_least:
+            half = np.maximum(half, np.float16(at_least))  # TensorRT refuses a scale of 0
+        half_name = f"{self.constants[name].name}_float16"  # one for all the names of a shared weight
+        self.new_constants[half_name] = numpy_helper.from_array(half, half_name)
+        return half_name
+
+    def make_outputs_half(self, node: onnx.NodeProto) -> None:
+        for position, name in enumerate(node.output):
+            if self.types.get(name) != self.float:
+                continue
+            if name in self.outputs:  # the graph's outputs keep name and type
+                node.output[position] = f"{name}_float16"
+                self.cast(node.output[position], name, self.float)
+            else:
+                self.types[name] = self.half
+
+    def cast(self, source: str, target: str, to: int) -> str:
+        from onnx import helper
+
+        self.nodes.append(helper.make_node("Cast", [source], [target], name=f"{target}_cast", to=to))
+        return target

@@ -1,0 +1,1 @@
+"""Running a model: image to input, one interface to every session, outputs to detections. numpy and OpenCV."""

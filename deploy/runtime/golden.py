@@ -1,0 +1,160 @@
+"""
+Whether two sessions of one detector agree: the check that a fresh engine has to pass.
+
+Builders have made wrong engines of right graphs (TensorRT 10.2.0; some 10.13 builds on Thor), so each engine runs a few
+fixed inputs before it is kept. Candidates before NMS are compared where the graph ends there: NMS makes another box of
+a last-digit difference. Where NMS is in the graph the detections are, in both directions, since each side may have some
+that the other has not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Dict, Iterator, Mapping, Tuple
+
+import numpy as np
+
+from deploy.contract import ModelContract
+from deploy.errors import EngineBuildError
+from deploy.runtime.session import Arrays, Session
+
+SEEDS = (0, 1, 2)
+BEST = 50
+"""Candidates compared per image."""
+SHORTEST_PX = 32.0
+IMAGES_IF_ANY = 2
+"""Images of the inputs of a graph that takes any number of them: more than one, so that they can be mixed up."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tolerance:
+    """How far candidates may differ and still match."""
+
+    box: float
+    """Largest distance of a box side, as a part of the box's longer side (of SHORTEST_PX for smaller boxes)."""
+    logit: float
+    """Largest distance of log(score / (1 - score)), which sees 0.85 become 0.45 as well as 0.02 become 0.003."""
+    matched: float
+    """The least part of the best candidates that must have a match."""
+
+
+TOLERANCES = {
+    "fp32": Tolerance(0.005, 0.02, 0.98),
+    "fp16": Tolerance(0.02, 0.1, 0.95),
+    "int8": Tolerance(0.1, 0.5, 0.9),
+}
+"""Precision -> tolerance against FP32, for "int8" against the same Q/DQ graph in FP32.
+
+Set above what rounding alone did to a trained GFL-R18 of half width on the CPU, 150 candidates: FP16 at most 0.0007
+(box) and 0.006 (logit); FP16 around Q/DQ 0.013 and 0.14 for nine of ten, at most 0.04 and 1.3. Not yet seen on a GPU.
+"""
+
+
+def check_agreement(reference: Session, session: Session, tolerance: Tolerance) -> Dict[str, float]:
+    """
+    How well the two agree on noise: `compared`, how many of the best candidates; `matched`, the part of them that
+    have a match; `box` and `logit`, the median distances, as in `Tolerance`.
+
+    Without NMS in the graph those of the reference are looked for in the session; with it those of each in the other,
+    and there may be none at all, which says nothing of the engine: `compared` then is 0, the rest as if all matched.
+
+    Raises:
+        EngineBuildError: fewer match than the tolerance allows.
+    """
+    contract = reference.contract
+    distances = []
+    for seed in SEEDS:
+        noise = noise_input(contract, seed)
+        fewest, most = session.batch_limits  # narrower than the graph's, where an engine was built for some batches
+        batch = min(max(len(noise), fewest), most)
+        expected = reference.infer({contract.input_name: noise})
+        other = session.infer({contract.input_name: np.resize(noise, (batch, *noise.shape[1:]))})  # the same in turn
+        images = min(batch, len(noise))
+        distances.append(match_distances(expected, other, contract, images))
+        if contract.outputs == "nms":
+            distances.append(match_distances(other, expected, contract, images))
+    box, logit = np.concatenate(distances).T
+    if len(box) == 0:
+        return {"compared": 0, "matched": 1.0, "box": 0.0, "logit": 0.0}
+    found = {
+        "compared": len(box),
+        "matched": float(np.mean((box <= tolerance.box) & (logit <= tolerance.logit))),
+        "box": float(np.median(box)),
+        "logit": float(np.median(logit)),
+    }
+    if found["matched"] < tolerance.matched:
+        raise EngineBuildError(
+            f"the engine is wrong: of the {len(box)} best candidates in {len(SEEDS)} noise images by "
+            f"{reference.description}, {found['matched']:.1%} have a match by {session.description}; expected "
+            f"{tolerance.matched:.0%} within {tolerance.box} of the box size and {tolerance.logit} in logit (medians: "
+            f"{found['box']:.3g}, {found['logit']:.3g}). Try another --opt-level, another TensorRT version "
+            "or a higher precision."
+        )
+    return found
+
+
+def words_of_agreement(found: Mapping[str, float]) -> str:
+    """What `check_agreement` found, for a user."""
+    if not found["compared"]:
+        return "NOT compared with ONNX Runtime, since it detects nothing in noise: measure it with benchmarks.accuracy"
+    return f"{found['matched']:.1%} of {found['compared']:.0f} candidates as in ONNX Runtime"
+
+
+def noise_input(contract: ModelContract, seed: int) -> np.ndarray:
+    """
+    A network input of the contract's type and shape: coloured blocks of 16 pixels under fine noise, as of images.
+
+    Of two images where the graph takes any number.
+    """
+    generator = np.random.default_rng(seed)
+    batch = IMAGES_IF_ANY if contract.input_shape[0] == -1 else contract.input_shape[0]
+    height, width = contract.input_height_px, contract.input_width_px
+    blocks = generator.integers(64, 160, (batch, 3, -(-height // 16), -(-width // 16)))
+    pixels = np.kron(blocks, np.ones((16, 16), np.int64))[..., :height, :width]
+    pixels = pixels + generator.integers(0, 32, (batch, 3, height, width))
+    if contract.input_type == "uint8":
+        return np.ascontiguousarray(pixels.astype(np.uint8).transpose(0, 2, 3, 1))
+    mean, std = (np.array(values, np.float32)[:, None, None] for values in (contract.mean, contract.std))
+    return (pixels.astype(np.float32) - mean) / std
+
+
+def match_distances(reference: Arrays, found: Arrays, contract: ModelContract, images: int) -> np.ndarray:
+    """
+    (n, 2): box and logit distance, as in `Tolerance`, of the reference's best candidates to their nearest in `found`.
+
+    Of the first `images` of the batch.
+
+    The nearest is that of the same label whose box lies nearest; without one, or where numbers are not finite, both
+    distances are infinite.
+    """
+    rows = []
+    for expected, other in zip(_candidates(reference, contract, images), _candidates(found, contract, images)):
+        boxes, scores, labels = expected
+        for index in np.argsort(-scores, kind="stable")[:BEST]:
+            size = max(SHORTEST_PX, float((boxes[index, 2:] - boxes[index, :2]).max()))
+            distances = np.abs(other[0] - boxes[index]).max(axis=1) / size
+            distances[~(np.isfinite(distances) & np.isfinite(other[1]) & (other[2] == labels[index]))] = np.inf
+            if np.isfinite(distances).any():
+                nearest = int(np.argmin(distances))
+                if contract.score_threshold == 0 and (scores[index] > 0) != (other[1][nearest] > 0):
+                    continue  # at the threshold that this graph applies itself, where the last digit decides
+                rows.append((distances[nearest], abs(_logit(scores[index]) - _logit(other[1][nearest]))))
+            else:
+                rows.append((np.inf, np.inf))
+    return np.array(rows, np.float64).reshape(-1, 2)
+
+
+def _candidates(
+    outputs: Arrays, contract: ModelContract, images: int
+) -> Iterator[Tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Boxes (n, 4), scores (n,) and labels (n,) of each of the first images."""
+    boxes, scores, labels, *image_of = (outputs[name] for name in contract.output_names)
+    boxes, scores = boxes.astype(np.float64), scores.astype(np.float64)
+    for image in range(images):
+        mine = image if contract.outputs == "topk" else image_of[0] == image
+        yield boxes[mine], scores[mine], labels[mine]
+
+
+def _logit(score: float) -> float:
+    score = min(max(score, 1e-4), 1 - 1e-4)  # beyond, float32 itself is coarse
+    return float(np.log(score / (1 - score)))

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from benchmarks.measuring.result import read_result
+from deploy.contract import RESULT_VERSION
+from deploy.errors import MeasurementError
+
+
+def edited(path, edit):
+    document = json.loads(path.read_text())
+    edit(document)
+    path.write_text(json.dumps(document))
+    return path
+
+
+def test_what_was_written_is_read_with_its_provenance(result):
+    document = read_result(result("onnx-fp32", ap=0.5))
+    assert document["numbers"]["AP"] == 0.5
+    assert document["numbers"]["AP_small"] is None
+    assert document["result_version"] == RESULT_VERSION
+    assert document["versions"]["numpy"]
+    assert document["created_utc"]
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda d: d.pop("result_version"), "not a result file"),
+        (lambda d: d.update(result_version=99), "result_version is 99; expected 2"),
+        (lambda d: d.update(kind="power"), "kind is 'power'"),
+        (lambda d: d["model"].pop("sha256"), "the key model.sha256 is missing"),
+        (lambda d: d.update(model=3), "the key model.file is missing"),
+        (lambda d: d["numbers"].pop("AP75"), "the key numbers.AP75 is missing"),
+        (lambda d: d["numbers"].update(AP="0.5"), "numbers.AP is '0.5'"),
+        (lambda d: d["numbers"].update(AP=True), "numbers.AP is True"),
+        (lambda d: d["numbers"].update(AP=float("nan")), "numbers.AP is nan"),
+        (lambda d: d.update(role=None), "role is None; expected str"),
+        (lambda d: d["numbers"].update(AP=0.6), "was edited: the hash of its content"),
+        (lambda d: d.update(role="student"), "was edited"),
+        (lambda d: d["numbers"]["per_class"].pop("disc"), "was edited"),
+        (lambda d: d.update(comment="mine"), "was edited"),
+        (lambda d: d.pop("content_sha256"), "content_sha256 says None"),
+    ],
+)
+def test_a_changed_file_is_refused_with_file_and_key(result, edit, message):
+    path = edited(result("onnx-fp32", ap=0.5), edit)
+    with pytest.raises(MeasurementError, match=message) as caught:
+        read_result(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_truncated_file_is_refused(result):
+    path = result("onnx-fp32", ms=10.0)
+    path.write_text(path.read_text()[:-100])
+    with pytest.raises(MeasurementError, match="is not JSON"):
+        read_result(path)
+
+
+def test_no_file_and_no_object(tmp_path):
+    with pytest.raises(MeasurementError, match="cannot read"):
+        read_result(tmp_path / "none.result.json")
+    (tmp_path / "list.json").write_text("[]")
+    with pytest.raises(MeasurementError, match="not a result file"):
+        read_result(tmp_path / "list.json")
+
+
+def test_nan_is_never_written(result, tmp_path):
+    with pytest.raises(MeasurementError, match=r"numbers\.AP is nan"):
+        result("onnx-fp32", ap=float("nan"))
+    assert not list(tmp_path.glob("*.result.json"))
