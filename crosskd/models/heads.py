@@ -4,8 +4,8 @@ What CrossKD has to know of a dense head: how to split it at tower layer k, and 
 A dense head is two towers of convolutions (classification, regression) over each pyramid level, then predictors. The
 tap k is the output of tower layer k after its activation; tap 0 is the pyramid feature itself.
 
-A family of heads is one small class, registered by the type of the head (crosskd/models/families): `loss_by_outputs`, two
-constants and, to be deployed, `decode` are all that it has to write.
+A family of heads is one small class, registered by the type of the head (crosskd/models/families): `loss_by_outputs`,
+two constants and, to be deployed, `decode` are all that it has to write.
 """
 
 from __future__ import annotations

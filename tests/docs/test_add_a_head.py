@@ -64,7 +64,7 @@ def test_the_files_and_names_that_the_page_mentions_are_there() -> None:
     for link in re.findall(r"\]\((?!http)([^)]+)\)", PAGE):
         assert (ROOT / "docs" / link).exists(), link
     for name in re.findall(r"`(\w+\.py)`", PAGE.partition("less regular")[2]):
-        assert (ROOT / "crosskd" / "families" / name).is_file(), name
+        assert (ROOT / "crosskd" / "models" / "families" / name).is_file(), name
     family = type(FAMILIES["GFLHead"])
     for name in (
         "towers", "tap_layers", "rest_of_head", "recorded_assignment", "outputs_as_in_eval", "loss_ld",
