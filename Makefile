@@ -42,7 +42,7 @@ test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow --timeout 5400
 
 test-bindings: $(READY)
-	$(BIN)/python -m pytest -m slow tests/deploy/test_bindings.py
+	$(BIN)/python -m pytest -m slow tests/deploy/tensorrt/test_bindings.py
 
 check: $(READY)
 	$(BIN)/ruff format --check

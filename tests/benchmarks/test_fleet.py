@@ -32,9 +32,10 @@ from deploy.bundle import main as make_bundle
 from deploy.bundle import pack
 from deploy.contract import sidecar_path, write_sidecar
 from deploy.errors import ConfigError
+from tests.stand_ins.detector import CONTRACT, write_detector
+from tests.stand_ins.tensorrt import write_module
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "boards.example.toml"
-STAND_INS = Path(__file__).parents[1] / "deploy" / "conftest.py"
 SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
 ENGINE = b"an engine"
 RUN = """
@@ -72,18 +73,6 @@ if command == "bench":
         os.truncate(here / words["-o"], 1 << 26)
 """
 """Does what a bundle's runner does, or what FAULT says."""
-TENSORRT = """
-import importlib.util, sys, types
-spec = importlib.util.spec_from_file_location("stand_ins", {path!r})
-stand_ins = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(stand_ins)
-tensorrt = sys.modules["tensorrt"] = stand_ins.tensorrt_stand_in("10.3.0")
-runtime = tensorrt.test.cuda = stand_ins.cuda_python_stand_in()
-bindings = types.ModuleType("cuda.bindings")
-bindings.runtime = runtime
-sys.modules.update({{"cuda": types.ModuleType("cuda"), "cuda.bindings": bindings, "cuda.bindings.runtime": runtime}})
-"""
-"""A module tensorrt that is tests/deploy's stand-in, and brings that of cuda-python."""
 
 HERE = SSHD and shutil.which("ssh-keygen") and importlib.util.find_spec("asyncssh")
 needs_server = pytest.mark.skipif(
@@ -208,7 +197,7 @@ def bundle(tmp_path):
         described = {name: {"sha256": hashlib.sha256(content).hexdigest()} for name, content in files.items()}
         manifest = {
             "bundle_version": BUNDLE_VERSION,
-            "contract": stand_ins().CONTRACT.to_json(),
+            "contract": CONTRACT.to_json(),
             "sources": {"int8": {}, "float": {}},
             "files": described,
         }
@@ -216,13 +205,6 @@ def bundle(tmp_path):
         return tmp_path / "mini.tar.gz"
 
     return make
-
-
-def stand_ins():
-    spec = importlib.util.spec_from_file_location("stand_ins", STAND_INS)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def latency_result():
@@ -506,17 +488,13 @@ def test_what_a_board_sends_is_not_believed(server, boards_file, bundle, tmp_pat
 @needs_server
 def test_a_real_bundle_with_a_stand_in_of_tensorrt(server, boards_file, tmp_path):
     """Found as on a board whose TensorRT is not where Python looks: by PYTHONPATH."""
-    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
-    there = stand_ins()
-    sources = {"student.onnx": None, "student.int8.onnx": np.int8}
-    for name, quantised in sources.items():
-        onnx.save(there.mini_detector(quantised), str(tmp_path / name))
-        write_sidecar(tmp_path / name, {"model": tmp_path / "student.onnx"} if quantised else {}, there.CONTRACT)
+    plain = write_detector(tmp_path / "student.onnx")
+    quantised = write_detector(tmp_path / "student.int8.onnx", np.int8, {"model": plain})
     archive = tmp_path / "student.tar.gz"
-    assert make_bundle([*(str(tmp_path / name) for name in sources), "-o", str(archive)]) == 0
-    (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "tensorrt.py").write_text(TENSORRT.format(path=str(STAND_INS)))
+    assert make_bundle([str(plain), str(quantised), "-o", str(archive)]) == 0
+    write_module(tmp_path / "site", "10.3.0")
     variables = {"PYTHONPATH": str(tmp_path / "site"), "XDG_CACHE_HOME": str(tmp_path / "cache")}
     boards = boards_file(orin={"port": server(), "environment": variables})
     assert run_fleet(boards, archive, tmp_path / "out") == 0
@@ -593,7 +571,7 @@ def test_a_bundle_that_will_not_do(bundle, tmp_path, capsys):
     archive.write_bytes(content[:-9])
     assert run_fleet(boards, archive, tmp_path / "out") == 2
     assert "cannot be read as a .tar.gz" in capsys.readouterr().err
-    manifest = {"bundle_version": BUNDLE_VERSION, "contract": stand_ins().CONTRACT.to_json(), "sources": {"int8": {}}}
+    manifest = {"bundle_version": BUNDLE_VERSION, "contract": CONTRACT.to_json(), "sources": {"int8": {}}}
     pack("mini", {MANIFEST: json.dumps({**manifest, "files": {}}).encode()}, archive)
     assert run_fleet(boards, archive, tmp_path / "out") == 2
     assert "--fp16 needs the float graph, which is not in this bundle" in capsys.readouterr().err

@@ -561,11 +561,12 @@ def run_dir(tmp_path, monkeypatch, quick):
     def make(fault=""):
         folder, package = tmp_path / "run", tmp_path / "package" / "crosskd"
         folder.mkdir()
-        package.mkdir(parents=True)
+        (package / "workers").mkdir(parents=True)
         (folder / "detector.pth").write_bytes(b"weights")
         write_sidecar(folder / "detector.pth", {}, details={"parameters": 1234})
         (package / "__init__.py").write_text("")
-        (package / "time_detector.py").write_text(TIME_DETECTOR.replace("FAULT", fault))
+        (package / "workers" / "__init__.py").write_text("")
+        (package / "workers" / "time_detector.py").write_text(TIME_DETECTOR.replace("FAULT", fault))
         monkeypatch.chdir(package.parent)
         return folder
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
+import runpy
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,14 +14,11 @@ PAGE = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
-def generator() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("docs_commands", ROOT / "docs" / "commands.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def generator() -> SimpleNamespace:
+    return SimpleNamespace(**runpy.run_path(str(ROOT / "docs" / "commands.py")))
 
 
-def test_the_page_is_up_to_date(generator: ModuleType) -> None:
+def test_the_page_is_up_to_date(generator: SimpleNamespace) -> None:
     written_by = re.search(r"with Python ([\d.]+)", PAGE)[1]
     if written_by != generator.python_version():
         pytest.skip(f"help is laid out otherwise in Python {written_by}, which wrote the page")

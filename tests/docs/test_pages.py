@@ -21,7 +21,8 @@ import cv2
 import numpy as np
 import pytest
 
-from deploy.contract import write_sidecar
+from tests.stand_ins.detector import write_detector
+from tests.stand_ins.tensorrt import write_module
 
 ROOT = Path(__file__).resolve().parents[2]
 REFERENCE = "docs/commands.md"
@@ -36,19 +37,6 @@ FENCE = re.compile(r"(?:^<!-- not run: (\S[^\n]*?) -->\n)?^```(\w*)\n(.*?)^```$"
 COMMAND = re.compile(r"(-m |`)((?:crosskd|deploy|calibration|benchmarks)\.[a-z_]+)((?:\\\n|[^`\n])*)")
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
 OPTIONS_OF_OTHERS = {"--nproc-per-node"}
-STAND_INS = ROOT / "tests" / "deploy" / "conftest.py"
-TENSORRT = f"""
-import importlib.util, sys, types
-spec = importlib.util.spec_from_file_location("stand_ins", {str(STAND_INS)!r})
-stand_ins = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(stand_ins)
-tensorrt = sys.modules["tensorrt"] = stand_ins.tensorrt_stand_in("10.3.0")
-runtime = tensorrt.test.cuda = stand_ins.cuda_python_stand_in()
-bindings = types.ModuleType("cuda.bindings")
-bindings.runtime = runtime
-sys.modules.update({{"cuda": types.ModuleType("cuda"), "cuda.bindings": bindings, "cuda.bindings.runtime": runtime}})
-"""
-"""A module tensorrt that is tests/deploy's stand-in, and brings that of cuda-python."""
 
 
 class Block(NamedTuple):
@@ -143,8 +131,7 @@ class Workshop:
             (programs / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
             (programs / name).chmod(0o755)
         (programs / "activate").write_text('PATH="$PWD/.venv/bin:$PATH"\n')
-        (folder / "stand_ins").mkdir()
-        (folder / "stand_ins" / "tensorrt.py").write_text(TENSORRT)
+        write_module(folder / "stand_ins", "10.3.0")
         for config in sorted((ROOT / "configs").rglob("*.py")):
             copy = folder / config.relative_to(ROOT)
             copy.parent.mkdir(parents=True, exist_ok=True)
@@ -190,17 +177,11 @@ def thin_out(data: Path, images: int = 8) -> None:
 
 def test_from_onnx_files_to_detections_as_the_page_on_the_jetson_says(tmp_path: Path) -> None:
     """All but its first block, which wants a trained student."""
-    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
-    spec = importlib.util.spec_from_file_location("stand_ins", STAND_INS)
-    stand_ins = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(stand_ins)
     workshop = Workshop(tmp_path)
-    plain, quantised = tmp_path / "student.onnx", tmp_path / "student.int8.onnx"
-    onnx.save(stand_ins.mini_detector(None), str(plain))
-    write_sidecar(plain, {}, stand_ins.CONTRACT)
-    onnx.save(stand_ins.mini_detector(np.int8), str(quantised))
-    write_sidecar(quantised, {"model": plain}, stand_ins.CONTRACT)
+    plain = write_detector(tmp_path / "student.onnx")
+    write_detector(tmp_path / "student.int8.onnx", np.int8, {"model": plain})
     first, *others = [block for block in blocks_to_run() if block.page == "docs/ship-to-a-jetson.md"]
     assert "deploy.export" in first.text
     assert {block.language for block in others} == {"sh", "python"}

@@ -1,11 +1,11 @@
 """
 Builds and runs a small detector with TensorRT's real bindings over `stand_in.sh`. A child process of test_bindings.py.
 
-    PYTHONPATH=FOLDER:. python tests/tensorrt_api/real_bindings.py WORK_FOLDER
+    PYTHONPATH=FOLDER:. python -m tests.tensorrt_api.real_bindings WORK_FOLDER
 
-The bindings check names and arguments but do nothing; the stand-in of tests/deploy/conftest.py does what is needed but
-checks little. A `Twin` is one object of each: every call and every setting goes to both, and the answer is that of the
-stand-in. What the two do not both have, or do not both take, ends the run.
+The bindings check names and arguments but do nothing; tests/stand_ins does what is needed but checks little. A `Twin`
+is one object of each: every call and every setting goes to both, and the answer is that of the stand-in. What the two
+do not both have, or do not both take, ends the run.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import enum
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -22,7 +21,9 @@ from typing import Any
 
 import numpy as np
 
-CONFTEST = Path(__file__).resolve().parents[1] / "deploy" / "conftest.py"
+from tests.stand_ins.cuda import cuda_modules, cuda_python_stand_in
+from tests.stand_ins.detector import CONTRACT, mini_detector
+from tests.stand_ins.tensorrt import tensorrt_stand_in
 
 
 class Twin:
@@ -143,8 +144,8 @@ def models(folder: Path) -> None:
 
     nms = onnx.parser.parse_model(NMS)
     for name, model, changes in (
-        ("float", CONF.mini_detector(), {}),
-        ("int8", CONF.mini_detector(np.int8), {}),
+        ("float", mini_detector(), {}),
+        ("int8", mini_detector(np.int8), {}),
         (
             "nms",
             nms,
@@ -156,7 +157,7 @@ def models(folder: Path) -> None:
         ),
     ):
         onnx.save(model, str(folder / f"{name}.onnx"))
-        write_sidecar(folder / f"{name}.onnx", {}, dataclasses.replace(CONF.CONTRACT, **changes))
+        write_sidecar(folder / f"{name}.onnx", {}, dataclasses.replace(CONTRACT, **changes))
 
 
 INSPECTOR = {"Layers": [{"Name": "c", "LayerType": "Conv", "Inputs": [{"Format/Datatype": "Int8"}], "Outputs": []}]}
@@ -189,13 +190,8 @@ def main(folder: Path) -> None:
 if __name__ == "__main__":
     import tensorrt as BINDINGS
 
-    spec = importlib.util.spec_from_file_location("stand_ins", CONFTEST)
-    CONF = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(CONF)
-    stand_in = CONF.tensorrt_stand_in(BINDINGS.__version__)
-    stand_in.test.cuda, stand_in.test.dla_cores = CONF.cuda_python_stand_in(), 1
+    stand_in = tensorrt_stand_in(BINDINGS.__version__)
+    stand_in.test.cuda, stand_in.test.dla_cores = cuda_python_stand_in(), 1
     stand_in.test.inspector = json.dumps(INSPECTOR)  # else none of the DLA's layers would be INT8
-    sys.modules["tensorrt"] = TwinModule(BINDINGS, stand_in)
-    sys.modules["cuda"], sys.modules["cuda.bindings"] = ModuleType("cuda"), ModuleType("cuda.bindings")
-    sys.modules["cuda.bindings"].runtime = sys.modules["cuda.bindings.runtime"] = stand_in.test.cuda
+    sys.modules.update({"tensorrt": TwinModule(BINDINGS, stand_in), **cuda_modules(stand_in.test.cuda)})
     main(Path(sys.argv[1]))

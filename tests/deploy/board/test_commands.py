@@ -19,16 +19,16 @@ from deploy.bundle import MODULES, unpack
 from deploy.bundle import main as make_bundle
 from deploy.contract import ModelContract, sidecar_path, write_sidecar
 from deploy.tensorrt import builder
+from tests.stand_ins.tensorrt import write_module
 
 pytest.importorskip("onnxruntime")
-CONFTEST = Path(__file__).parents[1] / "conftest.py"
 BLOCKED = ("onnx", "onnxruntime", "torch", "mmdet", "cv2", "jinja2", "faster_coco_eval")
 DRIVER = """
-import builtins, importlib.util, json, runpy, sys, types
+import builtins, json, runpy, sys
 from pathlib import Path
 
-folder, version, conftest, blocked, commands = json.loads(sys.argv[1])
-sys.path[0] = folder
+folder, site, blocked, commands = json.loads(sys.argv[1])
+sys.path[:1] = [folder, *site]
 real = builtins.__import__
 
 def guarded(name, globals=None, locals=None, fromlist=(), level=0):
@@ -38,15 +38,6 @@ def guarded(name, globals=None, locals=None, fromlist=(), level=0):
     return real(name, globals, locals, fromlist, level)
 
 builtins.__import__ = guarded
-if conftest:
-    spec = importlib.util.spec_from_file_location("stand_ins", conftest)
-    stand_ins = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(stand_ins)
-    tensorrt = sys.modules["tensorrt"] = stand_ins.tensorrt_stand_in(version)
-    runtime = tensorrt.test.cuda = stand_ins.cuda_python_stand_in()
-    bindings = types.ModuleType("cuda.bindings")
-    bindings.runtime = runtime
-    sys.modules.update({"cuda": types.ModuleType("cuda"), "cuda.bindings": bindings, "cuda.bindings.runtime": runtime})
 statuses = []
 for words in commands:
     sys.argv = ["run.py", *words]
@@ -76,7 +67,10 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def on_a_board(folder: Path, version: str, *commands: List[str]) -> Tuple[List[int], List[str], str, str]:
     """Statuses, modules of ours that were imported, stdout and stderr, of the bundle's own files in a process."""
-    argument = json.dumps([str(folder), version, str(CONFTEST) if version else "", BLOCKED, commands])
+    site = folder.with_name("site")
+    if version:
+        write_module(site, version)
+    argument = json.dumps([str(folder), [str(site)] if version else [], BLOCKED, commands])
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
         [sys.executable, "-c", DRIVER, argument],
@@ -218,7 +212,7 @@ def test_a_wrong_engine_is_not_kept_and_not_taken(
     assert run.main(["check"], folder) == 2
     assert "not the file that its sidecar describes" in capsys.readouterr().err
     engine.write_bytes(plan)
-    write_sidecar(engine, {"onnx": CONFTEST}, detector_contract, details)
+    write_sidecar(engine, {"onnx": Path(__file__)}, detector_contract, details)
     for command in (["check"], ["bench", "--runs", "12"]):
         assert run.main(command, folder) == 2
         assert "which is not in this bundle; expected an engine of this bundle's" in capsys.readouterr().err

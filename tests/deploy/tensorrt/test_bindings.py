@@ -7,32 +7,20 @@ The recorded API and how it is compared are in tests/tensorrt_api.
 from __future__ import annotations
 
 import enum
-import importlib.util
 import inspect
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import pytest
 
+from tests.tensorrt_api import check_usage
+
 ROOT = Path(__file__).resolve().parents[3]
 FOLDER = ROOT / "tests" / "tensorrt_api"
-
-
-def _check_usage() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("check_usage", FOLDER / "check_usage.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-check_usage = _check_usage()
 APIS = {version: check_usage.Api(version, api) for version, api in check_usage.load_versions().items()}
 WHEELS = {
     "8.6.1": "tensorrt-bindings",
@@ -267,7 +255,7 @@ def test_builds_and_runs_with_the_real_bindings(version: str, bindings: Callable
         "PYTHONPATH": f"{bindings(version)}{os.pathsep}{ROOT}",
         "XDG_CACHE_HOME": str(tmp_path / "cache"),
     }
-    words = [sys.executable, str(FOLDER / "real_bindings.py"), str(tmp_path)]
+    words = [sys.executable, "-m", "tests.tensorrt_api.real_bindings", str(tmp_path)]
     found = subprocess.run(
         words, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False
     )
