@@ -48,11 +48,13 @@ from benchmarks.reporting.verdict import (
     verdict_from_limits,
 )
 from benchmarks.reporting.wording import (
+    Markup,
     amount,
     amount_between,
-    cell,
+    code,
     count,
     decimals,
+    markdown,
     mib,
     millions,
     ms,
@@ -62,6 +64,7 @@ from benchmarks.reporting.wording import (
     signed_points,
     signed_score,
     times,
+    verbatim,
 )
 from deploy.contract import provenance, sealed
 from deploy.errors import ConfigError, MeasurementError, MissingDependencyError, command
@@ -660,9 +663,15 @@ def render(report: Mapping[str, Any], template: str, **pictures: Any) -> str:
         import jinja2
     except ImportError as error:
         raise MissingDependencyError("jinja2", "the report", "pip install jinja2") from error
+
+    def escaped(value: Any) -> Any:
+        return markdown(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+    is_html = template.endswith(".html.jinja")
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "reporting"),
-        autoescape=template.endswith(".html.jinja"),
+        autoescape=is_html,
+        finalize=None if is_html else escaped,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -677,7 +686,9 @@ def render(report: Mapping[str, Any], template: str, **pictures: Any) -> str:
         amount,
         amount_between,
         percent,
-        cell,
+        code,
+        verbatim,
+        verbatim,
         part,
         decimals,
         count,

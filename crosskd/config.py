@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mmengine.config import Config
 
 
-def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Config:
+def load_config(path: str | Path, overrides: dict[str, Any] | None = None, substitute: bool = True) -> Config:
     """
     The config at `path`, ready to build: mmdet is registered, the schedule is stretched to the config's `max_epochs`
     (if it has one), images are brought to its `input_size`, the student's head and neck get BatchNorm if its
@@ -30,6 +30,8 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Co
     Args:
         path: a file, or `mmdet::gfl/gfl_r50_fpn_1x_coco.py` for one that comes with mmdet.
         overrides: dotted key -> value, such as {"model.distill.split": 2}; they win over the file.
+        substitute: whether mmengine replaces `{{$NAME:default}}` and the like in the text. False for a file that a run
+            wrote, in which names come from data.
 
     Raises:
         ConfigError: no such file, or it is not a config, or it has no model, or its parts do not fit.
@@ -57,11 +59,16 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Co
                 backbones,
                 detector,  # noqa: F401  registers them
             )
+            from crosskd.written_config import WrittenConfig
     except ModuleNotFoundError as error:
         raise MissingDependencyError(str(error.name), "training", "pip install 'crosskd[train]'") from error
 
     try:
-        config = get_config(name) if name.startswith("mmdet::") else Config.fromfile(name)
+        config = WrittenConfig(
+            get_config(name)
+            if name.startswith("mmdet::")
+            else Config.fromfile(name, use_predefined_variables=substitute, use_environment_variables=substitute)
+        )
         check_overrides(config, overrides or {})
         config.merge_from_dict(overrides or {})
     except ConfigError:

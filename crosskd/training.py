@@ -364,7 +364,7 @@ def load_run(run_dir: str | Path) -> tuple[Any, Any, dict[str, Any]]:
     from crosskd.models.checkpoint import load_detector_weights
     from crosskd.models.detector import detector_from_config
 
-    config = load_config(config_path)
+    config = load_config(config_path, substitute=False)
     detector = detector_from_config(config, load_weights=False)
     load_detector_weights(detector, weights)
     return config, detector.eval(), sidecar

@@ -70,6 +70,14 @@ class MeasurementError(PipelineError):
     """A measurement cannot be made, or a result file cannot be used."""
 
 
+def printable(text: str) -> str:
+    """`text` as a terminal may show it: what it would obey, such as the start of an escape sequence, is spelled out."""
+    return "".join(
+        letter if letter.isprintable() or letter == "\n" else letter.encode("unicode_escape").decode()
+        for letter in text
+    )
+
+
 Main = Callable[[Optional[List[str]]], Optional[int]]
 
 
@@ -85,7 +93,7 @@ def command(main: Main) -> Callable[..., int]:
         try:
             return main(argv) or 0
         except PipelineError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {printable(str(error))}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)

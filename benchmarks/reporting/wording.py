@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Mapping, Optional
 
 UNKNOWN = "\N{EN DASH}"
@@ -83,6 +84,28 @@ def signed_score(value: Optional[float]) -> str:
     return UNKNOWN if value is None else f"{value:+.2f}".replace("-", MINUS)
 
 
-def cell(text: str) -> str:
-    """`text` within a Markdown table."""
-    return text.replace("|", "\\|").replace("\n", " ")
+class Markup(str):
+    """Markdown that is meant to be read as such; all other text is escaped where it is shown."""
+
+
+def one_line(text: str) -> str:
+    """`text` with a space for each line break and other character that does not show."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)
+
+
+def verbatim(text: str) -> Markup:
+    """A line of `text` within a block of code, where Markdown means nothing."""
+    return Markup(one_line(text))
+
+
+def markdown(text: str) -> Markup:
+    """`text` so that Markdown shows just that, in a table's cell too: names come from data and may be anybody's."""
+    return Markup(re.sub(r"[\\`*\[\]<>|&~$]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", one_line(text)))
+
+
+def code(text: str) -> Markup:
+    """`text` as Markdown's code, between more backticks than it has: a file name, a hash."""
+    line = one_line(text)
+    fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
+    space = " " if "`" in line else ""
+    return Markup(f"{fence}{space}{line}{space}{fence}")

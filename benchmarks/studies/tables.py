@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 from benchmarks.latency import OTHERS_CORES
-from benchmarks.reporting.wording import UNKNOWN, cell
+from benchmarks.reporting.wording import UNKNOWN, markdown
 from deploy.files import AnyPath, check_writable, replacing, write_json
 
 
@@ -23,7 +23,7 @@ def write_tables(output: AnyPath, document: Dict[str, Any], markdown: str) -> No
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> List[str]:
-    lines = [" | ".join(cell(text) for text in row) for row in (columns, *rows)]
+    lines = [" | ".join(markdown(text) for text in row) for row in (columns, *rows)]
     return [f"| {lines[0]} |", "|" + " --- |" * len(columns), *(f"| {line} |" for line in lines[1:])]
 
 

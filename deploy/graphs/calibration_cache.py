@@ -42,7 +42,7 @@ def text_from_amax(amax: Mapping[str, float], tensorrt_version: str) -> str:
         tensorrt_version: as `tensorrt.__version__` says it: "8.5.3", "10.3.0.30".
 
     Raises:
-        CalibrationError: a value is not positive and finite.
+        CalibrationError: a value is not positive and finite, or a name has a line break.
     """
     major, minor, patch = (int(number) for number in re.findall(r"\d+", tensorrt_version)[:3])
     # NV_TENSORRT_VERSION of NvInferVersion.h: two digits for each part from 10.0 on
@@ -51,6 +51,8 @@ def text_from_amax(amax: Mapping[str, float], tensorrt_version: str) -> str:
     for tensor, largest in amax.items():
         if not (math.isfinite(largest) and largest > 0):
             raise CalibrationError(f"the largest value of the tensor {tensor!r} is {largest}; expected it above 0")
+        if len(tensor.splitlines()) != 1:
+            raise CalibrationError(f"the tensor {tensor!r} has a line break in its name, which a cache cannot hold")
         lines.append(f"{tensor}: {struct.pack('>f', largest / LARGEST_INT8).hex()}")
     return "\n".join(lines) + "\n"
 

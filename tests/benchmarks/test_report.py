@@ -4,6 +4,7 @@ import html.parser
 import json
 import subprocess
 import sys
+from xml.etree import ElementTree
 
 import pytest
 
@@ -117,6 +118,15 @@ def test_what_comes_from_files_is_escaped(result, run, tmp_path):
     text = (tmp_path / "out" / "report.html").read_text()
     assert "a<b>" not in text
     assert "a&lt;b&gt;&amp;c" in text
+
+
+def test_names_are_only_text_in_markdown_and_junit(result, run, tmp_path):
+    name = "<img src=x>|**b** [l](javascript:f) \x1b[2J"
+    words = ("--ship", name, "--max-latency-ms", "1", "--junit", str(tmp_path / "gate.xml"))
+    run([result(name, ap=0.5), result(name, ms=20.0)], *words)
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert r"| \<img src=x\>\|\*\*b\*\* \[l\](javascript:f)  \[2J (ships) |" in text
+    assert ElementTree.parse(tmp_path / "gate.xml").find("testsuite/testcase").get("name") == "max-latency-ms"
 
 
 def test_a_failed_limit_is_status_1_and_says_which(results, run):

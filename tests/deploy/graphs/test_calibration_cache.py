@@ -32,6 +32,11 @@ def test_the_text_is_that_of_tensorrt() -> None:
     assert text_from_amax({}, "10.13.3.9.post1") == "TRT-101303-EntropyCalibration2\n"
 
 
+def test_a_name_with_a_line_break_is_refused() -> None:
+    with pytest.raises(CalibrationError, match=r"'a\\nTRT-8503' has a line break in its name"):
+        text_from_amax({"a\nTRT-8503": 1.0}, "8.5.3")
+
+
 def test_write_and_read(tmp_path: Path) -> None:
     amax = {"images": 2.64, "a: b": 1e-6, "neck": 70000.0}
     write_cache(tmp_path / "student.cache", amax, "10.3.0")
