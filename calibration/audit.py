@@ -26,7 +26,7 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, Iterable, List, Optional, Set, Tuple
+from typing import TYPE_CHECKING, Any, Dict, Iterable, List, Mapping, Optional, Set, Tuple
 
 from calibration.placement import INTEGER_PRODUCTS, final_convolutions, node_name, only_moves
 from deploy.contract import read_sidecar, sidecar_path
@@ -40,6 +40,7 @@ from deploy.graphs.graph import (
     load_onnx,
     producers,
 )
+from deploy.int8_format import FloatReason, float_codes
 
 if TYPE_CHECKING:
     import onnx
@@ -58,7 +59,9 @@ class Convolution:
     state: str
     """INT8, WEIGHT_ONLY or FLOAT."""
     why: str
-    """Of what is not INT8."""
+    """Of what is not INT8, for people."""
+    code: str
+    """Of what is in float, for programs: that of a `FloatReason`, or empty where the sidecar has another reason."""
     multiplications: Optional[int]
     """For one image; None where the graph's shapes do not say."""
     input_scale: Optional[float]
@@ -136,12 +139,12 @@ class _Tables:
         return found
 
 
-def audit(model: onnx.ModelProto, kept: Optional[Dict[str, str]] = None) -> Audit:
+def audit(model: onnx.ModelProto, details: Optional[Mapping[str, Any]] = None) -> Audit:
     """
     What the quantised model does.
 
     Args:
-        kept: name of a convolution -> why it was kept in float; the sidecar's `float_convolutions`.
+        details: of the model's sidecar, which says why convolutions are in float.
 
     Raises:
         ExportError: it has control flow.
@@ -157,7 +160,9 @@ def audit(model: onnx.ModelProto, kept: Optional[Dict[str, str]] = None) -> Audi
     if "DequantizeLinear" not in operators:
         raise CalibrationError("the graph has no DequantizeLinear; expected a quantised model, of calibration.quantize")
     tables = _Tables(model)
-    found = {node.output[0]: _convolution(tables, node, kept or {}) for node in tables.nodes if node.op_type == "Conv"}
+    found = {
+        node.output[0]: _convolution(tables, node, details or {}) for node in tables.nodes if node.op_type == "Conv"
+    }
     shared: Dict[str, List[Tuple[str, float]]] = {}
     for entry in found.values():
         if entry.state == INT8 and entry.input_scale is not None:
@@ -170,10 +175,10 @@ def audit(model: onnx.ModelProto, kept: Optional[Dict[str, str]] = None) -> Audi
     )
 
 
-def _convolution(tables: _Tables, node: onnx.NodeProto, kept: Dict[str, str]) -> Convolution:
+def _convolution(tables: _Tables, node: onnx.NodeProto, details: Mapping[str, Any]) -> Convolution:
     dequantizer = tables.dequantizer(node.input[0])
     weight_quantized = tables.dequantizer(node.input[1]) is not None
-    final, fault = node.output[0] in tables.final, ""
+    final, code, fault = node.output[0] in tables.final, "", ""
     if dequantizer is not None and weight_quantized:
         state, why = INT8, ""
         if final:
@@ -184,15 +189,15 @@ def _convolution(tables: _Tables, node: onnx.NodeProto, kept: Dict[str, str]) ->
         state, why = WEIGHT_ONLY, f"its input comes from {source} without a pair"
         fault = f"weight-only, {why}: accuracy lost and no time won; quantise its input too, or leave its weight float"
     else:
-        default = "final prediction" if final else "its weight has no pair"
-        state, why = FLOAT, kept.get(node_name(node), default)
+        reason = FloatReason.FINAL_PREDICTION if final else FloatReason.NO_PAIR
+        state, why = FLOAT, details.get("float_convolutions", {}).get(node_name(node), reason.text)
+        code = float_codes(details).get(node_name(node), reason.code)
     rounded = _rounded_after(tables, node.output[0]) if final and not fault else ""
     if rounded:
         fault = f"the final prediction is rounded by {rounded}: scores shrink and boxes move; leave out that pair"
     scale = None if dequantizer is None or state != INT8 else tables.scale(dequantizer)
-    return Convolution(
-        node_name(node), state, why, _multiplications(tables, node), scale, tables.constant_name(node.input[1]), fault
-    )
+    products, weight = _multiplications(tables, node), tables.constant_name(node.input[1])
+    return Convolution(node_name(node), state, why, code, products, scale, weight, fault)
 
 
 def _rounded_after(tables: _Tables, tensor: str) -> str:
@@ -309,10 +314,10 @@ def main(argv: Optional[List[str]] = None) -> int:
     arguments = parser.parse_args(argv)
     model = load_onnx(arguments.model)
     check_graph(model)
-    kept: Dict[str, Any] = {}
+    details: Dict[str, Any] = {}
     if sidecar_path(Path(arguments.model)).is_file():  # who else wrote the file need not have left one
-        kept = read_sidecar(arguments.model).get("details", {}).get("float_convolutions", {})
-    result = audit(model, kept)
+        details = read_sidecar(arguments.model).get("details", {})
+    result = audit(model, details)
     if arguments.json:
         print(json.dumps({**dataclasses.asdict(result), "faults": result.faults}, indent=1))
     else:

@@ -17,10 +17,10 @@ import numpy as np
 from calibration.collect import runtime_session
 from calibration.placement import Graph, Placement
 from calibration.qdq import QUANTIZATION_FROM_RANGE
-from calibration.ranges import int8_from_weight, weight_scales
 from deploy.contract import ModelContract
 from deploy.dataset import CocoImage, read_image
 from deploy.graphs.graph import remove_unused
+from deploy.int8_format import rounded_weight, weight_scales
 from deploy.progress import progress
 from deploy.runtime.preprocess import preprocess
 
@@ -76,12 +76,10 @@ def _with_errors(
             source = graph.producers[source].input[0]
         quantization = QUANTIZATION_FROM_RANGE[target](*ranges[placement.pairs[source]])
         weight = numpy_helper.to_array(graph.constants[node.input[1]])
-        scales = weight_scales(weight)
-        rounded = int8_from_weight(weight, scales) * scales.reshape(-1, *[1] * (weight.ndim - 1))
         tensors += [
             numpy_helper.from_array(np.array(quantization.scale, np.float32), f"{name}_scale"),
             numpy_helper.from_array(np.array(quantization.zero_point), f"{name}_zero_point"),
-            numpy_helper.from_array(rounded.astype(np.float32), f"{name}_weight"),
+            numpy_helper.from_array(rounded_weight(weight, weight_scales(weight)), f"{name}_weight"),
         ]
         pair = [f"{name}_scale", f"{name}_zero_point"]
         copy = onnx.NodeProto()

@@ -53,7 +53,8 @@ def check_quantizable(graph: Graph) -> None:
                 "which is what is rounded. Export the model in evaluation mode."
             )
     if not graph.quantized:
+        reasons = sorted({reason.text for reason in graph.kept.values()})
         raise CalibrationError(
-            f"none of the {len(graph.convolutions)} convolutions can be quantised: {sorted(set(graph.kept.values()))}; "
+            f"none of the {len(graph.convolutions)} convolutions can be quantised: {reasons}; "
             "expected a detector, with convolutions before those of the final prediction"
         )

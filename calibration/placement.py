@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Callable, Dict, List, Sequence, Set, Tuple
 
 from deploy.errors import ConfigError
 from deploy.graphs.graph import constants, consumers, producers
+from deploy.int8_format import FloatReason
 
 if TYPE_CHECKING:
     import onnx
@@ -64,15 +65,15 @@ class Graph:
         self.quantized = [node for node in self.convolutions if node.output[0] not in self.kept]
         """The convolutions to quantise."""
 
-    def _kept_convolutions(self) -> Dict[str, str]:
+    def _kept_convolutions(self) -> Dict[str, FloatReason]:
         """Output name of each convolution that has to stay in float -> why."""
         import onnx
 
-        kept = dict.fromkeys(final_convolutions(self.model), "final prediction")
+        kept = dict.fromkeys(final_convolutions(self.model), FloatReason.FINAL_PREDICTION)
         for node in self.convolutions:
             operands = [self.constants.get(name) for name in node.input[1:]]
             if any(tensor is None or tensor.data_type != onnx.TensorProto.FLOAT for tensor in operands):
-                kept.setdefault(node.output[0], "weight or bias not an FP32 constant")
+                kept.setdefault(node.output[0], FloatReason.NOT_CONSTANT)
         return kept
 
     def _keep(self, name: str) -> None:
@@ -86,7 +87,7 @@ class Graph:
                 f"with, such as {names[0]!r}. The {len(names)} convolutions are: {', '.join(names)}"
             )
         for node in chosen:
-            self.kept.setdefault(node.output[0], "kept in float as asked")
+            self.kept.setdefault(node.output[0], FloatReason.ASKED)
 
     def readers(self, tensor: str) -> List[onnx.NodeProto]:
         """The nodes that read the values of a tensor; Shape does not."""

@@ -7,8 +7,15 @@ from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Tuple
 import numpy as np
 
 from calibration.placement import Graph, Placement
-from calibration.ranges import Quantization, int8_from_weight, signed_from_range, unsigned_from_range, weight_scales
 from deploy.graphs.graph import remove_unused
+from deploy.int8_format import (
+    SCALE_SUFFIX,
+    Quantization,
+    int8_from_weight,
+    signed_from_range,
+    unsigned_from_range,
+    weight_scales,
+)
 
 if TYPE_CHECKING:
     import onnx
@@ -41,7 +48,7 @@ class _Writer:
 
     def activation_pair(self, tensor: str, source: str, quantization: Quantization) -> None:
         """tensor -> Q -> DQ -> `<tensor>_dequantized`."""
-        scale = self.constant(f"{source}_scale", np.array(quantization.scale, np.float32))
+        scale = self.constant(f"{source}{SCALE_SUFFIX}", np.array(quantization.scale, np.float32))
         zero_point = self.constant(f"{source}_zero_point", np.array(quantization.zero_point))
         integers = self.node("QuantizeLinear", [tensor, scale, zero_point], f"{tensor}_quantized")
         self.node("DequantizeLinear", [integers, scale, zero_point], f"{tensor}_dequantized")

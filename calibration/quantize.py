@@ -58,13 +58,13 @@ from deploy.errors import CalibrationError, ConfigError, command
 from deploy.files import AnyPath, check_writable, read_json, write_json
 from deploy.graphs.calibration_cache import amax_from_quantised, write_cache
 from deploy.graphs.graph import check_graph, save_onnx
+from deploy.int8_format import FloatReason
 
 if TYPE_CHECKING:
     import onnx
 
 HELD_OUT_IMAGES = 128
 """Of the calibration split, for `--method auto` to compare methods on; beyond those that are calibrated on."""
-FOR_THE_BUDGET = "kept in float for the AP budget"
 TARGET = "tensorrt"
 NUM_IMAGES = 512
 
@@ -372,7 +372,9 @@ def int8_from_images(arguments: argparse.Namespace, graph: Graph, contract: Mode
             recipe, arguments.max_ap_drop, Path(arguments.model), budget, contract, journal
         )
         graph = recipe.graph(kept)
-        graph.kept.update((node.output[0], FOR_THE_BUDGET) for node in graph.convolutions if node_name(node) in kept)
+        graph.kept.update(
+            (node.output[0], FloatReason.AP_BUDGET) for node in graph.convolutions if node_name(node) in kept
+        )
         inputs["budget_annotations"] = budget.annotations_path
         source += f"\n{text_of_result(final, arguments.max_ap_drop, budget)}"
     return Quantized(
@@ -472,13 +474,14 @@ def main(argv: Optional[List[str]] = None) -> int:
             **quantized.details,
             "keep_float": list(trained.keep_float) if trained else arguments.keep_float,
             "quantized_convolutions": [node_name(node) for node in graph.quantized],
-            "float_convolutions": kept,
+            "float_convolutions": {name: reason.text for name, reason in kept.items()},
+            "float_convolution_codes": {name: reason.code for name, reason in kept.items()},
             "op_counts": dict(sorted(collections.Counter(node.op_type for node in quantized.model.graph.node).items())),
         },
     )
     if arguments.max_ap_drop is not None:
         journal_path(arguments.output).unlink(missing_ok=True)  # the sidecar has it now
-    reasons = ", ".join(f"{number} {why}" for why, number in collections.Counter(kept.values()).items())
+    reasons = ", ".join(f"{number} {reason.text}" for reason, number in collections.Counter(kept.values()).items())
     print(
         f"{arguments.output}: {len(graph.quantized)} of {len(graph.convolutions)} convolutions in INT8 for "
         f"{arguments.target}, the others in float ({reasons}); {quantized.source}"

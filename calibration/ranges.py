@@ -1,9 +1,5 @@
 """
-Statistics -> ranges -> scales and zero points.
-
-Two number formats: signed symmetric int8, which is all that TensorRT takes (zero point 0;
-https://docs.nvidia.com/deeplearning/tensorrt/latest/inference-library/work-quantized-types.html), and unsigned
-asymmetric uint8, which ONNX Runtime's CPU kernels are fast on.
+Statistics -> ranges: the values of each activation that INT8 is to hold.
 
 The methods that choose a range, within the smallest and the largest value that were seen:
 
@@ -24,14 +20,14 @@ times larger than all else leaves them little to choose from.
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from typing import Callable, Sequence, Tuple, Union
+from typing import Callable, Sequence, Tuple
 
 import numpy as np
 
 from calibration.statistics import BINS, Statistics
 from deploy.errors import CalibrationError, ConfigError
+from deploy.int8_format import LARGEST_INT8, LARGEST_UINT8, Quantization, signed_from_range, unsigned_from_range
 
 METHODS = ("max", "percentile", "entropy", "mse")
 PERCENTILE = 99.99
@@ -45,41 +41,6 @@ MOST_CLIPPED = 0.01
 values it is 0 where all are clipped."""
 SMALLEST_SHARE = 1e-4
 """Of a value, in a bin that quantisation leaves empty: so that the divergence is finite. ONNX Runtime's is the same."""
-
-LARGEST_INT8 = 127
-"""-128 is left out, so that the format is symmetric."""
-LARGEST_UINT8 = 255
-SMALLEST_SCALE = 2.0**-24
-"""The smallest positive FP16 number. What would need a smaller scale is dead: all its values are 0, or next to it."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Quantization:
-    """real = scale * (integer - zero_point), for a whole tensor."""
-
-    scale: float
-    zero_point: Union[np.int8, np.uint8]
-    """Its type is that of the integers."""
-
-    @property
-    def limits(self) -> Tuple[int, int]:
-        """The smallest and the largest integer, less the zero point."""
-        if isinstance(self.zero_point, np.int8):
-            return -LARGEST_INT8 - int(self.zero_point), LARGEST_INT8 - int(self.zero_point)
-        return -int(self.zero_point), LARGEST_UINT8 - int(self.zero_point)
-
-
-def signed_from_range(minimum: float, maximum: float) -> Quantization:
-    """Symmetric int8: the larger of |minimum| and |maximum| becomes 127."""
-    largest = max(abs(minimum), abs(maximum))
-    return Quantization(max(largest / LARGEST_INT8, SMALLEST_SCALE), np.int8(0))
-
-
-def unsigned_from_range(minimum: float, maximum: float) -> Quantization:
-    """Asymmetric uint8. The range is widened to include 0, which padding and ReLU need to be exact."""
-    minimum, maximum = min(minimum, 0.0), max(maximum, 0.0)
-    scale = max((maximum - minimum) / LARGEST_UINT8, SMALLEST_SCALE)
-    return Quantization(scale, np.uint8(round(-minimum / scale)))
 
 
 def range_from_statistics(
@@ -228,30 +189,8 @@ def _squared_error(counts: np.ndarray, edges: np.ndarray, quantization: Quantiza
     With scale s, the error's square has the integral n s^3 / 12 + r^3 / 3 from 0 to x, where n is the integer that x is
     rounded and clipped to, and r = x - n s: each full step adds s^3 / 12, and beyond the clip n stays and r grows.
     """
-    smallest, largest = quantization.limits
+    smallest, largest = quantization.multiples
     integers = np.clip(np.rint(edges / quantization.scale), smallest, largest)
     rests = edges - integers * quantization.scale
     integrals = integers * quantization.scale**3 / 12 + rests**3 / 3
     return float(np.dot(counts, np.diff(integrals)))
-
-
-def weight_scales(weight: np.ndarray) -> np.ndarray:
-    """
-    (output channels,), float32: the symmetric int8 scale of each output channel.
-
-    Args:
-        weight: (output channels, ...), float32.
-    """
-    largest = np.abs(weight.reshape(len(weight), -1)).max(axis=1)
-    return np.maximum(largest / np.float32(LARGEST_INT8), np.float32(SMALLEST_SCALE)).astype(np.float32)
-
-
-def int8_from_weight(weight: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """
-    `weight` as int8 of the same shape, -127 to 127.
-
-    Args:
-        scales: (output channels,), as from `weight_scales`.
-    """
-    per_channel = scales.reshape(-1, *[1] * (weight.ndim - 1))
-    return np.clip(np.rint(weight / per_channel), -LARGEST_INT8, LARGEST_INT8).astype(np.int8)

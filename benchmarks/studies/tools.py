@@ -45,6 +45,7 @@ from deploy.contract import load_contract, package_versions, provenance, sidecar
 from deploy.dataset import SPLITS, check_image_files, load_coco, split_paths
 from deploy.errors import ConfigError, MeasurementError, command
 from deploy.files import read_json, sha256_of, write_json
+from deploy.int8_format import FloatReason
 
 KIND = "calibration_tools"
 PLAIN, OURS, ONNX_RUNTIME, MODELOPT = "plain inference", "ours", "ONNX Runtime", "ModelOpt"
@@ -54,8 +55,6 @@ CHILD = Path("benchmarks/studies/tools_child.py")
 DEFAULTS, AS_OURS = "defaults", "predictions in float"
 """Settings of the others. In the second, what our placement leaves in float as a final prediction is excluded, with all
 that reads what comes of it."""
-FINAL_PREDICTION = "final prediction"
-"""What calibration.audit says of a convolution that is in float because it is one."""
 FEWEST_IMAGES = 8
 INT8_STATES = ("INT8", "weight-only", "float")
 
@@ -402,7 +401,7 @@ def _audit(model: Path) -> Row:
     counts = collections.Counter(one["state"] for one in convolutions)
     return {
         "convolutions": {state: counts[state] for state in INT8_STATES},
-        "final_predictions": [one["name"] for one in convolutions if one["why"] == FINAL_PREDICTION],
+        "final_predictions": [one["name"] for one in convolutions if one["code"] == FloatReason.FINAL_PREDICTION.code],
     }
 
 

@@ -34,12 +34,10 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from crosskd.int8.quantized_graph import QuantizedGraph, QuantizedNode
 from deploy.errors import ConfigError
+from deploy.int8_format import LARGEST_INT8, SMALLEST_SCALE, Quantization
 
 OPERATORS = {"conv2d": "Conv", "add": "Add", "add_": "Add", "max_pool2d": "MaxPool", "interpolate": "Resize"}
 """Name of torch's function -> the operator that it is in a graph; of others any that reads the same value is taken."""
-LARGEST_WEIGHT = 127
-SMALLEST_SCALE = 2.0**-24
-"""As in calibration: what would need a smaller one is dead."""
 TOLERANCE = 1e-3
 """Of the values in torch and in ONNX Runtime, as a share of the largest."""
 SAMPLES = 10_000
@@ -131,8 +129,7 @@ class FakeQuantization(nn.Module):
         check_calls_in_training(detector)
         self.sources = sorted(graph.quantizations)
         """The tensor that each range is of."""
-        formats = [graph.quantizations[source] for source in self.sources]
-        self.limits = [(one.smallest, one.largest) for one in formats]
+        formats = self._formats = [graph.quantizations[source] for source in self.sources]
         self.offsets = nn.Parameter(torch.zeros(len(formats)))
         self.register_buffer("calibrated", torch.tensor([one.scale for one in formats]))
         self.register_buffer("zero_points", torch.tensor([float(one.zero_point) for one in formats]))
@@ -148,12 +145,8 @@ class FakeQuantization(nn.Module):
 
     def ranges(self) -> dict[str, tuple[float, float]]:
         """Tensor -> smallest and largest value that its scale can tell, as calibration.quantize --ranges takes them."""
-        found = {}
-        for source, scale, zero, (smallest, largest) in zip(
-            self.sources, self.scales.tolist(), self.zero_points.tolist(), self.limits, strict=True
-        ):
-            found[source] = (scale * (max(smallest, -largest) - zero), scale * (largest - zero))
-        return found
+        formats = zip(self.sources, self.scales.tolist(), self._formats, strict=True)
+        return {source: Quantization(scale, start.zero_point).range for source, scale, start in formats}
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
@@ -191,7 +184,7 @@ class FakeQuantization(nn.Module):
         """Once for all calls that read it: the towers of a head share a level of the pyramid."""
         kept = self._quantized.get((id(tensor), number))
         if kept is None or kept[1] != tensor._version:
-            smallest, largest = self.limits[number]
+            smallest, largest = self._formats[number].limits
             rounded = torch._fake_quantize_learnable_per_tensor_affine(
                 tensor.float(),
                 self._scales[number : number + 1],
@@ -268,9 +261,9 @@ def rounded_weight(weight: Tensor, norm: _BatchNorm | None) -> Tensor:
         factor = torch.where(factor == 0, torch.ones_like(factor), factor)  # nothing passes such a channel
         weight = weight * factor
     with torch.no_grad():
-        scales = (weight.abs().amax((1, 2, 3)) / LARGEST_WEIGHT).clamp(min=SMALLEST_SCALE).float()
+        scales = (weight.abs().amax((1, 2, 3)) / LARGEST_INT8).clamp(min=SMALLEST_SCALE).float()
         zeros = torch.zeros_like(scales, dtype=torch.int32)
-    weight = torch.fake_quantize_per_channel_affine(weight.float(), scales, zeros, 0, -LARGEST_WEIGHT, LARGEST_WEIGHT)
+    weight = torch.fake_quantize_per_channel_affine(weight.float(), scales, zeros, 0, -LARGEST_INT8, LARGEST_INT8)
     return weight if factor is None else weight / factor
 
 

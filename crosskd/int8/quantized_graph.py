@@ -18,21 +18,7 @@ from onnx import numpy_helper
 
 from deploy.errors import CalibrationError
 from deploy.graphs.graph import constants, load_onnx, producers, with_outputs
-
-SCALE = "_scale"
-"""Ends the names of activations' scales; before it stands the tensor whose range they are of."""
-LIMITS = {"int8": (-128, 127), "uint8": (0, 255)}
-"""Of the integers, as QuantizeLinear saturates."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Quantization:
-    """The number format of one range: real = scale * (integer - zero_point)."""
-
-    scale: float
-    zero_point: int
-    smallest: int
-    largest: int
+from deploy.int8_format import SCALE_SUFFIX, Quantization
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,10 +79,10 @@ def read_quantized_graph(int8_path: str | Path, float_path: str | Path, feed: di
             if tensor in fixed:
                 has_weight = True
                 continue
-            source = pair.input[1].removesuffix(SCALE)
+            source = pair.input[1].removesuffix(SCALE_SUFFIX)
             operands[tensor] = source
             scale, zero_point = (numpy_helper.to_array(fixed[constant]) for constant in pair.input[1:])
-            quantizations[source] = Quantization(float(scale), int(zero_point), *LIMITS[zero_point.dtype.name])
+            quantizations[source] = Quantization(float(scale), zero_point[()])
         if has_weight or any(operands.values()):
             found.append((node, operands, has_weight))
     if not found:

@@ -11,7 +11,7 @@ like
 with a tensor and its scale on each line: largest value / 127, as the hexadecimal digits of a big-endian float32. NVIDIA
 does not document the format; it is that of the caches which TensorRT 7 and 8 write.
 
-Text needs nothing but Python; what reads a graph needs onnx.
+Text needs nothing but numpy; what reads a graph needs onnx.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from typing import TYPE_CHECKING, Dict, Mapping
 
 from deploy.errors import CalibrationError, EngineBuildError
 from deploy.files import AnyPath, replacing
+from deploy.int8_format import LARGEST_INT8
 
 if TYPE_CHECKING:
     import onnx
 
-LARGEST_INT8 = 127
 HEADER = re.compile(r"TRT-\d+-\w+")
 LINE = re.compile(r"(?P<tensor>.+): (?P<scale>[0-9a-f]{8})")
 

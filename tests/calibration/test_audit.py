@@ -45,7 +45,10 @@ def test_our_own_models_have_no_fault(quantized):
     assert result.faults == []
     found = states(result)
     assert [name for name, state in found.items() if state != INT8] == ["node_prediction_3", "node_prediction_4"]
-    assert {entry.why for entry in result.convolutions if entry.state == FLOAT} == {"final prediction"}
+    assert {(entry.why, entry.code) for entry in result.convolutions if entry.state == FLOAT} == {
+        ("final prediction", "final_prediction")
+    }
+    assert {entry.code for entry in result.convolutions if entry.state == INT8} == {""}
     assert len(found) == 14
 
 
@@ -105,9 +108,16 @@ def test_norms_between_integers_are_told():
 
 def test_why_a_convolution_is_float_is_in_the_sidecar(quantize, detector):
     model = quantize(detector, "tensorrt", ["node_down1"])
-    reasons = {entry.name: entry.why for entry in audit(model, {"node_down1": "as asked"}).convolutions}
-    assert reasons["node_down1"] == "as asked"
-    assert {entry.name: entry.why for entry in audit(model).convolutions}["node_down1"] == "its weight has no pair"
+
+    def reason(details):
+        return next((e.why, e.code) for e in audit(model, details).convolutions if e.name == "node_down1")
+
+    asked = {"float_convolutions": {"node_down1": "kept in float as asked"}}
+    coded = {"float_convolutions": {"node_down1": "reworded"}, "float_convolution_codes": {"node_down1": "asked"}}
+    assert reason(asked) == ("kept in float as asked", "asked")
+    assert reason(coded) == ("reworded", "asked")
+    assert reason({"float_convolutions": {"node_down1": "I said so"}}) == ("I said so", "")
+    assert reason(None) == ("its weight has no pair", "no_pair")
 
 
 @pytest.mark.parametrize(

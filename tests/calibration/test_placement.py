@@ -17,6 +17,7 @@ from calibration.placement import (
 from calibration.qdq import quantize_graph
 from deploy.errors import ConfigError
 from deploy.graphs.graph import check_graph, consumers, initializers
+from deploy.int8_format import FloatReason
 
 PREDICTIONS = ["prediction_3", "prediction_4"]
 QUANTIZED = [
@@ -241,7 +242,7 @@ def test_blocks_and_nodes_are_kept_in_float_by_name(detector, quantize, target):
         if node.output[0] in ("plain1", "plain2", "plain10"):
             node.name = f"/backbone/plain/{node.output[0]}"
     graph = Graph(model, ["/backbone/plain", "node_tower_4"])
-    kept = [name for name, why in graph.kept.items() if why == "kept in float as asked"]
+    kept = [name for name, reason in graph.kept.items() if reason is FloatReason.ASKED]
     assert kept == ["plain1", "plain2", "tower_4"]
     quantized = quantize(model, target, ["/backbone/plain", "node_tower_4"])
     check_graph(quantized)

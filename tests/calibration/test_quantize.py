@@ -230,6 +230,8 @@ def test_budget_keeps_blocks_in_float(words, model_path, target, monkeypatch, ca
     assert not budget["steps"][0]["holds"]
     assert [name for name, why in details["float_convolutions"].items() if why == "kept in float for the AP budget"] \
         == ["node_down1", "node_down2"]  # fmt: skip
+    assert [name for name, code in details["float_convolution_codes"].items() if code == "ap_budget"] \
+        == ["node_down1", "node_down2"]  # fmt: skip
     assert len(details["quantized_convolutions"]) == 10
     assert sha256_of(output) == fake.hashes[0.002]  # the very file that was measured
     first = "step 1: all blocks in INT8; 0.0 % of the multiplications in float; AP 37.80, a drop of 2.20 points"
@@ -437,6 +439,10 @@ def test_what_is_kept_in_float_is_said(words, model_path):
     assert details["float_convolutions"] == {
         "node_down1": "kept in float as asked", "node_tower_3": "kept in float as asked",
         **{f"node_{name}": "final prediction" for name in PREDICTIONS},
+    }  # fmt: skip
+    assert details["float_convolution_codes"] == {
+        "node_down1": "asked", "node_tower_3": "asked",
+        **{f"node_{name}": "final_prediction" for name in PREDICTIONS},
     }  # fmt: skip
     assert "node_down1" not in details["quantized_convolutions"]
 

@@ -17,7 +17,7 @@ from onnx import numpy_helper
 from calibration import quantize
 from crosskd import distill
 from crosskd.config import load_config, set_classes
-from crosskd.int8 import int8_aware, quantized_graph
+from crosskd.int8 import int8_aware
 from crosskd.models.checkpoint import read_checkpoint
 from crosskd.models.detector import detector_from_config
 from crosskd.training import load_run, overrides_of
@@ -26,6 +26,7 @@ from deploy.contract import load_contract, read_sidecar, write_sidecar
 from deploy.errors import CheckpointError, ConfigError, PipelineError
 from deploy.files import sha256_of
 from deploy.graphs.graph import load_onnx
+from deploy.int8_format import SCALE_SUFFIX
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def _nodes(path: Path) -> list[tuple[str, list[str], list[str]]]:
 
 
 def _scales(model: onnx.ModelProto) -> dict[str, np.ndarray]:
-    return {t.name: numpy_helper.to_array(t) for t in model.graph.initializer if t.name.endswith(quantized_graph.SCALE)}
+    return {t.name: numpy_helper.to_array(t) for t in model.graph.initializer if t.name.endswith(SCALE_SUFFIX)}
 
 
 def test_the_int8_file_is_the_same_graph_with_the_trained_ranges(run_dir: Path) -> None:
