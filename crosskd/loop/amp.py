@@ -14,6 +14,8 @@ from mmengine.registry import OPTIM_WRAPPERS
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from crosskd.models.families.tood import keep_boxes_in_float32
+
 
 def computes_in_bf16(device: str) -> bool:
     """Whether "cpu" or "cuda" has instructions for bf16; without them it is slower than float32."""
@@ -52,15 +54,3 @@ def keep_losses_in_float32(head: nn.Module) -> None:
 
     head.loss_by_feat = loss_by_feat
     keep_boxes_in_float32(head)
-
-
-def keep_boxes_in_float32(head: nn.Module) -> None:
-    """
-    Makes a TOODHead sample its boxes in float32, also inside autocast; leaves other heads as they are.
-
-    It shifts boxes by predicted offsets, and mmcv's operator casts the boxes to the type of the offsets: in bf16 they
-    would be off by whole pixels.
-    """
-    original = getattr(head, "deform_sampling", None)
-    if original is not None:
-        head.deform_sampling = lambda boxes, offsets: original(boxes, offsets.float())

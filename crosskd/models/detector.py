@@ -5,32 +5,21 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 import crosskd.models.families  # noqa: F401  registers them
-from crosskd.loop.amp import keep_boxes_in_float32
 from crosskd.models.backbones import TimmBackbone
 from crosskd.models.checkpoint import load_detector_weights
-from crosskd.models.heads import (
-    FAMILIES,
-    HeadFamily,
-    HeadPass,
-    check_heads_match,
-    family_of,
-    number_of_taps,
-    split_of_teacher,
-)
-from crosskd.models.losses import aligned_to_teacher, feature_distance
+from crosskd.models.families.tood import keep_boxes_in_float32
+from crosskd.models.heads import HeadFamily, HeadPass, LossCall, family_of
+from crosskd.models.methods import TapPlaces, loss_weights, methods_of_settings
 from crosskd.models.ops import register_mmcv_ops
 from deploy.errors import ConfigError, PipelineError
 from deploy.files import AnyPath
-
-if TYPE_CHECKING:
-    from crosskd.int8.fake_quantization import FakeQuantization
 
 register_mmcv_ops()  # before mmdet is imported, which asks for them then
 from mmcv.cnn.utils import fuse_conv_bn  # noqa: E402
@@ -39,16 +28,18 @@ from mmdet.models.detectors.base import BaseDetector  # noqa: E402
 from mmdet.registry import MODELS  # noqa: E402
 from mmengine.config import ConfigDict  # noqa: E402
 
-METHODS: dict[str, tuple[str, ...]] = {
-    "none": (),
-    "crosskd": ("crosskd",),
-    "pkd": ("pkd",),
-    "crosskd+pkd": ("crosskd", "pkd"),
-    "mimic": ("mimic",),
-    "ld": ("ld",),
-}
-"""`model.distill.method` -> its parts."""
-TAPS = ("after_activation", "before_activation")
+
+class Rounding(Protocol):
+    """The rounding of INT8 in a detector's forward passes: `crosskd.int8.fake_quantization.FakeQuantization`."""
+
+    def applied(self) -> contextlib.AbstractContextManager[None]:
+        """The forward pass inside the block rounds."""
+
+    def as_read(self, tensor: Tensor) -> Tensor:
+        """What the last pass read of a tensor: its rounded values."""
+
+    def named_buffers(self, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+        """The ranges that it started with, and zero points, by which two runs are compared."""
 
 
 @MODELS.register_module()
@@ -77,44 +68,31 @@ class CrossKDDetector(BaseDetector):
     def __init__(
         self, student: dict[str, Any], teacher: dict[str, Any], distill: dict[str, Any], **kwargs: Any
     ) -> None:
-        student = ConfigDict(student)
-        super().__init__(data_preprocessor=student.data_preprocessor, **kwargs)
+        student_config = ConfigDict(student)
+        super().__init__(data_preprocessor=student_config.data_preprocessor, **kwargs)
         self.has_weights = False
-        self.quantization: FakeQuantization | None = None
+        self.quantization: Rounding | None = None
         """The rounding of INT8 that the student learns to live with, if any; of the weights that it starts from."""
         self._register_load_state_dict_pre_hook(_check_same_quantization, with_module=True)
-        self.student = MODELS.build(student)  # before the teacher: the same seed gives the baseline's initial weights
-        check_distill(distill)
-        self.parts = METHODS[distill["method"]]
-        self.teacher = MODELS.build(teacher["model"]) if self.parts else None
+        # Before the teacher: the same seed gives the baseline's initial weights.
+        self.student: Any = MODELS.build(student_config)
+        methods = methods_of_settings(distill)
+        self.teacher: Any = MODELS.build(teacher["model"]) if methods else None
         if self.teacher is None:
             return
         self.teacher.requires_grad_(False).eval()
-        mine, theirs = self.student.bbox_head, self.teacher.bbox_head
-        self.family = family_of(mine) if set(self.parts) - {"pkd"} else HeadFamily()
-        self.split = distill["split"] if "crosskd" in self.parts else None
-        check_heads_match(mine, theirs, self.parts, self.split)
-        if "ld" in self.parts and type(self.family).loss_ld is HeadFamily.loss_ld:
-            self.family.loss_ld((), (), [], mine)  # raises
-        self.before_activation = distill.get("tap") == "before_activation"
-        self.loss_weights = loss_weights_of(distill, default_weights_of(mine))
-        self._build_adapters()
+        student_head, teacher_head = self.student.bbox_head, self.teacher.bbox_head
+        self.methods = [method(distill, student_head, teacher_head) for method in methods]
+        self.loss_weights = loss_weights(distill, student_head)
+        for method in self.methods:  # beside the student, by the names that earlier runs' checkpoints have
+            for name, adapters in method.adapters.items():
+                self.add_module(name, adapters)
+        self.compares_predictions = any(method.compares_predictions for method in self.methods)
+        self.family = family_of(student_head) if self.compares_predictions else HeadFamily()
+        self.taps = next((method.taps for method in self.methods if method.taps != TapPlaces()), TapPlaces())
         # A run's checkpoints hold what is trained. The teacher comes from its own file, also when a run is resumed.
         self._register_state_dict_hook(_drop_teacher)
         self.register_load_state_dict_post_hook(_forgive_missing_teacher)
-
-    def _build_adapters(self) -> None:
-        """1x1 convolutions for features that are wider or narrower in the student; trained, and dropped afterwards."""
-        mine, theirs = self.student.bbox_head, self.teacher.bbox_head
-        self.tap_adapters = nn.ModuleList()
-        if "crosskd" in self.parts:
-            teacher_split = split_of_teacher(mine, theirs, self.split)
-            widths = (
-                mine.feat_channels if self.split else mine.in_channels,
-                theirs.feat_channels if teacher_split else theirs.in_channels,
-            )
-            self.tap_adapters.extend(_adapter(*widths) for _ in range(number_of_taps(mine, self.split)))
-        self.feature_adapter = _adapter(mine.in_channels, theirs.in_channels) if "pkd" in self.parts else None
 
     def train(self, mode: bool = True) -> CrossKDDetector:
         super().train(mode)
@@ -166,61 +144,38 @@ class CrossKDDetector(BaseDetector):
         if self.teacher is None:
             with self._as_quantized():
                 return self.student.loss(batch_inputs, batch_data_samples)
-        teacher = self._pass_of_teacher(batch_inputs)
-        head = self.student.bbox_head
-        with self.family.recorded_pass(head, self.split, self.before_activation) as student, self._as_quantized():
-            if set(self.parts) - {"pkd"}:
-                with self.family.recorded_assignment(head) as calls:
-                    losses = self.student.loss(batch_inputs, batch_data_samples)
-            else:
-                losses, calls = self.student.loss(batch_inputs, batch_data_samples), []
+        teacher_pass = self._pass_of_teacher(batch_inputs)
+        head, taps = self.student.bbox_head, self.taps
+        recording = self.family.recorded_pass(head, taps.student_split, taps.before_activation)
+        with recording as student_pass, self._as_quantized(), self._recorded_assignment() as assignment:
+            losses = self.student.loss(batch_inputs, batch_data_samples)
         if self.quantization is not None:
-            student.taps = [tuple(map(self.quantization.as_read, taps)) for taps in student.taps]
-        for key, values in self._losses_by_method(student, teacher, calls).items():
+            student_pass.taps = [tuple(map(self.quantization.as_read, level)) for level in student_pass.taps]
+        distilled: dict[str, list[Tensor]] = {}
+        for method in self.methods:
+            distilled |= method.losses(student_pass, teacher_pass, assignment)
+        for key, values in distilled.items():
             losses[key] = [self.loss_weights[key] * value for value in values]
         return losses
 
     def _as_quantized(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if self.quantization is None else self.quantization.applied()
 
+    def _recorded_assignment(self) -> contextlib.AbstractContextManager[list[LossCall]]:
+        if not self.compares_predictions:
+            return contextlib.nullcontext([])
+        return self.family.recorded_assignment(self.student.bbox_head)
+
     @torch.no_grad()
     def _pass_of_teacher(self, batch_inputs: Tensor) -> HeadPass:
-        """Only as far as the method needs it: PKD alone compares pyramid features, and runs no head."""
+        """Of the head only if predictions are compared."""
         features = self.teacher.extract_feat(self.teacher_inputs_from_student(batch_inputs))
-        if self.parts == ("pkd",):
+        if not self.compares_predictions:
             return HeadPass(list(features))
-        head = self.teacher.bbox_head
-        split = None if self.split is None else split_of_teacher(self.student.bbox_head, head, self.split)
-        with self.family.recorded_pass(head, split, self.before_activation) as teacher:
+        head, taps = self.teacher.bbox_head, self.taps
+        with self.family.recorded_pass(head, taps.teacher_split, taps.before_activation) as teacher_pass:
             head(features)
-        return teacher
-
-    def _losses_by_method(self, student: HeadPass, teacher: HeadPass, calls: list[Any]) -> dict[str, list[Tensor]]:
-        head = self.teacher.bbox_head
-        losses: dict[str, list[Tensor]] = {}
-        if "crosskd" in self.parts:
-            aligned = [
-                tuple(
-                    aligned_to_teacher(adapter(mine), theirs)
-                    for adapter, mine, theirs in zip(self.tap_adapters, *taps, strict=True)
-                )
-                for taps in zip(student.taps, teacher.taps, strict=True)
-            ]
-            split = split_of_teacher(self.student.bbox_head, head, self.split)
-            cross_outputs = self.family.rest_of_head(head, split)(aligned)
-            losses |= self.family.loss_by_outputs(cross_outputs, teacher.outputs, calls, head)
-        if {"mimic", "ld"} & set(self.parts):
-            own_outputs = self.family.outputs_as_in_eval(student.outputs, self.student.bbox_head)
-            if "mimic" in self.parts:
-                losses |= self.family.loss_by_outputs(own_outputs, teacher.outputs, calls, head)
-            else:
-                losses["loss_ld"] = self.family.loss_ld(own_outputs, teacher.outputs, calls, head)
-        if "pkd" in self.parts:
-            losses["loss_feat_kd"] = [
-                feature_distance(self.feature_adapter(mine), theirs)
-                for mine, theirs in zip(student.features, teacher.features, strict=True)
-            ]
-        return losses
+        return teacher_pass
 
     @functools.cached_property
     def _same_normalisation(self) -> bool:
@@ -254,40 +209,6 @@ class CrossKDDetector(BaseDetector):
 
     def extract_feat(self, batch_inputs: Tensor) -> Any:
         return self.student.extract_feat(batch_inputs)
-
-
-def check_distill(distill: dict[str, Any]) -> None:
-    """Raises ConfigError if `model.distill` has missing, unknown or wrong entries."""
-    known = {"method", "split", "tap", "weights", "allow_missing_classes"}
-    if "method" not in distill or not set(distill) <= known:
-        raise ConfigError(
-            f"model.distill has the keys {sorted(distill)}; expected method and, as wanted, some of "
-            f"{sorted(known - {'method'})}"
-        )
-    if distill["method"] not in METHODS:
-        raise ConfigError(f"model.distill.method is {distill['method']!r}; expected one of {', '.join(METHODS)}")
-    if "crosskd" in METHODS[distill["method"]] and "split" not in distill:
-        raise ConfigError("model.distill.split is missing; expected the number of a tower layer, such as 3")
-    if distill.get("tap", TAPS[0]) not in TAPS:
-        raise ConfigError(f"model.distill.tap is {distill['tap']!r}; expected one of {', '.join(TAPS)}")
-
-
-def default_weights_of(head: nn.Module) -> dict[str, float]:
-    """Loss key -> weight: those of the head's family; PKD, which works with any head, has 1 where there is none."""
-    return getattr(FAMILIES.get(type(head).__name__), "default_weights", {"loss_feat_kd": 1.0})
-
-
-def loss_weights_of(distill: dict[str, Any], defaults: dict[str, float]) -> dict[str, float]:
-    """Loss key -> weight; raises ConfigError if `model.distill.weights` names others, or has no numbers."""
-    weights = distill.get("weights", {})
-    good = isinstance(weights, dict) and all(isinstance(value, (int, float)) for value in weights.values())
-    if not good or not set(weights) <= set(defaults):
-        raise ConfigError(f"model.distill.weights is {weights!r}; expected numbers for some of {sorted(defaults)}")
-    return {**defaults, **weights}
-
-
-def _adapter(width: int, teacher_width: int) -> nn.Module:
-    return nn.Identity() if width == teacher_width else nn.Conv2d(width, teacher_width, 1, bias=False)
 
 
 def _turned(mine: nn.Module, theirs: nn.Module) -> bool:

@@ -29,6 +29,8 @@ register_mmcv_ops()  # before mmdet is imported, which asks for them then
 from mmdet.models.task_modules.coders import DeltaXYWHBBoxCoder  # noqa: E402
 from mmdet.utils import reduce_mean  # noqa: E402
 
+DenseHead = Any
+"""One of mmdet's dense heads, an nn.Module. mmdet has no types, and by torch's any attribute might be a tensor."""
 Taps = list[tuple[Tensor, ...]]
 """Per level, finest first: a tap of each tower (classification, regression), each (N, C, H, W)."""
 
@@ -66,8 +68,8 @@ class HeadFamily:
 
     predictor: ClassVar[str]
     """The head's attribute that predicts classes, anchors * classes output channels, without its index if a list."""
-    default_weights: ClassVar[dict[str, float]]
-    """Loss key -> weight, as published for the family; `loss_feat_kd` is PKD's."""
+    default_weights: ClassVar[dict[str, float]] = {"loss_feat_kd": 1.0}
+    """Loss key -> weight, as published for the family; `loss_feat_kd` is PKD's, which works with any head."""
     towers: ClassVar[tuple[str, ...]] = ("cls_convs", "reg_convs")
     """The head's attributes that hold the layers of its towers: a list, or a list per level."""
     threshold_in_graph: ClassVar[bool] = False
@@ -75,7 +77,7 @@ class HeadFamily:
 
     @contextlib.contextmanager
     def recorded_pass(
-        self, head: nn.Module, split: int | None = None, before_activation: bool = False
+        self, head: DenseHead, split: int | None = None, before_activation: bool = False
     ) -> Iterator[HeadPass]:
         """
         Yields a HeadPass that the forward pass of `head` inside the block fills, with taps unless `split` is None.
@@ -104,12 +106,12 @@ class HeadFamily:
             for handle in handles:
                 handle.remove()
 
-    def tap_layers(self, head: nn.Module, split: int) -> list[list[nn.Module]]:
+    def tap_layers(self, head: DenseHead, split: int) -> list[list[nn.Module]]:
         """Per tower, the layers whose outputs are tap `split`: one, or one for each level."""
         towers = (getattr(head, tower) for tower in self.towers)
         return [[level[split - 1] for level in tower] if _has_levels(tower) else [tower[split - 1]] for tower in towers]
 
-    def rest_of_head(self, head: nn.Module, split: int) -> nn.Module:
+    def rest_of_head(self, head: DenseHead, split: int) -> nn.Module:
         """
         The layers of `head` after tap `split`, as a module that takes `Taps` where `head` takes features.
 
@@ -129,7 +131,7 @@ class HeadFamily:
         return nn.ModuleList([_TakeTap(index, relu), *tower[split:]])
 
     @contextlib.contextmanager
-    def recorded_assignment(self, head: nn.Module) -> Iterator[list[LossCall]]:
+    def recorded_assignment(self, head: DenseHead) -> Iterator[list[LossCall]]:
         """
         Yields a list that the head's loss inside the block fills, a call per level: nothing is assigned twice.
         """
@@ -148,12 +150,12 @@ class HeadFamily:
         finally:
             handle.remove()
 
-    def outputs_as_in_eval(self, outputs: Any, head: nn.Module) -> Any:
+    def outputs_as_in_eval(self, outputs: Any, head: DenseHead) -> Any:
         """The outputs of a training head in the units and the order of one that is in eval mode, as the teacher is."""
         return outputs
 
     def loss_by_outputs(
-        self, cross: Sequence[Any], teacher: Sequence[Any], calls: list[LossCall], head: nn.Module
+        self, cross: Sequence[Any], teacher: Sequence[Any], calls: list[LossCall], head: DenseHead
     ) -> dict[str, list[Tensor]]:
         """
         The distillation losses, a scalar per level under each key, before their weights.
@@ -168,20 +170,14 @@ class HeadFamily:
         raise NotImplementedError
 
     def loss_ld(
-        self, student: Sequence[Any], teacher: Sequence[Any], calls: list[LossCall], head: nn.Module
+        self, student: Sequence[Any], teacher: Sequence[Any], calls: list[LossCall], head: DenseHead
     ) -> list[Tensor]:
         """
-        Localisation distillation, a scalar per level; for heads that predict a distribution of each side.
-
-        Raises:
-            ConfigError: this head predicts no distributions.
+        Localisation distillation, a scalar per level; written only for heads that predict a distribution of each side.
         """
-        raise ConfigError(
-            f"model.distill.method is 'ld', but {type(head).__name__} predicts numbers for the sides of a box, not "
-            "distributions; expected a GFLHead. Choose another method."
-        )
+        raise NotImplementedError
 
-    def decode(self, head: nn.Module, level: int, priors: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
+    def decode(self, head: DenseHead, level: int, priors: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
         """
         Boxes (N, P, 4), x1 y1 x2 y2 in pixels, and scores (N, P, classes), 0 to 1, of a level, for deploy.export.
 
@@ -195,11 +191,11 @@ class HeadFamily:
         """
         raise NotImplementedError
 
-    def traceable(self, head: nn.Module) -> nn.Module:
+    def traceable(self, head: DenseHead) -> nn.Module:
         """The head, or what computes the same and takes any number of images in a traced graph."""
         return head
 
-    def note_of_export(self, head: nn.Module) -> str:
+    def note_of_export(self, head: DenseHead) -> str:
         """What a user has to know of how the exported model differs from mmdet's detector; empty for nothing."""
         return ""
 
@@ -219,7 +215,7 @@ def register_family(*head_types: str) -> Callable[[Family], Family]:
     return register
 
 
-def family_of(head: nn.Module) -> HeadFamily:
+def family_of(head: DenseHead) -> HeadFamily:
     """
     The family of a head.
 
@@ -240,63 +236,6 @@ def heads_with_decoder() -> list[str]:
     return sorted(name for name, family in FAMILIES.items() if type(family).decode is not HeadFamily.decode)
 
 
-def check_heads_match(student: nn.Module, teacher: nn.Module, parts: Sequence[str], split: int | None = None) -> None:
-    """
-    Raises ConfigError unless the teacher's head can teach the student's by these methods.
-
-    Args:
-        parts: of the method: 'crosskd', 'pkd', 'mimic', 'ld'.
-        split: the student's tower layer at which its features leave for the teacher's head; for 'crosskd'.
-    """
-    if set(parts) - {"pkd"} and family_of(student) is not family_of(teacher):
-        raise ConfigError(
-            f"the student's head is {type(student).__name__}, the teacher's {type(teacher).__name__}; "
-            "expected two heads of one family"
-        )
-
-    def facts(head: nn.Module) -> dict[str, Any]:
-        found: dict[str, Any] = {"strides": [tuple(stride) for stride in head.prior_generator.strides]}
-        if set(parts) - {"pkd"}:
-            found["num_classes"] = head.num_classes
-            found["num_base_priors"] = head.num_base_priors
-            found["reg_max"] = getattr(head, "reg_max", None)
-        if "mimic" in parts:  # boxes of both are decoded from the same anchors
-            sizes = [(1, 1)] * head.prior_generator.num_levels
-            priors = head.prior_generator.grid_priors(sizes, device="cpu")
-            found["priors"] = [level.tolist() for level in priors]
-        return found
-
-    mine, theirs = facts(student), facts(teacher)
-    for key, value in mine.items():
-        if value != theirs[key]:
-            raise ConfigError(
-                f"bbox_head.{key} is {value} in the student and {theirs[key]} in the teacher; expected the same "
-                "value, since their features are compared place by place. Change one of the two configs."
-            )
-    if "crosskd" in parts:
-        layers = student.stacked_convs
-        if split not in range(layers + 1):
-            raise ConfigError(f"model.distill.split is {split!r}; expected 0 to {layers}, the number of tower layers")
-        if split_of_teacher(student, teacher, split) < 0:
-            raise ConfigError(
-                f"model.distill.split is {split}, after which the student's towers have {layers - split} layers left, "
-                f"and the teacher's have {teacher.stacked_convs} in all; expected a split of at least "
-                f"{layers - teacher.stacked_convs}"
-            )
-        taps = [number_of_taps(student, split), number_of_taps(teacher, split_of_teacher(student, teacher, split))]
-        if taps[0] != taps[1]:
-            raise ConfigError(
-                f"bbox_head.stacked_convs is {layers} in the student and {teacher.stacked_convs} in the teacher; "
-                f"expected the same value, since a {type(teacher).__name__} reads the output of every tower layer. "
-                "Change one of the two configs."
-            )
-
-
-def split_of_teacher(student: nn.Module, teacher: nn.Module, split: int) -> int:
-    """The teacher's tower layer with as many layers behind it as the student's `split`: counted from the end."""
-    return split + teacher.stacked_convs - student.stacked_convs
-
-
 def rows_of_maps(maps: Tensor, width: int) -> Tensor:
     """
     (N, A * width, H, W) -> (N * H * W * A, width), float32: the order in which mmdet's heads flatten their levels.
@@ -304,14 +243,14 @@ def rows_of_maps(maps: Tensor, width: int) -> Tensor:
     return maps.permute(0, 2, 3, 1).reshape(-1, width).float()
 
 
-def priors_of_maps(head: nn.Module, maps: Sequence[Tensor]) -> list[Tensor]:
+def priors_of_maps(head: DenseHead, maps: Sequence[Tensor]) -> list[Tensor]:
     """Per level (N * H * W * A, 4) anchors or (N * H * W, 2) points, in the order of `rows_of_maps`."""
     sizes = [m.shape[-2:] for m in maps]
     priors = head.prior_generator.grid_priors(sizes, device=maps[0].device)
     return [level.repeat(maps[0].shape[0], 1) for level in priors]
 
 
-def stride_of_level(head: nn.Module, level: int) -> float:
+def stride_of_level(head: DenseHead, level: int) -> float:
     """Pixels between two neighbouring places of a level, the same along x and y."""
     return float(head.prior_generator.strides[level][0])
 
@@ -353,18 +292,18 @@ def positives_of_batch(labels: Sequence[Tensor], num_classes: int) -> Tensor:
     return reduce_mean(positive.clamp(min=1).sum().float())
 
 
-def loss_of_classes(head: nn.Module, cross: Tensor, teacher: Tensor, call: LossCall) -> Tensor:
+def loss_of_classes(head: DenseHead, cross: Tensor, teacher: Tensor, call: LossCall) -> Tensor:
     """A scalar: the quality focal loss on one level's class maps, averaged as the student's own."""
     logits, target = rows_of_maps(cross, head.cls_out_channels), rows_of_maps(teacher, head.cls_out_channels)
     return (kd_quality_focal_loss(logits, target) * call.label_weights[:, None]).sum() / call.avg_factor
 
 
-def confidence_of_teacher(head: nn.Module, teacher: Tensor, call: LossCall) -> Tensor:
+def confidence_of_teacher(head: DenseHead, teacher: Tensor, call: LossCall) -> Tensor:
     """(rows,): the teacher's highest class probability, zero where the assignment ignores the row."""
     return rows_of_maps(teacher, head.cls_out_channels).amax(1).sigmoid() * ~call.ignored
 
 
-def number_of_taps(head: nn.Module, split: int) -> int:
+def number_of_taps(head: DenseHead, split: int) -> int:
     """Of each level at `split`."""
     family = family_of(head)
     return len(family.tap_layers(head, split)) if split else len(family.towers)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from crosskd.models.families.retina import RetinaFamily
-from crosskd.models.heads import LossCall, register_family, rows_of_maps
+from crosskd.models.heads import DenseHead, LossCall, register_family, rows_of_maps
 
 
 @register_family("ATSSHead")
@@ -21,7 +21,7 @@ class ATSSFamily(RetinaFamily):
     default_weights: ClassVar = {"loss_cls_kd": 1.0, "loss_reg_kd": 1.0, "loss_centerness_kd": 1.0, "loss_feat_kd": 1.0}
 
     def loss_by_outputs(
-        self, cross: Sequence[Any], teacher: Sequence[Any], calls: list[LossCall], head: nn.Module
+        self, cross: Sequence[Any], teacher: Sequence[Any], calls: list[LossCall], head: DenseHead
     ) -> dict[str, list[Tensor]]:
         losses = super().loss_by_outputs(cross, teacher, calls, head)
         losses["loss_centerness_kd"] = []
@@ -32,6 +32,6 @@ class ATSSFamily(RetinaFamily):
             losses["loss_centerness_kd"].append((entropy * positive).sum() / call.avg_factor)
         return losses
 
-    def decode(self, head: nn.Module, level: int, priors: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
+    def decode(self, head: DenseHead, level: int, priors: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
         *rows, centerness = rows
         return *super().decode(head, level, priors, *rows), centerness[..., 0].sigmoid()

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from crosskd.models.families.atss import ATSSFamily
-from crosskd.models.heads import LossCall, register_family
+from crosskd.models.heads import DenseHead, LossCall, register_family
 
 
 @register_family("DDODHead")
@@ -24,7 +24,7 @@ class DDODFamily(ATSSFamily):
     default_weights: ClassVar = {"loss_cls_kd": 1.0, "loss_reg_kd": 1.0, "loss_iou_kd": 1.0, "loss_feat_kd": 1.0}
 
     def loss_by_outputs(
-        self, cross: Sequence[Any], teacher: Sequence[Any], calls: list[LossCall], head: nn.Module
+        self, cross: Sequence[Any], teacher: Sequence[Any], calls: list[LossCall], head: DenseHead
     ) -> dict[str, list[Tensor]]:
         losses = super().loss_by_outputs(cross, teacher, calls, head)
         losses["loss_iou_kd"] = losses.pop("loss_centerness_kd")

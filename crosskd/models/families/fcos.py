@@ -9,9 +9,17 @@ from typing import Any, ClassVar
 import torch
 from mmdet.structures.bbox import bbox_overlaps
 from mmdet.utils import reduce_mean
-from torch import Tensor, nn
+from torch import Tensor
 
-from crosskd.models.heads import HeadFamily, LossCall, boxes_from_sides, priors_of_maps, register_family, rows_of_maps
+from crosskd.models.heads import (
+    DenseHead,
+    HeadFamily,
+    LossCall,
+    boxes_from_sides,
+    priors_of_maps,
+    register_family,
+    rows_of_maps,
+)
 from crosskd.models.losses import kd_quality_focal_loss
 
 
@@ -29,7 +37,7 @@ class FCOSFamily(HeadFamily):
     default_weights: ClassVar = {"loss_cls_kd": 0.4, "loss_reg_kd": 0.75, "loss_feat_kd": 2.0}
 
     @contextlib.contextmanager
-    def recorded_assignment(self, head: nn.Module) -> Iterator[list[LossCall]]:
+    def recorded_assignment(self, head: DenseHead) -> Iterator[list[LossCall]]:
         # The head reduces this sum itself, but gives it to a loss only where there are positives. Every rank gets
         # here, so reducing it once more is safe.
         original = head.centerness_target
@@ -49,14 +57,14 @@ class FCOSFamily(HeadFamily):
         finally:
             del head.centerness_target
 
-    def outputs_as_in_eval(self, outputs: Any, head: nn.Module) -> Any:
+    def outputs_as_in_eval(self, outputs: Any, head: DenseHead) -> Any:
         if not (head.norm_on_bbox and head.training):
             return outputs
         classes, boxes, *others = outputs
         return classes, [maps * stride for maps, stride in zip(boxes, head.strides, strict=True)], *others
 
     def loss_by_outputs(
-        self, cross: Sequence[Any], teacher: Sequence[Any], calls: list[LossCall], head: nn.Module
+        self, cross: Sequence[Any], teacher: Sequence[Any], calls: list[LossCall], head: DenseHead
     ) -> dict[str, list[Tensor]]:
         (call,) = calls
         points = torch.cat(priors_of_maps(head, cross[0]))
@@ -74,6 +82,6 @@ class FCOSFamily(HeadFamily):
             "loss_reg_kd": [distance.sum() * scale],
         }
 
-    def decode(self, head: nn.Module, level: int, priors: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
+    def decode(self, head: DenseHead, level: int, priors: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
         logits, sides, centerness = rows  # sides in pixels
         return boxes_from_sides(priors, sides), logits.sigmoid(), centerness[..., 0].sigmoid()

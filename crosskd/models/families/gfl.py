@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from crosskd.models.heads import (
+    DenseHead,
     HeadFamily,
     LossCall,
     boxes_from_sides,
@@ -32,7 +33,7 @@ class GFLFamily(HeadFamily):
     default_weights: ClassVar = {"loss_cls_kd": 1.0, "loss_reg_kd": 1.0, "loss_feat_kd": 6.0, "loss_ld": 0.25}
 
     def loss_by_outputs(
-        self, cross: Sequence[Any], teacher: Sequence[Any], calls: list[LossCall], head: nn.Module
+        self, cross: Sequence[Any], teacher: Sequence[Any], calls: list[LossCall], head: DenseHead
     ) -> dict[str, list[Tensor]]:
         bins = head.reg_max + 1
         losses_cls, losses_reg, weights = [], [], []
@@ -46,7 +47,7 @@ class GFLFamily(HeadFamily):
         return {"loss_cls_kd": losses_cls, "loss_reg_kd": [loss / total for loss in losses_reg]}
 
     def loss_ld(
-        self, student: Sequence[Any], teacher: Sequence[Any], calls: list[LossCall], head: nn.Module
+        self, student: Sequence[Any], teacher: Sequence[Any], calls: list[LossCall], head: DenseHead
     ) -> list[Tensor]:
         """
         KL with temperature T, times T^2, mean over the bins, on positive rows; weighted by the student's confidence
@@ -67,7 +68,7 @@ class GFLFamily(HeadFamily):
         total = sum(weights).clamp(min=1.0)
         return [loss / total for loss in losses]
 
-    def decode(self, head: nn.Module, level: int, priors: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
+    def decode(self, head: DenseHead, level: int, priors: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
         """A side is the mean of its distribution over the bins 0 to reg_max, in strides (arXiv 2006.04388, eq. 4)."""
         logits, distances = rows
         bins = head.reg_max + 1

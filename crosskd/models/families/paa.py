@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 from mmdet.models.dense_heads.paa_head import skm  # None where scikit-learn is not installed
-from torch import Tensor, nn
+from torch import Tensor
 
 from crosskd.models.families.atss import ATSSFamily
-from crosskd.models.heads import LossCall, register_family
+from crosskd.models.heads import DenseHead, LossCall, register_family
 from deploy.errors import MissingDependencyError
 
 
@@ -25,7 +25,7 @@ class PAAFamily(ATSSFamily):
     default_weights: ClassVar = {"loss_cls_kd": 1.0, "loss_reg_kd": 1.0, "loss_iou_kd": 1.0, "loss_feat_kd": 1.0}
 
     @contextlib.contextmanager
-    def recorded_assignment(self, head: nn.Module) -> Iterator[list[LossCall]]:
+    def recorded_assignment(self, head: DenseHead) -> Iterator[list[LossCall]]:
         """
         Yields a list that the head's loss fills with one call: all levels at once, image by image.
 
@@ -39,19 +39,19 @@ class PAAFamily(ATSSFamily):
             del calls[:-1]  # those before the last one price the candidates of each image
 
     def loss_by_outputs(
-        self, cross: Sequence[Any], teacher: Sequence[Any], calls: list[LossCall], head: nn.Module
+        self, cross: Sequence[Any], teacher: Sequence[Any], calls: list[LossCall], head: DenseHead
     ) -> dict[str, list[Tensor]]:
         (call,) = calls
         losses = super().loss_by_outputs(cross, teacher, call_by_level(call, cross[2]), head)
         losses["loss_iou_kd"] = losses.pop("loss_centerness_kd")
         return losses
 
-    def decode(self, head: nn.Module, level: int, priors: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
+    def decode(self, head: DenseHead, level: int, priors: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
         """The score is the root of class times IoU, by which mmdet's head also chooses, unlike ATSS's."""
         boxes, scores, overlap = super().decode(head, level, priors, *rows)
         return boxes, (scores * overlap[..., None]).sqrt()
 
-    def note_of_export(self, head: nn.Module) -> str:
+    def note_of_export(self, head: DenseHead) -> str:
         if not head.with_score_voting:
             return ""
         return (

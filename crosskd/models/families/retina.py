@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from mmdet.structures.bbox import bbox_overlaps
-from torch import Tensor, nn
+from torch import Tensor
 
 from crosskd.models.heads import (
+    DenseHead,
     HeadFamily,
     LossCall,
     boxes_from_deltas,
@@ -28,7 +29,7 @@ class RetinaFamily(HeadFamily):
     default_weights: ClassVar = {"loss_cls_kd": 1.0, "loss_reg_kd": 1.0, "loss_feat_kd": 2.0}
 
     def loss_by_outputs(
-        self, cross: Sequence[Any], teacher: Sequence[Any], calls: list[LossCall], head: nn.Module
+        self, cross: Sequence[Any], teacher: Sequence[Any], calls: list[LossCall], head: DenseHead
     ) -> dict[str, list[Tensor]]:
         losses_cls, losses_reg = [], []
         levels = zip(priors_of_maps(head, cross[0]), cross[0], cross[1], teacher[0], teacher[1], calls, strict=True)
@@ -41,6 +42,6 @@ class RetinaFamily(HeadFamily):
             losses_reg.append((distance * confidence_of_teacher(head, teacher_cls, call)).sum() / call.avg_factor)
         return {"loss_cls_kd": losses_cls, "loss_reg_kd": losses_reg}
 
-    def decode(self, head: nn.Module, level: int, priors: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
+    def decode(self, head: DenseHead, level: int, priors: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
         logits, deltas = rows
         return boxes_from_deltas(head.bbox_coder, priors, deltas), logits.sigmoid()

@@ -6,10 +6,10 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from crosskd.models.families.retina import RetinaFamily
-from crosskd.models.heads import LossCall, boxes_from_sides, positives_of_batch, register_family
+from crosskd.models.heads import DenseHead, LossCall, boxes_from_sides, positives_of_batch, register_family
 
 MIN_DISTANCE_PX = 0.01
 """A side on the wrong side of its point makes a box of negative width or height, for which GIoU has no bounds."""
@@ -30,7 +30,7 @@ class RTMDetFamily(RetinaFamily):
     default_weights: ClassVar = {"loss_cls_kd": 1.0, "loss_reg_kd": 1.0, "loss_feat_kd": 1.0}
 
     def loss_by_outputs(
-        self, cross: Sequence[Any], teacher: Sequence[Any], calls: list[LossCall], head: nn.Module
+        self, cross: Sequence[Any], teacher: Sequence[Any], calls: list[LossCall], head: DenseHead
     ) -> dict[str, list[Tensor]]:
         images = len(cross[0][0])
         factor = positives_of_batch([call.labels.view(images, -1) for call in calls], head.num_classes)
@@ -41,6 +41,6 @@ class RTMDetFamily(RetinaFamily):
         )
         return super().loss_by_outputs(cross, teacher, calls, head)
 
-    def decode(self, head: nn.Module, level: int, priors: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
+    def decode(self, head: DenseHead, level: int, priors: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
         logits, sides = rows  # sides in pixels
         return boxes_from_sides(priors, sides), logits.sigmoid()

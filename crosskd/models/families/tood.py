@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from crosskd.models.families.deform import sampled_points
 from crosskd.models.heads import (
+    DenseHead,
     HeadFamily,
     LossCall,
     Taps,
@@ -45,10 +46,10 @@ class TOODFamily(HeadFamily):
     default_weights: ClassVar = {"loss_cls_kd": 1.0, "loss_reg_kd": 1.0, "loss_feat_kd": 1.0}
     towers = ("inter_convs",)
 
-    def tap_layers(self, head: nn.Module, split: int) -> list[list[nn.Module]]:
+    def tap_layers(self, head: DenseHead, split: int) -> list[list[nn.Module]]:
         return [[layer] for layer in head.inter_convs[:split]]
 
-    def rest_of_head(self, head: nn.Module, split: int) -> nn.Module:
+    def rest_of_head(self, head: DenseHead, split: int) -> nn.Module:
         rest = copy.copy(head)
         rest._modules = dict(head._modules)
         layers = list(head.inter_convs)
@@ -61,7 +62,7 @@ class TOODFamily(HeadFamily):
         return nn.Sequential(_JoinedTaps(), rest)
 
     @contextlib.contextmanager
-    def recorded_assignment(self, head: nn.Module) -> Iterator[list[LossCall]]:
+    def recorded_assignment(self, head: DenseHead) -> Iterator[list[LossCall]]:
         """
         Yields a list that the head's loss inside the block fills, a call per level.
 
@@ -89,7 +90,7 @@ class TOODFamily(HeadFamily):
             del head.get_targets
 
     def loss_by_outputs(
-        self, cross: Sequence[Any], teacher: Sequence[Any], calls: list[LossCall], head: nn.Module
+        self, cross: Sequence[Any], teacher: Sequence[Any], calls: list[LossCall], head: DenseHead
     ) -> dict[str, list[Tensor]]:
         losses_cls, losses_reg = [], []
         for cross_cls, cross_reg, teacher_cls, teacher_reg, call in zip(*cross, *teacher, calls, strict=True):
@@ -100,15 +101,27 @@ class TOODFamily(HeadFamily):
             losses_reg.append((distance * confidence_of_teacher(head, target, call)).sum() / call.avg_factor)
         return {"loss_cls_kd": losses_cls, "loss_reg_kd": losses_reg}
 
-    def decode(self, head: nn.Module, level: int, priors: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
+    def decode(self, head: DenseHead, level: int, priors: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
         probabilities, boxes = rows  # boxes in strides
         return boxes * stride_of_level(head, level), probabilities
 
-    def traceable(self, head: nn.Module) -> nn.Module:
+    def traceable(self, head: DenseHead) -> nn.Module:
         return _TraceableHead(head)
 
-    def note_of_export(self, head: nn.Module) -> str:
+    def note_of_export(self, head: DenseHead) -> str:
         return "mmdet leaves TOODHead's boxes as they are where they reach beyond the image; deployed, they are clipped"
+
+
+def keep_boxes_in_float32(head: DenseHead) -> None:
+    """
+    Makes a TOODHead sample its boxes in float32, also inside autocast; leaves other heads as they are.
+
+    It shifts boxes by predicted offsets, and mmcv's operator casts the boxes to the type of the offsets: in bf16 they
+    would be off by whole pixels.
+    """
+    original = getattr(head, "deform_sampling", None)
+    if original is not None:
+        head.deform_sampling = lambda boxes, offsets: original(boxes, offsets.float())
 
 
 class _TraceableHead(nn.Module):
@@ -118,7 +131,7 @@ class _TraceableHead(nn.Module):
     mmdet's own repeats its anchors as often as there are images in the batch with which it is traced.
     """
 
-    def __init__(self, head: nn.Module) -> None:
+    def __init__(self, head: DenseHead) -> None:
         super().__init__()
         self.head = head
 

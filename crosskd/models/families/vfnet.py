@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from crosskd.models.families.retina import RetinaFamily
-from crosskd.models.heads import LossCall, boxes_from_sides, register_family
+from crosskd.models.heads import DenseHead, LossCall, boxes_from_sides, register_family
 
 
 @register_family("VFNetHead")
@@ -27,15 +27,15 @@ class VFNetFamily(RetinaFamily):
     predictor = "vfnet_cls"
     default_weights: ClassVar = {"loss_cls_kd": 1.0, "loss_reg_kd": 1.0, "loss_feat_kd": 1.0}
 
-    def recorded_assignment(self, head: nn.Module) -> contextlib.AbstractContextManager[list[LossCall]]:
+    def recorded_assignment(self, head: DenseHead) -> contextlib.AbstractContextManager[list[LossCall]]:
         """As of the base class, but one call for all levels."""
         return _recorded_varifocal_loss(head) if head.use_vfl else super().recorded_assignment(head)
 
-    def outputs_as_in_eval(self, outputs: Any, head: nn.Module) -> Any:
+    def outputs_as_in_eval(self, outputs: Any, head: DenseHead) -> Any:
         return (outputs[0], outputs[2]) if head.training else outputs
 
     def loss_by_outputs(
-        self, cross: Sequence[Any], teacher: Sequence[Any], calls: list[LossCall], head: nn.Module
+        self, cross: Sequence[Any], teacher: Sequence[Any], calls: list[LossCall], head: DenseHead
     ) -> dict[str, list[Tensor]]:
         (call,) = calls
         sizes = [maps[:, 0].numel() for maps in cross[0]]
@@ -43,11 +43,11 @@ class VFNetFamily(RetinaFamily):
         calls = [LossCall(labels, weights, call.avg_factor) for labels, weights in levels]
         return super().loss_by_outputs(cross, teacher, calls, head)
 
-    def decode(self, head: nn.Module, level: int, priors: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
+    def decode(self, head: DenseHead, level: int, priors: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
         logits, sides = rows  # sides in pixels, refined
         return boxes_from_sides(priors, sides), logits.sigmoid()
 
-    def traceable(self, head: nn.Module) -> nn.Module:
+    def traceable(self, head: DenseHead) -> nn.Module:
         traced = copy.copy(head)  # shares every layer
         traced.star_dcn_offset = functools.partial(_star_offset, head.dcn_base_offset)
         return traced
@@ -69,7 +69,7 @@ def _star_offset(base: Tensor, sides: Tensor, gradient_mul: float, stride: float
 
 
 @contextlib.contextmanager
-def _recorded_varifocal_loss(head: nn.Module) -> Iterator[list[LossCall]]:
+def _recorded_varifocal_loss(head: DenseHead) -> Iterator[list[LossCall]]:
     """The targets of the varifocal loss are the IoU at a positive row's class and zero elsewhere; it has no weights."""
     calls: list[LossCall] = []
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from crosskd.config import load_config, set_classes
 from crosskd.models.checkpoint import save_detector_weights
 from crosskd.models.detector import CrossKDDetector, detector_from_config
+from crosskd.models.heads import FAMILIES
 from deploy.errors import CheckpointError, ConfigError
 
 DISTILLED = {"loss_cls_kd", "loss_reg_kd"}
@@ -266,8 +267,7 @@ def test_pkd_alone_has_the_weight_that_it_has_beside_crosskd(
 def test_pkd_works_with_heads_that_crosskd_cannot_split(
     build: Callable[..., Any], make_batch: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("crosskd.models.heads.FAMILIES", {})
-    monkeypatch.setattr("crosskd.models.detector.FAMILIES", {})
+    monkeypatch.delitem(FAMILIES, "GFLHead")
     detector = build(overrides={"model.distill.method": "pkd"})
     assert sum(detector.loss(*make_batch([3]))["loss_feat_kd"]) > 0
     with pytest.raises(ConfigError, match="the method 'pkd' works with any"):

@@ -13,7 +13,7 @@ from torch import nn
 
 from crosskd.config import load_config
 from crosskd.models.detector import CrossKDDetector
-from crosskd.models.heads import FAMILIES, HeadFamily, LossCall, check_heads_match, family_of, split_of_teacher
+from crosskd.models.heads import FAMILIES, LossCall, family_of
 from deploy.errors import ConfigError
 
 LAYERS = 2  # of the towers of the tiny head
@@ -153,68 +153,6 @@ def test_the_losses_of_gfl_are_those_of_its_formulas() -> None:
 def test_an_unsupported_head_is_named_with_those_that_are_supported() -> None:
     with pytest.raises(ConfigError, match=r"cannot split the head Linear; it can split .*GFLHead"):
         family_of(nn.Linear(1, 1))
-
-
-def test_heads_of_two_families_do_not_match(build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(FAMILIES, "Linear", HeadFamily())
-    with pytest.raises(ConfigError, match="student's head is GFLHead, the teacher's Linear"):
-        check_heads_match(build("gfl_tiny.py").bbox_head, nn.Linear(1, 1), ["crosskd"], 1)
-
-
-@pytest.mark.parametrize(
-    ("override", "named"),
-    [
-        ({"model.bbox_head.num_classes": 7}, "num_classes is 6 in the student and 7"),
-        (
-            {"model.bbox_head.anchor_generator.strides": [8, 16, 32, 64, 128]},
-            r"strides is .*4, 4.* in the student",
-        ),
-        ({"model.bbox_head.anchor_generator.strides": [4, 8, 16, 32]}, r"strides is .*64, 64.* in the student"),
-        ({"model.bbox_head.reg_max": 8}, "reg_max is 16 in the student and 8"),
-    ],
-)
-def test_heads_that_differ_are_refused_with_both_values(
-    build: Callable[..., Any], override: dict[str, Any], named: str
-) -> None:
-    mine, other = ({"model.bbox_head.num_classes": 6, **more} for more in ({}, override))
-    with pytest.raises(ConfigError, match=named):
-        check_heads_match(build("gfl_tiny.py", mine).bbox_head, build("gfl_tiny.py", other).bbox_head, ["crosskd"], 1)
-
-
-def test_pkd_asks_for_the_same_strides_only(build: Callable[..., Any]) -> None:
-    mine, other = (build("gfl_tiny.py", {"model.bbox_head.reg_max": bins}).bbox_head for bins in (16, 8))
-    check_heads_match(mine, other, ["pkd"])
-    with pytest.raises(ConfigError, match="reg_max"):
-        check_heads_match(mine, other, ["mimic"])
-    fewer = build("gfl_tiny.py", {"model.bbox_head.anchor_generator.strides": [4, 8, 16, 32]}).bbox_head
-    with pytest.raises(ConfigError, match="strides"):
-        check_heads_match(mine, fewer, ["pkd"])
-
-
-def test_mimicking_asks_for_the_same_anchors(build: Callable[..., Any]) -> None:
-    key = "model.bbox_head.anchor_generator.octave_base_scale"
-    mine, other = (build("gfl_tiny.py", {key: scale}).bbox_head for scale in (8, 4))
-    check_heads_match(mine, other, ["crosskd"], 1)
-    with pytest.raises(ConfigError, match="priors is"):
-        check_heads_match(mine, other, ["mimic"])
-
-
-def test_the_split_is_counted_from_the_end_of_towers_of_different_length(build: Callable[..., Any]) -> None:
-    short, long = (build("gfl_tiny.py", {"model.bbox_head.stacked_convs": layers}).bbox_head for layers in (2, 4))
-    assert [split_of_teacher(short, long, split) for split in range(3)] == [2, 3, 4]
-    assert [split_of_teacher(long, short, split) for split in range(2, 5)] == [0, 1, 2]
-    check_heads_match(long, short, ["crosskd"], 2)
-    with pytest.raises(
-        ConfigError, match=r"have 3 layers left, and the teacher's have 2 in all; expected .* at least 2"
-    ):
-        check_heads_match(long, short, ["crosskd"], 1)
-
-
-@pytest.mark.parametrize("split", [-1, 3, "1", None, 0.5])
-def test_a_split_that_is_no_layer_is_refused(build: Callable[..., Any], split: Any) -> None:
-    head = build("gfl_tiny.py").bbox_head
-    with pytest.raises(ConfigError, match="expected 0 to 2"):
-        check_heads_match(head, head, ["crosskd"], split)
 
 
 def test_localisation_distillation_against_numpy() -> None:
