@@ -32,10 +32,10 @@ from benchmarks.measuring.subject import (
     load_data,
     load_detections_subject,
     load_subject,
-    run_crosskd,
 )
 from benchmarks.reporting.operating_point import best_f1, comparison, found_scores
 from benchmarks.reporting.wording import between_points, points, signed_points
+from deploy.commands import run_relayed
 from deploy.dataset import CocoImage, CocoSet, read_image
 from deploy.errors import ConfigError, DataError, MeasurementError, command
 from deploy.files import check_writable, read_json
@@ -83,7 +83,7 @@ def detections_from_run_dir(run_dir: Path, data: CocoSet, limit: Optional[int]) 
         output = Path(folder) / "detections.json"
         words = [str(run_dir), "--annotations", str(data.annotations_path), "--images-dir", str(data.images_dir)]
         words += ["-o", str(output)]
-        run_crosskd("crosskd.predict", words + (["--limit", str(limit)] if limit is not None else []))
+        run_relayed("crosskd.predict", *words, *(["--limit", str(limit)] if limit is not None else []))
         return load_results(output)
 
 

@@ -71,6 +71,7 @@ from benchmarks.measuring.subject import (
     load_subject,
     spread,
 )
+from deploy.commands import process_words, relay
 from deploy.dataset import CocoSet, read_image
 from deploy.errors import ConfigError, MeasurementError, command
 from deploy.progress import progress
@@ -186,7 +187,7 @@ class TorchDetection(Detection):
         words = [str(run_dir), *map(str, images)] + (["--threads", str(threads)] if threads is not None else [])
         self._message = ""
         self._process: Any = subprocess.Popen(
-            [sys.executable, "-m", "crosskd.workers.time_detector", *words],
+            process_words("crosskd.workers.time_detector", *words),
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace",
         )  # fmt: skip
         self._relay = threading.Thread(target=self._follow, daemon=True)
@@ -202,11 +203,7 @@ class TorchDetection(Detection):
         self.description, self.on_gpu = str(ready["description"]), bool(ready["on_gpu"])
 
     def _follow(self) -> None:
-        for line in self._process.stderr:
-            if line.startswith("error: "):
-                self._message = line[len("error: ") :].strip()
-            else:
-                print(line, end="", file=sys.stderr, flush=True)
+        self._message = relay(self._process.stderr)
 
     def _answer(self, *keys: str) -> Dict[str, Any]:
         line = self._process.stdout.readline()

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import shlex
 import sys
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
@@ -66,6 +65,7 @@ from benchmarks.reporting.wording import (
     times,
     verbatim,
 )
+from deploy.commands import shell_line
 from deploy.contract import provenance, sealed
 from deploy.errors import ConfigError, MeasurementError, MissingDependencyError, command
 from deploy.files import AnyPath, check_writable, read_json, replacing, sha256_of, write_json
@@ -448,7 +448,7 @@ def lineage_from_groups(groups: Mapping[str, Results]) -> List[Dict[str, Any]]:
             "title": ROLES.get(role, role),
             "file": model["file"],
             "sha256": model["sha256"],
-            "command": shlex.join(model["command"]),
+            "command": shell_line(model["command"]),
             "inputs": [
                 {"name": name, "role": roles.get(entry.get("sha256")), **entry}
                 for name, entry in model["inputs"].items()
@@ -517,7 +517,7 @@ def commands_from_groups(groups: Mapping[str, Results]) -> List[str]:
     for group in groups.values():
         commands += [result["model"]["command"] for result in group.values()]
         commands += [result["command"] for result in group.values()]
-    return list(dict.fromkeys(shlex.join(words) for words in commands if words))
+    return list(dict.fromkeys(shell_line(words) for words in commands if words))
 
 
 def report_from_results(

@@ -7,17 +7,16 @@ AP needs what `benchmarks.accuracy` needs; the error of the output needs onnxrun
 from __future__ import annotations
 
 import contextlib
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 
+from deploy.commands import run_captured
 from deploy.contract import ModelContract, load_contract, write_sidecar
 from deploy.dataset import CocoImage, read_image
-from deploy.errors import CalibrationError
+from deploy.errors import CalibrationError, MeasurementError
 from deploy.files import read_json
 from deploy.graphs.graph import save_onnx
 from deploy.runtime.postprocess import Detections, postprocess
@@ -65,17 +64,15 @@ def accuracy_numbers(
         words = [str(model), "--annotations", str(annotations), "--images-dir", str(images_dir), "-o", str(result)]
         words += ["--limit", str(limit)] if limit is not None else []
         words += ["--against", str(against)] if against is not None else []
-        done = subprocess.run(
-            [sys.executable, "-m", "benchmarks.accuracy", *words], capture_output=True, text=True, check=False
-        )
-        numbers: Dict[str, Any] = {"AP": None}
-        if done.returncode == 0:
-            numbers = read_json(result, CalibrationError, "a result of benchmarks.accuracy")["numbers"]
+        try:
+            run_captured("benchmarks.accuracy", *words)
+        except MeasurementError as error:
+            raise CalibrationError(
+                f"the AP could not be measured on {annotations}: {error}. Put that right, or do without AP."
+            ) from error
+        numbers: Dict[str, Any] = read_json(result, CalibrationError, "a result of benchmarks.accuracy")["numbers"]
     if numbers["AP"] is None:
-        raise CalibrationError(
-            f"the AP could not be measured on {annotations}: benchmarks.accuracy ended with status {done.returncode} "
-            f"({done.stderr.strip()[-500:] or 'no box is annotated'}). Put that right, or do without AP."
-        )
+        raise CalibrationError(f"{annotations} gives no AP: no box is annotated. Annotate some, or do without AP.")
     return numbers
 
 

@@ -11,13 +11,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from crosskd.config import load_config, path_beside
+from deploy.commands import command_line, run_status
 from deploy.contract import RESULT_VERSION, check_seal, read_sidecar
 from deploy.dataset import SPLITS, load_coco, split_paths
 from deploy.errors import ConfigError, PipelineError, command
@@ -177,9 +177,9 @@ def run_stages(stages: list[Stage]) -> int:
         words = [*stage.words, "--resume"] if can_resume(stage) else stage.words
         if stage.makes_run and words == stage.words:
             note_start(stage)
-        print(f"{head}: python -m {' '.join(words)}", flush=True)
+        print(f"{head}: {command_line(*words)}", flush=True)
         began = time.monotonic()
-        status = subprocess.run([sys.executable, "-m", *words], check=False).returncode
+        status = run_status(*words)
         if status != 0 and not (is_report and status == 1):
             raise PipelineError(
                 f"stage {stage.name!r} ended with status {status}; its message is above. Put that right and run the "

@@ -16,13 +16,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import subprocess
 import sys
 import time
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Dict, List, Mapping, NamedTuple, Optional, Sequence
 
+from deploy.commands import run_command
 from deploy.contract import ModelContract, load_contract, read_sidecar
 from deploy.errors import ConfigError, EngineBuildError, MissingDependencyError, command
 from deploy.files import check_writable
@@ -344,13 +344,8 @@ def quantised_file(path: Path, data: Optional[Path]) -> Path:
         raise EngineBuildError(
             f"{quantised} is there already: build from it, without --data, or remove it to calibrate again"
         )
-    words = ["-m", "calibration.quantize", str(path), "--data", str(data), "-o", str(quantised), "--target", "tensorrt"]
-    print(" ".join(["python", *words]), file=sys.stderr)
-    status = subprocess.run([sys.executable, *words], check=False).returncode
-    if status:
-        raise EngineBuildError(
-            f"{path} could not be quantised: calibration.quantize ended with status {status}, see its message above"
-        )
+    words = [path, "--data", data, "-o", quantised, "--target", "tensorrt"]
+    run_command("calibration.quantize", *words, error_type=EngineBuildError, tell=sys.stderr)
     return quantised
 
 

@@ -22,50 +22,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
+from deploy.commands import NEEDS, TORCH
 from deploy.errors import MissingDependencyError, command
 
-TORCH = ("torch", "torchvision", "mmdet", "mmcv", "mmengine")
-TRAINING = ("numpy", "opencv", *TORCH)
-ENGINE = ("tensorrt", "cuda binding", "gpu")
-COMMANDS: Dict[str, Tuple[str, ...]] = {
-    "crosskd.adopt": TRAINING,
-    "crosskd.distill": TRAINING,
-    "crosskd.pipeline": (*TRAINING, "onnx", "onnxruntime", "onnxslim", "faster-coco-eval", "jinja2"),
-    "crosskd.predict": TRAINING,
-    "crosskd.shapes": ("numpy", "opencv"),
-    "crosskd.workers.time_detector": TRAINING,
-    "crosskd.workers.time_training": TRAINING,
-    "crosskd.train": TRAINING,
-    "deploy.export": (*TRAINING, "onnx", "onnxruntime", "onnxslim"),
-    "deploy.build_trt": ("numpy", "onnx", *ENGINE),
-    "deploy.build_trt --target VERSION": ("numpy", "onnx"),
-    "deploy.build_trt --int8 --data": ("numpy", "opencv", "onnx", "onnxruntime", *ENGINE),
-    "deploy.bundle": ("numpy", "onnx", "onnxruntime"),
-    "deploy.detect MODEL.onnx": ("numpy", "opencv", "onnxruntime"),
-    "deploy.detect MODEL.engine": ("numpy", "opencv", *ENGINE),
-    "deploy.adopt_onnx": ("numpy", "onnx", "onnxruntime"),
-    "calibration.quantize": ("numpy", "opencv", "onnx", "onnxruntime"),
-    "calibration.quantize --method auto": ("numpy", "opencv", "onnx", "onnxruntime", "faster-coco-eval"),
-    "calibration.quantize --max-ap-drop": ("numpy", "opencv", "onnx", "onnxruntime", "faster-coco-eval"),
-    "calibration.audit": ("numpy", "onnx"),
-    "calibration.statistics": ("numpy",),
-    "calibration.sensitivity": ("numpy", "opencv", "onnx", "onnxruntime", "faster-coco-eval"),
-    "calibration.sensitivity --metric error": ("numpy", "opencv", "onnx", "onnxruntime"),
-    "benchmarks.accuracy MODEL.onnx": ("numpy", "opencv", "onnx", "onnxruntime", "faster-coco-eval"),
-    "benchmarks.accuracy MODEL.engine": ("numpy", "opencv", "faster-coco-eval", *ENGINE),
-    "benchmarks.studies.tools_child": ("numpy", "opencv", "onnxruntime"),
-    "benchmarks.studies.calibration methods": ("numpy", "opencv", "onnx", "onnxruntime", "faster-coco-eval"),
-    "benchmarks.studies.calibration int8-aware": (*TRAINING, "opencv", "onnx", "onnxruntime", "faster-coco-eval"),
-    "benchmarks.studies.tools": ("numpy", "opencv", "onnx", "onnxruntime", "faster-coco-eval"),
-    "benchmarks.studies.distillation": (*TRAINING, "faster-coco-eval"),
-    "benchmarks.fleet": ("numpy", "asyncssh"),
-    "benchmarks.latency MODEL.onnx": ("numpy", "opencv", "onnx", "onnxruntime"),
-    "benchmarks.latency MODEL.engine": ("numpy", "opencv", *ENGINE),
-    "benchmarks.report": ("numpy", "opencv", "jinja2"),
-    "benchmarks.session_overhead": ("numpy", "onnxruntime"),
-    "benchmarks.studies.training_step": TRAINING,
-}
-"""Command, with what it is given where that matters -> what it needs."""
 TO_DO = {
     **dict.fromkeys(TORCH, "pip install 'crosskd[train]'"),
     "opencv": "pip install opencv-python-headless",
@@ -110,8 +69,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     found = {name: _finding(probe) for name, probe in probes().items()}
     missing = {
         label: [name for name in needs if found[name].version is None]
-        for label, needs in COMMANDS.items()
-        if _is_here(label.split()[0])
+        for label, needs in NEEDS.items()
+        if needs and _is_here(label.split()[0])
     }
     if arguments.json:
         commands = {label: {"works": not names, "to_do": to_do(names)} for label, names in missing.items()}

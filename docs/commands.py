@@ -16,17 +16,18 @@ from pathlib import Path
 from unittest import mock
 
 from deploy.board import run
+from deploy.commands import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "commands.md"
 WIDTH = 100
 FOLDERS = {
-    "crosskd": ("Training", ("pipeline", "shapes", "train", "adopt", "distill", "predict")),
-    "deploy": ("From a checkpoint to an engine", ("export", "adopt_onnx", "build_trt", "bundle", "detect", "doctor")),
-    "calibration": ("INT8", ("quantize", "audit", "sensitivity", "statistics")),
-    "benchmarks": ("Measuring and judging", ("accuracy", "latency", "report", "fleet")),
+    "crosskd": "Training",
+    "deploy": "From a checkpoint to an engine",
+    "calibration": "INT8",
+    "benchmarks": "Measuring and judging",
 }
-"""Folder -> title and its commands in the order of use; those not named here come after these."""
+"""Folder -> title of its commands."""
 SUBCOMMANDS = {"benchmarks.studies.calibration": ("methods", "int8-aware")}
 """Command -> words whose own help is shown, too."""
 HEAD = """\
@@ -46,10 +47,10 @@ def main() -> None:
 def page() -> str:
     """The text of docs/commands.md."""
     contents, sections = [], []
-    for folder, (title, first) in FOLDERS.items():
+    for folder, title in FOLDERS.items():
         contents.append(f"- {title}")
         sections.append(f"## {title}\n")
-        for name in command_names(folder, first):
+        for name in (name for name in COMMANDS if name.startswith(f"{folder}.")):
             command = importlib.import_module(name).main
             text = help_of(command)
             contents.append(f"  - [{name}](#{name.replace('.', '')}): {purpose(text)}")
@@ -64,17 +65,6 @@ def page() -> str:
 
 def python_version() -> str:
     return "{}.{}".format(*sys.version_info[:2])
-
-
-def command_names(folder: str, first: tuple[str, ...]) -> list[str]:
-    """The modules of a folder that are commands, `first` first; but for the runner inside bundles."""
-    names = [
-        ".".join(path.relative_to(ROOT).with_suffix("").parts)
-        for path in sorted((ROOT / folder).rglob("*.py"))
-        if 'if __name__ == "__main__"' in path.read_text(encoding="utf-8") and path != Path(run.__file__)
-    ]
-    order = [f"{folder}.{name}" for name in first]
-    return sorted(names, key=lambda name: order.index(name) if name in order else len(order))
 
 
 def help_of(command: Callable[[list[str]], int], *words: str) -> str:

@@ -10,14 +10,9 @@ from typing import List
 
 import pytest
 
+from deploy.commands import COMMANDS
+
 ROOT = Path(__file__).parents[1]
-COMMANDS = [
-    ".".join(path.relative_to(ROOT).with_suffix("").parts)
-    for package in ("crosskd", "deploy", "calibration", "benchmarks")
-    for path in sorted((ROOT / package).rglob("*.py"))
-    if 'if __name__ == "__main__"' in path.read_text(encoding="utf-8")
-    and path != ROOT / "deploy" / "board" / "run.py"  # the runner inside bundles
-]
 HEAVY = (
     "torch",
     "mmdet",
@@ -94,6 +89,17 @@ def _cpu_s(words: List[str], cwd: Path) -> float:
     assert _run(words, cwd).returncode == 0
     after = os.times()
     return after.children_user - before.children_user + after.children_system - before.children_system
+
+
+def test_the_list_of_commands_is_that_of_the_modules_that_can_be_run() -> None:
+    runnable = [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for package in ("crosskd", "deploy", "calibration", "benchmarks")
+        for path in (ROOT / package).rglob("*.py")
+        if 'if __name__ == "__main__"' in path.read_text(encoding="utf-8")
+    ]
+    assert sorted(COMMANDS) == sorted(set(runnable) - {"deploy.board.run"})  # the runner inside bundles
+    assert len(runnable) > 20
 
 
 def test_all_commands_are_known_here() -> None:

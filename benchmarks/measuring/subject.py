@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, Dict, List, Sequence, TypeVar
 
@@ -193,25 +191,3 @@ def _parameters(subject: Subject) -> Any:
             "onnx", f"counting the parameters of {subject.weights}", "pip install onnx"
         ) from error
     return count_parameters(load_onnx(subject.weights))
-
-
-def run_crosskd(module: str, words: Sequence[str]) -> None:
-    """
-    Runs a command of the training side, which may import torch, in a process of its own. Its output goes to stderr.
-
-    Raises:
-        MeasurementError: it failed; the message is the command's own.
-    """
-    command = [sys.executable, "-m", module, *words]
-    message = ""
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    ) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("error: "):
-                message = line[len("error: ") :].strip()
-            else:
-                print(line, end="", file=sys.stderr, flush=True)
-    if process.returncode:
-        raise MeasurementError(message or f"{module} ended with status {process.returncode}: its output is above")

@@ -27,6 +27,7 @@ from benchmarks.measuring.result import read_result
 from benchmarks.reporting.wording import UNKNOWN, ms, times
 from benchmarks.studies.jobs import Make, Processes, is_current, is_made, locked, make, printed_json
 from benchmarks.studies.tables import disturbed, interval, points, table, write_tables
+from deploy.commands import shell_line
 from deploy.contract import provenance, read_sidecar
 from deploy.dataset import SPLITS, load_coco, read_image, split_paths
 from deploy.errors import ConfigError, MeasurementError, PipelineError
@@ -365,7 +366,7 @@ def methods_markdown(document: Mapping[str, Any]) -> str:
     lines = [
         "# INT8 by each method of calibration",
         "",
-        f"{done} of {document['rows_planned']} rows, made by `{' '.join(document['command'])}` on "
+        f"{done} of {document['rows_planned']} rows, made by `{shell_line(document['command'])}` on "
         f"{document['environment']['cpu']}.",
         "",
     ]

@@ -23,6 +23,7 @@ from benchmarks.reporting.wording import UNKNOWN
 from benchmarks.studies.calibration_methods import accuracy_words, images_to_calibrate_on, measured
 from benchmarks.studies.jobs import Make, Processes, is_current, locked, make, work_through
 from benchmarks.studies.tables import interval, points, table, write_tables
+from deploy.commands import shell_line
 from deploy.contract import provenance, read_sidecar, sidecar_path, weights_of_run
 from deploy.dataset import split_paths
 from deploy.errors import MeasurementError
@@ -249,7 +250,7 @@ def int8_aware_markdown(document: Mapping[str, Any]) -> str:
             "# INT8-aware CrossKD",
             "",
             f"{len(document['runs'])} of {document['runs_planned']} trainings, made by "
-            f"`{' '.join(document['command'])}` on {document['environment']['cpu']}; INT8 for {document['target']}, "
+            f"`{shell_line(document['command'])}` on {document['environment']['cpu']}; INT8 for {document['target']}, "
             f"{document['images']} test images.",
             "",
             *table(columns, rows),

@@ -28,6 +28,7 @@ from benchmarks.measuring.coco import evaluate
 from benchmarks.measuring.environment import read_environment
 from benchmarks.studies.jobs import Processes, end_as_by_ctrl_c, locked, tail_of, work_through
 from benchmarks.studies.tables import check_tables, table, write_tables
+from deploy.commands import command_line, shell_line
 from deploy.contract import provenance, read_sidecar, sidecar_path
 from deploy.dataset import SPLITS, split_paths
 from deploy.errors import ConfigError, MeasurementError, command
@@ -302,7 +303,7 @@ def _check_made_by(run: Run, sidecar: Mapping[str, Any]) -> None:
     made_by = [word for word in sidecar["command"] if word != "--resume"]
     if made_by != run.command:
         raise ConfigError(
-            f"{run.folder} was made by `{' '.join(made_by)}`; expected `{' '.join(run.command)}`. Give another "
+            f"{run.folder} was made by `{shell_line(made_by)}`; expected `{shell_line(run.command)}`. Give another "
             "--runs-dir, or delete the folder"
         )
     for one in sidecar["inputs"].values():
@@ -344,7 +345,7 @@ def _train(run: Run, processes: Processes, jobs: int, alone: bool, lock: int) ->
     (run.folder / "timing.json").unlink(missing_ok=True)
     write_json(run.folder / "started.json", started)
     words = [*run.words, "--resume"] if resume else run.words
-    print(f"python -m {' '.join(words)}", flush=True)
+    print(command_line(*words), flush=True)
     began = time.monotonic()
     _run(words, run, processes, alone, lock)
     seconds = None if resume else round(time.monotonic() - began, 1)
@@ -456,7 +457,7 @@ def markdown_of(document: Mapping[str, Any]) -> str:
     lines = [
         f"# Distillation: {document['experiment']}",
         "",
-        f"{len(document['runs'])} of {document['runs_planned']} runs, made by `{' '.join(document['command'])}` on "
+        f"{len(document['runs'])} of {document['runs_planned']} runs, made by `{shell_line(document['command'])}` on "
         f"{environment['cpu']}, {environment['cores_usable']} cores. COCO metrics of the test split in percent: mean ± "
         "standard deviation over the seeds.",
         "",

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, TypeVar
 
 from benchmarks.measuring.environment import read_environment
+from deploy.commands import command_line, last_message, process_words, run_captured
 from deploy.contract import sidecar_path
 from deploy.errors import MeasurementError, PipelineError
 from deploy.files import read_json, sha256_of
@@ -59,7 +60,7 @@ class Processes:
                 if self._stopped:
                     raise MeasurementError("stopped")
                 process = subprocess.Popen(
-                    [sys.executable, "-m", *words], stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                    process_words(*words), stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
                     env=environment, pass_fds=keep_open, start_new_session=True,
                 )  # fmt: skip
                 self._running.append(process)
@@ -223,20 +224,13 @@ def make(artefact: Path, words: Sequence[str], processes: Processes, keep_open: 
     artefact.parent.mkdir(parents=True, exist_ok=True)
     log = artefact.with_name(f"{artefact.name}.log")
     log.unlink(missing_ok=True)
-    print(f"python -m {' '.join(words)}", flush=True)
+    print(command_line(*words), flush=True)
     status = processes.run(words, log, keep_open=keep_open)
     if status:
-        last = last_words(log.read_text(encoding="utf-8", errors="replace"), status) or "nothing"
+        last = last_message(log.read_text(encoding="utf-8", errors="replace"), status) or "nothing"
         raise MeasurementError(
             last if status == 2 else f"{words[0]} ended with status {status}, and {log} with: {last}"
         )
-
-
-def last_words(text: str, status: int) -> str:
-    """Why a command failed, from what it printed: its error message, or else the last line; "" if there is none."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    messages = [line[len("error: ") :] for line in lines if line.startswith("error: ")]
-    return messages[-1] if status == 2 and messages else lines[-1] if lines else ""
 
 
 def printed_json(words: Sequence[str]) -> Dict[str, Any]:
@@ -246,8 +240,4 @@ def printed_json(words: Sequence[str]) -> Dict[str, Any]:
     Raises:
         MeasurementError: it failed.
     """
-    done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, check=False)
-    if done.returncode not in (0, 1) or not done.stdout:  # a crash is status 1, too
-        last = last_words(done.stderr, done.returncode) or "nothing"
-        raise MeasurementError(f"{words[0]} ended with status {done.returncode}: {last}")
-    return dict(json.loads(done.stdout))
+    return dict(json.loads(run_captured(*words, verdict=True)))

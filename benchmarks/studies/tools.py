@@ -39,8 +39,9 @@ from benchmarks.latency import OTHERS_CORES, REST_S
 from benchmarks.measuring.environment import busy_cores, read_environment, reset_peak_memory
 from benchmarks.measuring.subject import spread
 from benchmarks.reporting.wording import UNKNOWN, decimals, times
-from benchmarks.studies.jobs import end, end_as_by_ctrl_c, last_words, printed_json
+from benchmarks.studies.jobs import end, end_as_by_ctrl_c, printed_json
 from benchmarks.studies.tables import check_tables, disturbed, points, table, write_tables
+from deploy.commands import last_message, process_words, shell_line
 from deploy.contract import load_contract, package_versions, provenance, sidecar_path, write_sidecar
 from deploy.dataset import SPLITS, check_image_files, load_coco, split_paths
 from deploy.errors import ConfigError, MeasurementError, command
@@ -326,7 +327,7 @@ def words_of(
         evaluation, evaluation_images_dir = split_paths(images.data_dir, images.split)
         words += ["--num-images", str(images.count), "--target", way.setting, "--method", way.method]
         words += ["--evaluation-annotations", str(evaluation), "--evaluation-images-dir", str(evaluation_images_dir)]
-        return [sys.executable, "-m", "calibration.quantize", *words]
+        return process_words("calibration.quantize", *words)
     words += ["--method", way.method] if way.method else []
     words += ["--float-from", *float_from] if float_from else []
     python = modelopt_python if way.tool == MODELOPT else sys.executable
@@ -362,7 +363,7 @@ def run_child(words: Sequence[str], log: Path) -> Dict[str, float]:
         raise MeasurementError("killed (signal 9); memory may have run out")
     if process.returncode:
         text = log.read_text(encoding="utf-8", errors="replace")
-        raise MeasurementError(last_words(text, process.returncode) or f"ended with status {process.returncode}")
+        raise MeasurementError(last_message(text, process.returncode) or f"ended with status {process.returncode}")
     return {
         "seconds": round(seconds, 3),
         "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 3),
@@ -391,7 +392,7 @@ def numbers_from_runs(runs: Sequence[Mapping[str, float]]) -> Row:
 def _accuracy(model: Path, images: Images, log: Path) -> Row:
     result = model.with_suffix(".accuracy.result.json")
     words = [str(model), "--data", images.data_dir, "--split", images.split, "-o", str(result)]
-    run_child([sys.executable, "-m", "benchmarks.accuracy", *words], log)
+    run_child(process_words("benchmarks.accuracy", *words), log)
     numbers = read_json(result, MeasurementError, "a result of benchmarks.accuracy")["numbers"]
     return {"AP": numbers["AP"], "AP50": numbers["AP50"]}
 
@@ -432,7 +433,7 @@ def markdown_of(document: Mapping[str, Any]) -> str:
     lines = [
         "# Tools for calibration",
         "",
-        f"{len(rows)} of {document['rows_planned']} rows, made by `{' '.join(document['command'])}` on "
+        f"{len(rows)} of {document['rows_planned']} rows, made by `{shell_line(document['command'])}` on "
         f"{environment['cpu']}, {environment['cores_usable']} cores. "
         + "; ".join(f"{tool}: {version or 'not installed'}" for tool, version in versions.items())
         + ".",

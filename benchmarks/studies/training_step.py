@@ -22,7 +22,7 @@ import numpy as np
 
 from benchmarks.measuring.environment import read_environment
 from benchmarks.measuring.result import UNSTABLE_SPREAD, relative_spread
-from benchmarks.measuring.subject import run_crosskd
+from deploy.commands import run_relayed
 from deploy.contract import RESULT_VERSION, provenance
 from deploy.errors import ConfigError, MeasurementError, command
 from deploy.files import check_writable, read_json, write_json
@@ -62,7 +62,7 @@ def times_of_variant(variant: str, arguments: argparse.Namespace) -> Times:
     words += ["--threads", str(arguments.threads)] if arguments.threads is not None else []
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "times.json"
-        run_crosskd("crosskd.workers.time_training", [*words, "-o", str(output)])
+        run_relayed("crosskd.workers.time_training", *words, "-o", output)
         times = read_json(output, MeasurementError, "the times of crosskd.workers.time_training")
     count = len(times.get("samples_s", ())) if isinstance(times, dict) else 0
     if count != arguments.steps:

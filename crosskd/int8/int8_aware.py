@@ -6,15 +6,13 @@ The commands of the other stages do it, in processes of their own: `deploy.expor
 
 from __future__ import annotations
 
-import shlex
-import subprocess
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from crosskd.config import TrainingData
+from deploy.commands import run_command
 from deploy.contract import ModelContract, load_contract, read_sidecar, weights_of_run
-from deploy.errors import CheckpointError, ConfigError, PipelineError
+from deploy.errors import CheckpointError, ConfigError
 from deploy.files import sha256_of, write_json
 
 if TYPE_CHECKING:
@@ -126,17 +124,3 @@ def write_int8(run_dir: Path, int8: Path, quantization: FakeQuantization) -> Non
     print(
         f"what training gained over {int8}: measure both with benchmarks.accuracy, the second with --against the first"
     )
-
-
-def run_command(module: str, *words: object) -> None:
-    """
-    Runs one of our commands, and prints it.
-
-    Raises:
-        PipelineError: it failed.
-    """
-    line = [module, *map(str, words)]
-    print(f"python -m {shlex.join(line)}", flush=True)
-    status = subprocess.run([sys.executable, "-m", *line], check=False).returncode
-    if status != 0:
-        raise PipelineError(f"{module} ended with status {status}; its message is above")

@@ -67,5 +67,5 @@ def test_a_model_that_detects_nothing_is_an_error(model_path, images, contract):
 
 
 def test_a_failed_measurement_is_an_error_that_says_why(model_path, data_dir):
-    with pytest.raises(CalibrationError, match=r"ended with status 2 \(error: cannot read .*nothing.json"):
+    with pytest.raises(CalibrationError, match=r"ended with status 2: cannot read .*nothing.json"):
         accuracy_numbers(model_path, data_dir / "nothing.json", data_dir / "images")

@@ -6,6 +6,7 @@ import argparse
 import importlib
 import json
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -321,7 +322,7 @@ def test_from_images_to_a_verdict(
         ran.append(command[2])
         return argparse.Namespace(returncode=0)
 
-    monkeypatch.setattr(pipeline.subprocess, "run", run)
+    monkeypatch.setattr(subprocess, "run", run)
     assert pipeline.main(words) == 0
     assert ran == ["benchmarks.report"]
 

@@ -203,7 +203,7 @@ def test_int8_of_a_float_graph_calibrates_first(
         write_sidecar(quantised, {"onnx": source}, OrtSession(source).contract)
         return SimpleNamespace(returncode=0)
 
-    monkeypatch.setattr(build_trt.subprocess, "run", quantise)
+    monkeypatch.setattr(subprocess, "run", quantise)
     words = [str(source), "--int8", "--data", "cells", "-o", str(engine)]
     assert main(words) == 0
     command = f"-m calibration.quantize {source} --data cells -o {quantised} --target tensorrt"
@@ -217,7 +217,7 @@ def test_int8_of_a_float_graph_calibrates_first(
     ("name", "quantised", "words", "message"),
     [
         ("mini.onnx", None, ["--int8"], "has no Q/DQ nodes, so --int8 has to quantise it first: add --data DIR"),
-        ("mini.onnx", None, ["--int8", "--data", "nowhere"], "could not be quantised: calibration.quantize ended with"),
+        ("mini.onnx", None, ["--int8", "--data", "nowhere"], "calibration.quantize ended with status 2; its message is above"),
         ("mini.onnx", np.int8, ["--fp16"], "has Q/DQ nodes; fp16 needs the float graph"),
         ("mini.onnx", np.int8, [], "has Q/DQ nodes; fp32 needs the float graph"),
         ("mini.onnx", np.int8, ["--int8", "--data", "cells"], "is quantised already, --data cells would not be used"),

@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks.measuring.environment import read_environment
 from benchmarks.studies import jobs as module_under_test
-from benchmarks.studies.jobs import Processes, is_current, is_made, last_words, make, printed_json, work_through
+from benchmarks.studies.jobs import Processes, is_current, is_made, make, printed_json, work_through
 from deploy.contract import read_sidecar, sidecar_path, write_sidecar
 from deploy.errors import ConfigError, MeasurementError
 from deploy.files import write_json
@@ -264,19 +264,6 @@ def test_a_command_inherits_what_holds_its_folder(files):
     maker = Maker()
     make(artefact, words, maker, [7])
     assert maker.keep_open == [7]
-
-
-@pytest.mark.parametrize(
-    ("text", "status", "expected"),
-    [
-        ("error: one\nmore\n", 2, "one"),
-        ("usage: x\nx: error: no such flag\n", 2, "x: error: no such flag"),
-        ("error: of another\nKeyError: 'x'\n\n", 1, "KeyError: 'x'"),
-        ("\n", 1, ""),
-    ],
-)
-def test_the_last_words_of_a_command(text, status, expected):
-    assert last_words(text, status) == expected
 
 
 def test_a_verdict_is_read_and_a_failure_raised(tmp_path, monkeypatch):

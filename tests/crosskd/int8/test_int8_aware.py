@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,7 @@ from crosskd.models.detector import detector_from_config
 from crosskd.training import load_run, overrides_of
 from deploy import export
 from deploy.contract import load_contract, read_sidecar, write_sidecar
-from deploy.errors import CheckpointError, ConfigError, PipelineError
+from deploy.errors import CheckpointError, ConfigError
 from deploy.files import sha256_of
 from deploy.graphs.graph import load_onnx
 from deploy.int8_format import SCALE_SUFFIX
@@ -182,15 +181,6 @@ def test_the_float_model_is_found_in_a_folder_that_was_moved(run_dir: Path, stud
     sidecar.write_text(json.dumps(document))
     found = int8_aware.float_model_of(tmp_path / int8_aware.START, student_run / "student.pth")
     assert found == tmp_path / "start.onnx"
-
-
-def test_a_command_is_printed_as_a_shell_takes_it(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(subprocess, "run", lambda words, **_: argparse.Namespace(returncode=2))
-    with pytest.raises(PipelineError, match=r"deploy.export ended with status 2"):
-        int8_aware.run_command("deploy.export", Path("my run"), "-o", "x.onnx")
-    assert capsys.readouterr().out == "python -m deploy.export 'my run' -o x.onnx\n"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,170 @@
+"""
+Our commands: their list, and one of them run as a process of its own.
+
+Packages that do not import each other (`calibration`, `benchmarks`, `crosskd`) are joined in this way alone: a command
+of one runs a command of another, and passes its message on.
+"""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from typing import IO, Any, Dict, List, Sequence, Tuple, Type
+
+from deploy.errors import MeasurementError, PipelineError
+
+TORCH = ("torch", "torchvision", "mmdet", "mmcv", "mmengine")
+TRAINING = ("numpy", "opencv", *TORCH)
+ENGINE = ("tensorrt", "cuda binding", "gpu")
+NEEDS: Dict[str, Tuple[str, ...]] = {
+    "crosskd.pipeline": (*TRAINING, "onnx", "onnxruntime", "onnxslim", "faster-coco-eval", "jinja2"),
+    "crosskd.shapes": ("numpy", "opencv"),
+    "crosskd.train": TRAINING,
+    "crosskd.adopt": TRAINING,
+    "crosskd.distill": TRAINING,
+    "crosskd.predict": TRAINING,
+    "crosskd.workers.time_detector": TRAINING,
+    "crosskd.workers.time_training": TRAINING,
+    "deploy.export": (*TRAINING, "onnx", "onnxruntime", "onnxslim"),
+    "deploy.adopt_onnx": ("numpy", "onnx", "onnxruntime"),
+    "deploy.build_trt": ("numpy", "onnx", *ENGINE),
+    "deploy.build_trt --target VERSION": ("numpy", "onnx"),
+    "deploy.build_trt --int8 --data": ("numpy", "opencv", "onnx", "onnxruntime", *ENGINE),
+    "deploy.bundle": ("numpy", "onnx", "onnxruntime"),
+    "deploy.detect MODEL.onnx": ("numpy", "opencv", "onnxruntime"),
+    "deploy.detect MODEL.engine": ("numpy", "opencv", *ENGINE),
+    "deploy.doctor": (),
+    "calibration.quantize": ("numpy", "opencv", "onnx", "onnxruntime"),
+    "calibration.quantize --method auto": ("numpy", "opencv", "onnx", "onnxruntime", "faster-coco-eval"),
+    "calibration.quantize --max-ap-drop": ("numpy", "opencv", "onnx", "onnxruntime", "faster-coco-eval"),
+    "calibration.audit": ("numpy", "onnx"),
+    "calibration.sensitivity": ("numpy", "opencv", "onnx", "onnxruntime", "faster-coco-eval"),
+    "calibration.sensitivity --metric error": ("numpy", "opencv", "onnx", "onnxruntime"),
+    "calibration.statistics": ("numpy",),
+    "benchmarks.accuracy MODEL.onnx": ("numpy", "opencv", "onnx", "onnxruntime", "faster-coco-eval"),
+    "benchmarks.accuracy MODEL.engine": ("numpy", "opencv", "faster-coco-eval", *ENGINE),
+    "benchmarks.latency MODEL.onnx": ("numpy", "opencv", "onnx", "onnxruntime"),
+    "benchmarks.latency MODEL.engine": ("numpy", "opencv", *ENGINE),
+    "benchmarks.report": ("numpy", "opencv", "jinja2"),
+    "benchmarks.fleet": ("numpy", "asyncssh"),
+    "benchmarks.session_overhead": ("numpy", "onnxruntime"),
+    "benchmarks.studies.calibration methods": ("numpy", "opencv", "onnx", "onnxruntime", "faster-coco-eval"),
+    "benchmarks.studies.calibration int8-aware": (*TRAINING, "onnx", "onnxruntime", "faster-coco-eval"),
+    "benchmarks.studies.distillation": (*TRAINING, "faster-coco-eval"),
+    "benchmarks.studies.tools": ("numpy", "opencv", "onnx", "onnxruntime", "faster-coco-eval"),
+    "benchmarks.studies.tools_child": ("numpy", "opencv", "onnxruntime"),
+    "benchmarks.studies.training_step": TRAINING,
+}
+"""Every command in the order of use, with what it is given where that matters -> what it needs."""
+COMMANDS: Tuple[str, ...] = tuple(dict.fromkeys(label.split()[0] for label in NEEDS))
+"""The module of every command, for `python -m`, in the order of use."""
+ERROR = "error: "
+"""What the message of a command that failed starts with, on stderr; see `deploy.errors.command`."""
+ESCAPES = {"\n": "\\n", "\r": "\\r", "\t": "\\t", "\\": "\\\\", "'": "\\'"}
+
+
+def process_words(module: str, *words: object) -> List[str]:
+    """The words of a process that runs `python -m MODULE WORDS` with this very Python."""
+    return [sys.executable, "-m", module, *map(str, words)]
+
+
+def shell_line(words: Sequence[object]) -> str:
+    """
+    `words` as one line that can be pasted into a shell; the shell makes the same words of it.
+
+    Words with control characters or with bytes that are no text are written as $'..', which bash, zsh and ksh read.
+    """
+    return " ".join(map(_shell_word, map(str, words)))
+
+
+def _shell_word(word: str) -> str:
+    if word.isprintable():
+        return shlex.quote(word)
+    letters = (ESCAPES.get(letter) or (letter if letter.isprintable() else _octal(letter)) for letter in word)
+    return "$'" + "".join(letters) + "'"
+
+
+def _octal(letter: str) -> str:
+    return "".join(f"\\{byte:03o}" for byte in letter.encode("utf-8", "surrogateescape"))
+
+
+def command_line(module: str, *words: object) -> str:
+    """`python -m MODULE WORDS` as one line that can be pasted into a shell."""
+    return shell_line(["python", "-m", module, *words])
+
+
+def run_status(module: str, *words: object) -> int:
+    """The exit status of a command of ours, which prints where this process does; 128 + n where signal n ended it."""
+    status = subprocess.run(process_words(module, *words), check=False).returncode
+    return 128 - status if status < 0 else status
+
+
+def run_command(module: str, *words: object, error_type: Type[PipelineError] = PipelineError, tell: Any = None) -> None:
+    """
+    Runs a command of ours, which prints where this process does; its line is printed first.
+
+    Args:
+        error_type: what is raised if it fails. Its own message has been printed by then.
+        tell: the stream that gets the line; stdout by default.
+
+    Raises:
+        error_type: it failed.
+    """
+    print(command_line(module, *words), file=tell or sys.stdout, flush=True)
+    status = run_status(module, *words)
+    if status != 0:
+        raise error_type(f"{module} ended with status {status}; its message is above")
+
+
+def run_relayed(module: str, *words: object, error_type: Type[PipelineError] = MeasurementError) -> None:
+    """
+    Runs a command of ours; all that it prints goes to stderr but for its error message, which is raised.
+
+    Raises:
+        error_type: it failed; the message is the command's own.
+    """
+    with subprocess.Popen(
+        process_words(module, *words), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    ) as process:
+        assert process.stdout is not None
+        message = relay(process.stdout)
+    if process.returncode:
+        raise error_type(message or f"{module} ended with status {process.returncode}: its output is above")
+
+
+def relay(output: IO[str]) -> str:
+    """Copies the lines of a command's output to stderr as they come, but for its error message, which is returned."""
+    message = ""
+    for line in output:
+        if line.startswith(ERROR):
+            message = line[len(ERROR) :].strip()
+        else:
+            print(line, end="", file=sys.stderr, flush=True)
+    return message
+
+
+def run_captured(
+    module: str, *words: object, verdict: bool = False, error_type: Type[PipelineError] = MeasurementError
+) -> str:
+    """
+    What a command of ours prints to stdout; of what it prints to stderr only why it failed is shown, if it does.
+
+    Args:
+        verdict: status 1 is a verdict, and no failure, if something is printed: a crash has status 1, too.
+
+    Raises:
+        error_type: it failed, or prints nothing where a verdict is expected.
+    """
+    done = subprocess.run(process_words(module, *words), capture_output=True, text=True, errors="replace", check=False)
+    if not ((done.returncode in (0, 1) and done.stdout) if verdict else done.returncode == 0):
+        last = last_message(done.stderr, done.returncode) or "nothing"
+        raise error_type(f"{module} ended with status {done.returncode}: {last}")
+    return done.stdout
+
+
+def last_message(text: str, status: int) -> str:
+    """Why a command failed, from what it printed: its error message, or else the last line; "" if there is none."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    messages = [line[len(ERROR) :] for line in lines if line.startswith(ERROR)]
+    return messages[-1] if status == 2 and messages else lines[-1] if lines else ""
