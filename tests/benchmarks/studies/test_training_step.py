@@ -88,8 +88,10 @@ def fake(tmp_path, monkeypatch):
     """The working folder, with a training side that only says how it was called, and a config."""
     package = tmp_path / "crosskd"
     package.mkdir()
-    (package / "__init__.py").write_text("")
-    (package / "time_training.py").write_text(TIME_TRAINING)
+    (package / "workers").mkdir()
+    for folder in (package, package / "workers"):
+        (folder / "__init__.py").write_text("")
+    (package / "workers" / "time_training.py").write_text(TIME_TRAINING)
     (tmp_path / "config.py").write_text("model = dict()\n")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -124,7 +126,7 @@ def test_without_an_output_the_table_is_only_printed(fake, capsys):
 
 def test_an_unstable_variant_is_named(fake, capsys):
     program = TIME_TRAINING.replace('[0.5] * int(flags["--steps"])', "[0.5, 0.9, 1.5]")
-    (fake / "crosskd" / "time_training.py").write_text(program)
+    (fake / "crosskd" / "workers" / "time_training.py").write_text(program)
     assert training_step.main(["config.py", "--steps", "3", "--rounds", "1"]) == 0
     assert "UNSTABLE: student alone, float32; student alone, fast form;" in capsys.readouterr().out
 
@@ -138,7 +140,7 @@ def test_an_unstable_variant_is_named(fake, capsys):
     ],
 )
 def test_a_failure_of_the_training_side_is_one_message(fake, capsys, program, message):
-    (fake / "crosskd" / "time_training.py").write_text(program)
+    (fake / "crosskd" / "workers" / "time_training.py").write_text(program)
     assert training_step.main(["config.py", "--steps", "2", "--rounds", "1", "-o", "out.json"]) == 2
     assert message in capsys.readouterr().err
     assert not (fake / "out.json").exists()
