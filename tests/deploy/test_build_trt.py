@@ -217,7 +217,7 @@ def test_int8_of_a_float_graph_calibrates_first(
     ("name", "quantised", "words", "message"),
     [
         ("mini.onnx", None, ["--int8"], "has no Q/DQ nodes, so --int8 has to quantise it first: add --data DIR"),
-        ("mini.onnx", None, ["--int8", "--data", "nowhere"], "calibration.quantize ended with status 2; its message is above"),
+        ("mini.onnx", None, ["--int8", "--data", "nowhere"], "calibration.quantize ended with status 2; its message"),
         ("mini.onnx", np.int8, ["--fp16"], "has Q/DQ nodes; fp16 needs the float graph"),
         ("mini.onnx", np.int8, [], "has Q/DQ nodes; fp32 needs the float graph"),
         ("mini.onnx", np.int8, ["--int8", "--data", "cells"], "is quantised already, --data cells would not be used"),
