@@ -13,15 +13,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from crosskd.config import (
-    add_data_arguments,
-    add_override_argument,
-    data_from_arguments,
-    load_config,
-    overrides_from_arguments,
-    set_classes,
-)
-from crosskd.training import save_run
+from crosskd.config import add_override_argument, load_config, overrides_from_arguments, set_classes
+from crosskd.data import add_data_arguments, data_from_arguments
+from crosskd.run_dir import save_run
 from deploy.errors import command
 from deploy.files import check_writable
 

@@ -30,20 +30,47 @@ Gradients are those of one process with all the batches, up to rounding, except 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
 
-from crosskd.config import TrainingData, data_from_arguments, load_config, set_classes, set_epochs
+from crosskd.config import load_config, set_classes, set_epochs
+from crosskd.data import TrainingData, data_from_arguments
 from crosskd.int8 import int8_aware
 from crosskd.loop.distributed import first_of_each_machine_first, is_first_process, joined_processes, wait_for_all
-from crosskd.training import add_training_arguments, overrides_of, run_dir_of, run_training, seed_everything
+from crosskd.training import (
+    TeacherCheck,
+    TrainingOptions,
+    add_training_arguments,
+    run_training,
+    seed_everything,
+    training_options_from_arguments,
+)
 from deploy.contract import read_sidecar
 from deploy.errors import ConfigError, command
 from deploy.files import check_writable
 
 TARGETS = ("onnxruntime", "tensorrt")
 LEARNING_RATE = "optim_wrapper.optimizer.lr"
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillationOptions:
+    """What a user may ask of a distillation, besides what every training takes."""
+
+    teacher_checkpoint: str | None = None
+    """A file, an address, or 'published'; None: the config's, else 'published'."""
+    teacher_check: TeacherCheck | None = None
+    """The measurement of the teacher before the first step, if any."""
+    start: Path | None = None
+    """Weights of a finished run of the student to start from; None: weights drawn at random."""
+    int8: bool = False
+    """Whether the student learns to live with the rounding of INT8."""
+    target: str | None = None
+    """The runtime that INT8 is for, one of TARGETS; None: tensorrt, or that of `calibrated`."""
+    calibrated: Path | None = None
+    """INT8 file of the weights `start`, whose placement and ranges to start with; None: made on the way."""
 
 
 @command
@@ -82,55 +109,66 @@ def main(argv: list[str] | None = None) -> int:
         "(default: made for --target)",
     )
     arguments = parser.parse_args(argv)
-    check_fine_tuning(arguments)
+    training = training_options_from_arguments(arguments)
+    distillation = distillation_options_from_arguments(arguments)
+    if distillation.int8 and training.ema is not None:
+        raise ConfigError("--ema is given with --quantize int8, whose ranges it would not average; leave it out")
     with joined_processes():
-        distil(arguments)
+        if is_first_process():
+            check_writable(training.run_dir / "student.pth")
+        distil(arguments.config, data_from_arguments(arguments), training, distillation)
     return 0
 
 
-def check_fine_tuning(arguments: argparse.Namespace) -> None:
-    """Raises ConfigError if --from, --quantize and what belongs to them do not go together."""
-    if not arguments.quantize:
-        given = [flag for flag in ("target", "calibrated") if getattr(arguments, flag)]
-        if given:
-            raise ConfigError(f"--{given[0]} is given without --quantize int8; expected both or neither")
-        return
-    if not arguments.start:
-        raise ConfigError("--quantize int8 is given without --from; expected student.pth of a trained student with it")
-    if arguments.target and arguments.calibrated:
-        raise ConfigError("--target is given with --calibrated, which is for one target already; expected one of them")
-    if arguments.ema is not None:
-        raise ConfigError("--ema is given with --quantize int8, whose ranges it would not average; leave it out")
+def distillation_options_from_arguments(arguments: argparse.Namespace) -> DistillationOptions:
+    """
+    The options that the arguments of `main` ask for, besides those of every training.
 
-
-def distil(arguments: argparse.Namespace) -> None:
-    """Writes the run directory that `arguments` of `main` ask for."""
-    run_dir = run_dir_of(arguments)
-    if is_first_process():
-        check_writable(run_dir / "student.pth")
-    data = data_from_arguments(arguments)
-    config = load_config(arguments.config, overrides_of(arguments))
-    if config.model.type != "CrossKDDetector":
-        raise ConfigError(
-            f"{arguments.config}: model.type is {config.model.type}; expected CrossKDDetector. Train others with "
-            f"crosskd.train."
-        )
-    if arguments.min_teacher_ap is not None and not arguments.teacher_images:
-        raise ConfigError("--min-teacher-ap was given with --teacher-images 0; expected some images to measure it on")
+    Raises:
+        ConfigError: some of them do not go together, or a number is out of its range.
+    """
     if arguments.teacher_images < 0:
         raise ConfigError(f"--teacher-images is {arguments.teacher_images}; expected 0 or more")
-    if arguments.teacher_checkpoint:
-        config.model.teacher.checkpoint = arguments.teacher_checkpoint
+    if arguments.min_teacher_ap is not None and not arguments.teacher_images:
+        raise ConfigError("--min-teacher-ap was given with --teacher-images 0; expected some images to measure it on")
+    given = [flag for flag in ("target", "calibrated") if getattr(arguments, flag)]
+    if given and not arguments.quantize:
+        raise ConfigError(f"--{given[0]} is given without --quantize int8; expected both or neither")
+    if arguments.quantize and not arguments.start:
+        raise ConfigError("--quantize int8 is given without --from; expected student.pth of a trained student with it")
+    if len(given) == 2:
+        raise ConfigError("--target is given with --calibrated, which is for one target already; expected one of them")
+    images, min_ap = arguments.teacher_images, arguments.min_teacher_ap
+    return DistillationOptions(
+        teacher_checkpoint=arguments.teacher_checkpoint,
+        teacher_check=TeacherCheck(images, min_ap) if images else None,
+        start=Path(arguments.start) if arguments.start else None,
+        int8=arguments.quantize == "int8",
+        target=arguments.target,
+        calibrated=Path(arguments.calibrated) if arguments.calibrated else None,
+    )
+
+
+def distil(config_path: str, data: TrainingData, training: TrainingOptions, distillation: DistillationOptions) -> None:
+    """Writes the run directory of the student of a config."""
+    config = load_config(config_path, training.overrides)
+    if config.model.type != "CrossKDDetector":
+        raise ConfigError(
+            f"{config_path}: model.type is {config.model.type}; expected CrossKDDetector. Train others with "
+            f"crosskd.train."
+        )
+    if distillation.teacher_checkpoint:
+        config.model.teacher.checkpoint = distillation.teacher_checkpoint
     set_classes(config, data.class_names)
-    start = Path(arguments.start) if arguments.start else None
+    start = distillation.start
     if start is not None:
         int8_aware.check_start(start)
-    if arguments.quantize:
-        set_fine_tuning(config, arguments)
+    if distillation.int8:
+        training = fine_tuning_options(config, config_path, training)
 
     from crosskd.models.detector import detector_from_config
 
-    seed_everything(arguments.seed)
+    seed_everything(training.seed)
     with first_of_each_machine_first():  # a teacher may have to be downloaded
         if config.model.distill.get("method") != "none":
             config.model.teacher.checkpoint = local_checkpoint(config.model.teacher)
@@ -140,42 +178,45 @@ def distil(arguments: argparse.Namespace) -> None:
     if start is not None:
         detector.start_from(start, data.class_names)
         inputs["start"] = str(start)
-    if not arguments.quantize:
-        run_training(config, detector, data, run_dir, arguments, "student.pth", inputs)
+    check = distillation.teacher_check if detector.teacher is not None else None
+    if not distillation.int8:
+        run_training(config, detector, data, training, "student.pth", inputs, check)
         return
-    int8 = int8_to_start_with(arguments, data, run_dir)
+    int8 = int8_to_start_with(training, distillation, data)
+    inputs["calibrated"] = str(int8)
     detector.quantization = int8_aware.fake_quantization_of(detector.student, int8, start)
-    run_training(config, detector, data, run_dir, arguments, "student.pth", {**inputs, "calibrated": str(int8)})
+    run_training(config, detector, data, training, "student.pth", inputs, check)
     if is_first_process():
-        int8_aware.write_int8(run_dir, int8, detector.quantization)
+        int8_aware.write_int8(training.run_dir, int8, detector.quantization)
 
 
-def set_fine_tuning(config: Any, arguments: argparse.Namespace) -> None:
+def fine_tuning_options(config: Any, config_path: str, training: TrainingOptions) -> TrainingOptions:
     """
-    Sets length, learning rate and precision of INT8-aware training, where nobody did, and says so.
+    Sets length and learning rate of INT8-aware training in `config`, and its precision in the options that it returns,
+    where nobody did; says so.
 
     Raises:
         ConfigError: the config averages the weights.
     """
     if any(hook["type"] == "EMAHook" for hook in config.get("custom_hooks", [])):
         raise ConfigError(
-            f"{arguments.config}: custom_hooks has an EMAHook, which would not average the ranges of --quantize int8; "
+            f"{config_path}: custom_hooks has an EMAHook, which would not average the ranges of --quantize int8; "
             "give a config without it, or --set custom_hooks=[]"
         )
-    overrides = overrides_of(arguments)
-    if not any(key.endswith("max_epochs") for key in overrides):
+    if not any(key.endswith("max_epochs") for key in training.overrides):
         set_epochs(config, max(1, round(config.train_cfg.max_epochs / 4)))
-    if not any(LEARNING_RATE.startswith(key) for key in overrides):  # a whole optimiser may have been given
+    if not any(LEARNING_RATE.startswith(key) for key in training.overrides):  # a whole optimiser may have been given
         config.optim_wrapper.optimizer.lr /= 10
-    arguments.precision = arguments.precision or "fp32"  # bf16 would round as coarsely as INT8 does
+    training = dataclasses.replace(training, precision=training.precision or "fp32")  # bf16 is as coarse as INT8
     print(
         f"INT8-aware training: {config.train_cfg.max_epochs} epochs, learning rate "
-        f"{config.optim_wrapper.optimizer.lr:g}, {arguments.precision}; --epochs, --set {LEARNING_RATE}=... and "
+        f"{config.optim_wrapper.optimizer.lr:g}, {training.precision}; --epochs, --set {LEARNING_RATE}=... and "
         "--precision to choose"
     )
+    return training
 
 
-def int8_to_start_with(arguments: argparse.Namespace, data: TrainingData, run_dir: Path) -> Path:
+def int8_to_start_with(training: TrainingOptions, distillation: DistillationOptions, data: TrainingData) -> Path:
     """
     The INT8 file whose placement and ranges the training takes: --calibrated, or made here by the first process. A run
     that is resumed goes on with the one that it has.
@@ -187,18 +228,19 @@ def int8_to_start_with(arguments: argparse.Namespace, data: TrainingData, run_di
     """
     from crosskd.models.checkpoint import latest_checkpoint
 
-    int8 = Path(arguments.calibrated) if arguments.calibrated else run_dir / int8_aware.START
-    if arguments.resume:
+    run_dir, target = training.run_dir, distillation.target
+    int8 = distillation.calibrated or run_dir / int8_aware.START
+    if training.resume:
         latest_checkpoint(run_dir)
         if not int8.is_file():
             raise ConfigError(f"no such file: {int8}; resume with the --calibrated that the run was started with")
-        target = read_sidecar(int8)["details"]["target"] if arguments.target else None
-        if target != arguments.target:
+        started_for = read_sidecar(int8)["details"]["target"] if target else None
+        if started_for != target:
             raise ConfigError(
-                f"the run was started for the target {target}, --target is {arguments.target}; resume with the same"
+                f"the run was started for the target {started_for}, --target is {target}; resume with the same"
             )
-    elif not arguments.calibrated and is_first_process():
-        int8_aware.quantize_start(Path(arguments.start), data, arguments.target or "tensorrt", arguments.seed, run_dir)
+    elif not distillation.calibrated and is_first_process():
+        int8_aware.quantize_start(distillation.start, data, target or "tensorrt", training.seed, run_dir)
     wait_for_all()
     return int8
 

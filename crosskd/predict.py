@@ -13,7 +13,7 @@ import json
 import sys
 from typing import Any
 
-from crosskd.training import load_run
+from crosskd.run_dir import load_run
 from deploy.dataset import CocoImage, check_image_files, load_coco
 from deploy.errors import ConfigError, DataError, command
 from deploy.files import check_writable, replacing

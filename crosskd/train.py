@@ -10,9 +10,16 @@ from __future__ import annotations
 import argparse
 import sys
 
-from crosskd.config import data_from_arguments, load_config, set_classes
+from crosskd.config import load_config, set_classes
+from crosskd.data import TrainingData, data_from_arguments
 from crosskd.loop.distributed import is_first_process, joined_processes
-from crosskd.training import add_training_arguments, overrides_of, run_dir_of, run_training, seed_everything
+from crosskd.training import (
+    TrainingOptions,
+    add_training_arguments,
+    run_training,
+    seed_everything,
+    training_options_from_arguments,
+)
 from deploy.errors import command
 from deploy.files import check_writable
 
@@ -22,26 +29,25 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m crosskd.train", description="Train a teacher or a baseline.")
     add_training_arguments(parser)
     arguments = parser.parse_args(argv)
+    options = training_options_from_arguments(arguments)
     with joined_processes():
-        train(arguments)
+        if is_first_process():
+            check_writable(options.run_dir / "detector.pth")
+        train(arguments.config, data_from_arguments(arguments), options)
     return 0
 
 
-def train(arguments: argparse.Namespace) -> None:
-    """Writes the run directory that `arguments` of `main` ask for."""
-    run_dir = run_dir_of(arguments)
-    if is_first_process():
-        check_writable(run_dir / "detector.pth")
-    data = data_from_arguments(arguments)
-    config = load_config(arguments.config, overrides_of(arguments))
+def train(config_path: str, data: TrainingData, options: TrainingOptions) -> None:
+    """Writes the run directory of the plain detector, or of the student, of a config."""
+    config = load_config(config_path, options.overrides)
     if "student" in config.model:
         config.model = config.model.student
     set_classes(config, data.class_names)
 
     from crosskd.models.detector import detector_from_config
 
-    seed_everything(arguments.seed)
-    run_training(config, detector_from_config(config), data, run_dir, arguments, "detector.pth", inputs={})
+    seed_everything(options.seed)
+    run_training(config, detector_from_config(config), data, options, "detector.pth", inputs={})
 
 
 if __name__ == "__main__":

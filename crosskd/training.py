@@ -3,28 +3,61 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import inspect
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from crosskd.config import (
-    TrainingData,
-    add_data_arguments,
-    add_override_argument,
-    load_config,
-    overrides_from_arguments,
-    set_data,
-)
+from crosskd.config import add_override_argument, overrides_from_arguments
+from crosskd.data import TrainingData, add_data_arguments, set_data
 from crosskd.loop.distributed import is_first_process, local_rank, process_count, wait_for_all
-from deploy.contract import read_sidecar, weights_of_run, write_sidecar
-from deploy.errors import CheckpointError, ConfigError, MissingDependencyError
-from deploy.files import sha256_of
+from crosskd.run_dir import save_run, set_run_dir
+from deploy.errors import ConfigError, MissingDependencyError
 
 WRAPPERS = {"fp32": "OptimWrapper", "bf16": "Bf16OptimWrapper", "fp16": "AmpOptimWrapper"}
 """--precision -> mmengine's optimiser wrapper."""
 LOG_BACKENDS = {"tensorboard": "TensorboardVisBackend", "wandb": "WandbVisBackend", "mlflow": "MLflowVisBackend"}
 """Package -> mmengine's back-end that writes to it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingOptions:
+    """What a user may ask of a training, besides its config file and its data."""
+
+    run_dir: Path
+    """Where everything is written."""
+    overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Dotted key of the config -> value, of --epochs and --set."""
+    resume: bool = False
+    """Whether to go on from the last checkpoint in `run_dir`."""
+    seed: int = 0
+    """Of the initial weights and the order of the images."""
+    precision: str | None = None
+    """A key of WRAPPERS; None: the config's, or what is fastest on this device."""
+    accumulate: int | None = None
+    """Batches to a step of the optimiser; None: the config's."""
+    clip_grad: float | None = None
+    """Largest norm of the gradient; None: the config's."""
+    ema: float | None = None
+    """Share of the newest weights in a moving average, which is what is saved; None: what the config asks for."""
+    auto_scale_lr: bool = False
+    """Whether the learning rate is multiplied by images per step / the config's auto_scale_lr.base_batch_size."""
+    patience: int = 10
+    """Batches in a row whose loss is not finite that are skipped before the training ends."""
+    log_to: tuple[str, ...] = ()
+    """Keys of LOG_BACKENDS."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherCheck:
+    """The measurement of a teacher before the first step."""
+
+    images: int
+    """How many validation images."""
+    min_ap: float | None = None
+    """The AP that is demanded, in points."""
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
@@ -82,33 +115,47 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     add_override_argument(parser)
 
 
-def run_dir_of(arguments: argparse.Namespace) -> Path:
-    return Path(arguments.output or f"runs/{Path(arguments.config).stem}")
+def training_options_from_arguments(arguments: argparse.Namespace) -> TrainingOptions:
+    """
+    The options that the arguments of `add_training_arguments` ask for.
 
-
-def overrides_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Dotted key -> value, for `load_config`: of --epochs and --set."""
+    Raises:
+        ConfigError: a word of --set without '='.
+    """
     epochs = {} if arguments.epochs is None else {"max_epochs": arguments.epochs}
-    return {**epochs, **overrides_from_arguments(arguments)}
+    return TrainingOptions(
+        run_dir=Path(arguments.output or f"runs/{Path(arguments.config).stem}"),
+        overrides={**epochs, **overrides_from_arguments(arguments)},
+        resume=arguments.resume,
+        seed=arguments.seed,
+        precision=arguments.precision,
+        accumulate=arguments.accumulate,
+        clip_grad=arguments.clip_grad,
+        ema=arguments.ema,
+        auto_scale_lr=arguments.auto_scale_lr,
+        patience=arguments.patience,
+        log_to=tuple(arguments.log_to),
+    )
 
 
 def run_training(
     config: Any,
     detector: Any,
     data: TrainingData,
-    run_dir: Path,
-    arguments: argparse.Namespace,
+    options: TrainingOptions,
     weights_name: str,
     inputs: dict[str, Any],
+    teacher_check: TeacherCheck | None = None,
 ) -> Path:
     """
     Trains `detector` with mmengine's runner, saves the run, and returns the path of its weights,
-    `RUN_DIR/<weights_name>`.
+    `<options.run_dir>/<weights_name>`.
 
     Args:
         config: the resolved config of `detector`; its data are set here.
         detector: a plain mmdet detector, or one that owns the one to be kept as `.student`.
         inputs: name -> file, for the sidecar: what went into the run besides its data.
+        teacher_check: of the `.teacher` of `detector`; None: it has none, or it is not measured.
 
     Raises:
         ConfigError: the precision cannot be had on this device, or an option does not fit the config.
@@ -122,28 +169,28 @@ def run_training(
     from crosskd.loop.runner import TrainingRunner
     from crosskd.loop.teacher import check_teacher
 
-    set_precision(config, detector, arguments.precision, "cuda" if torch.cuda.is_available() else "cpu")
-    set_optimisation(config, arguments)
-    set_log_backends(config, arguments.log_to)
-    set_hooks(config, arguments.ema)
+    set_precision(config, detector, options.precision, "cuda" if torch.cuda.is_available() else "cpu")
+    set_optimisation(config, options)
+    set_log_backends(config, options.log_to)
+    set_hooks(config, options.ema)
     set_processes(config)
-    set_reproducible(config, arguments.seed)
-    set_run_dir(config, run_dir, arguments.resume)
-    set_data(config, data, run_dir, write=is_first_process())
+    set_reproducible(config, options.seed)
+    set_run_dir(config, options.run_dir, options.resume)
+    set_data(config, data, options.run_dir, write=is_first_process())
     wait_for_all()
 
     accept_single_values(detector)
     names = set(inspect.signature(TrainingRunner.__init__).parameters) - {"self", "model", "cfg"}
     runner = TrainingRunner(model=detector, cfg=config, **{name: config[name] for name in names if name in config})
     details: dict[str, Any] = {}
-    if getattr(detector, "teacher", None) is not None and arguments.teacher_images:
-        details = check_teacher(config, detector, data, arguments.teacher_images, arguments.min_teacher_ap)
-    guard_training(runner.model, arguments.patience)
+    if teacher_check is not None:
+        details = check_teacher(config, detector, data, teacher_check.images, teacher_check.min_ap)
+    guard_training(runner.model, options.patience)
     runner.train()
     student = getattr(detector, "student", detector)
     config.model = config.model.get("student", config.model)
     details |= {
-        "seed": arguments.seed,
+        "seed": options.seed,
         "epochs": runner.max_epochs,
         "iterations": runner.iter,
         "skipped_batches": runner.message_hub.get_info("skipped_batches", 0),
@@ -151,31 +198,31 @@ def run_training(
         "precision": config.optim_wrapper.type,
         "device": next(student.parameters()).device.type,
     }
-    weights = run_dir / weights_name
+    weights = options.run_dir / weights_name
     if is_first_process():
         save_run(config, student, data, weights, inputs, details)
     return weights
 
 
-def set_optimisation(config: Any, arguments: argparse.Namespace) -> None:
+def set_optimisation(config: Any, options: TrainingOptions) -> None:
     """
     Sets --accumulate, --clip-grad and --auto-scale-lr; checks --patience.
 
     Raises:
         ConfigError: a number is out of its range, or the config has no batch size that its learning rate is meant for.
     """
-    if arguments.accumulate is not None:
-        if arguments.accumulate < 1:
-            raise ConfigError(f"--accumulate is {arguments.accumulate}; expected at least 1")
-        config.optim_wrapper.accumulative_counts = arguments.accumulate
-    if arguments.patience < 0:
-        raise ConfigError(f"--patience is {arguments.patience}; expected 0 or more")
-    if arguments.clip_grad is not None:
-        if not arguments.clip_grad > 0:
-            raise ConfigError(f"--clip-grad is {arguments.clip_grad}; expected a number above 0")
+    if options.accumulate is not None:
+        if options.accumulate < 1:
+            raise ConfigError(f"--accumulate is {options.accumulate}; expected at least 1")
+        config.optim_wrapper.accumulative_counts = options.accumulate
+    if options.patience < 0:
+        raise ConfigError(f"--patience is {options.patience}; expected 0 or more")
+    if options.clip_grad is not None:
+        if not options.clip_grad > 0:
+            raise ConfigError(f"--clip-grad is {options.clip_grad}; expected a number above 0")
         config.optim_wrapper.pop("clip_grad", None)  # all of it: a limit of another kind may be there
-        config.optim_wrapper.clip_grad = dict(max_norm=arguments.clip_grad)
-    if arguments.auto_scale_lr:
+        config.optim_wrapper.clip_grad = dict(max_norm=options.clip_grad)
+    if options.auto_scale_lr:
         if "base_batch_size" not in config.get("auto_scale_lr", {}):
             raise ConfigError(
                 "--auto-scale-lr: the config has no auto_scale_lr.base_batch_size, the batch size that its learning "
@@ -186,7 +233,7 @@ def set_optimisation(config: Any, arguments: argparse.Namespace) -> None:
         config.auto_scale_lr.base_batch_size /= config.optim_wrapper.get("accumulative_counts", 1)
 
 
-def set_log_backends(config: Any, packages: list[str]) -> None:
+def set_log_backends(config: Any, packages: Sequence[str]) -> None:
     """
     Adds mmengine's back-ends for these packages to those of the config.
 
@@ -257,57 +304,6 @@ def set_reproducible(config: Any, seed: int) -> None:
     loader.persistent_workers = False  # a worker that lives on has a random state that nothing restores
 
 
-def set_run_dir(config: Any, run_dir: Path, resume: bool) -> None:
-    """
-    Points the run to its folder and, with `resume`, to its last checkpoint; clears away what a killed run left.
-
-    Raises:
-        CheckpointError: `resume`, and there is nothing to go on from.
-    """
-    from crosskd.loop.hooks import remove_leftovers
-    from crosskd.models.checkpoint import latest_checkpoint
-
-    config.work_dir = str(run_dir)
-    config.resume, config.load_from = resume, str(latest_checkpoint(run_dir)) if resume else None
-    if is_first_process():
-        remove_leftovers(run_dir)
-        if not resume:  # until this run has a checkpoint there is nothing to resume, least of all an earlier run's
-            (run_dir / "last_checkpoint").unlink(missing_ok=True)
-
-
-def save_run(
-    config: Any, detector: Any, data: TrainingData, weights: Path, inputs: dict[str, Any], details: dict[str, Any]
-) -> None:
-    """
-    Writes what every later stage reads of a run: the weights, `config.py` beside them, and the sidecar.
-
-    Args:
-        config: of the plain mmdet detector that the weights belong to.
-        inputs: name -> file, recorded besides the config and the annotations. details: recorded besides the classes.
-    """
-    from crosskd.models.checkpoint import save_detector_weights
-
-    save_detector_weights(detector, weights, meta={"dataset_meta": {"classes": data.class_names}})
-    config_path = weights.with_name("config.py")
-    config.dump(config_path)
-    write_sidecar(
-        weights,
-        inputs={
-            "config": config_path,
-            "train_annotations": data.train.annotations_path,
-            "val_annotations": data.val.annotations_path,
-            **inputs,
-        },
-        details={
-            "class_names": list(data.class_names),
-            "category_ids": list(data.train.category_ids),
-            "parameters": sum(p.numel() for p in detector.parameters()),
-            **details,
-        },
-    )
-    print(f"wrote {weights} ({weights.stat().st_size / 2**20:.1f} MiB)")
-
-
 def set_precision(config: Any, detector: Any, precision: str | None, device: str) -> None:
     """
     Sets the type of the config's optimiser wrapper, keeps the losses in float32 and prepares the teacher.
@@ -345,26 +341,3 @@ def seed_everything(seed: int) -> None:
     from mmengine.runner import set_random_seed
 
     set_random_seed(seed)
-
-
-def load_run(run_dir: str | Path) -> tuple[Any, Any, dict[str, Any]]:
-    """
-    (config, detector in eval mode with its weights, sidecar) of a finished run.
-
-    Raises:
-        ContractError, CheckpointError: as `weights_of_run` and `load_detector_weights`.
-    """
-    weights = weights_of_run(run_dir)
-    sidecar = read_sidecar(weights)
-    config_path = Path(run_dir) / "config.py"
-    if not config_path.is_file() or sha256_of(config_path) != sidecar["inputs"]["config"]["sha256"]:
-        raise CheckpointError(
-            f"{config_path} is missing or was changed since {weights.name} was written; bring back the original"
-        )
-    from crosskd.models.checkpoint import load_detector_weights
-    from crosskd.models.detector import detector_from_config
-
-    config = load_config(config_path, substitute=False)
-    detector = detector_from_config(config, load_weights=False)
-    load_detector_weights(detector, weights)
-    return config, detector.eval(), sidecar

@@ -76,7 +76,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         raise ConfigError(f"the output is {output}; expected a name that ends in .onnx")
     check_writable(output)
 
-    from crosskd.training import load_run
+    from crosskd.run_dir import load_run
 
     config, detector, sidecar = load_run(arguments.run_dir)
     details = sidecar["details"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from crosskd.config import TrainingData
+from crosskd.data import TrainingData
 from deploy.commands import run_command
 from deploy.contract import ModelContract, load_contract, read_sidecar, weights_of_run
 from deploy.errors import CheckpointError, ConfigError

@@ -24,7 +24,7 @@ from mmengine.logging import MMLogger
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from crosskd.config import TrainingData, coco_document_from_set
+from crosskd.data import TrainingData, coco_document_from_set
 from deploy.dataset import CocoSet
 from deploy.errors import ConfigError
 from deploy.progress import progress

@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
 
     with contextlib.redirect_stdout(sys.stderr):  # what libraries print is no answer
         answer({"starting": True})
-        from crosskd.training import load_run
+        from crosskd.run_dir import load_run
 
         config, detector, _ = load_run(arguments.run_dir)
         detect, description, on_gpu = detection_of(config, detector, images, arguments.threads)

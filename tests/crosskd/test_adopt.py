@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from crosskd import adopt
-from crosskd.training import load_run
+from crosskd.run_dir import load_run
 from deploy.contract import read_sidecar
 from deploy.files import sha256_of
 

@@ -14,7 +14,8 @@ from mmdet.registry import MODELS
 from mmengine.runner import EpochBasedTrainLoop, Runner
 
 from crosskd import distill, train
-from crosskd.config import TrainingData, load_config, set_classes, set_data
+from crosskd.config import load_config, set_classes
+from crosskd.data import TrainingData, set_data
 from crosskd.training import seed_everything
 from deploy.contract import read_sidecar
 from deploy.dataset import load_split
@@ -46,7 +47,9 @@ def test_the_student_loads_into_mmdets_own_detector_in_a_fresh_process(student_r
         capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2],
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "mmdet.models.detectors.gfl ['crosskd', 'crosskd.models.ops']"
+    assert (
+        done.stdout.splitlines()[-1] == "mmdet.models.detectors.gfl ['crosskd', 'crosskd.models', 'crosskd.models.ops']"
+    )
 
 
 def test_the_sidecar_names_the_teacher(student_run: Path, teacher_run: Path) -> None:

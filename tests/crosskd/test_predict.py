@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from crosskd import predict
-from crosskd.training import load_run
+from crosskd.run_dir import load_run
 from deploy.dataset import load_coco, split_paths
 
 

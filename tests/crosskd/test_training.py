@@ -1,9 +1,8 @@
-"""What a run is set up with, and what is read of a finished one."""
+"""What a run is set up with."""
 
 from __future__ import annotations
 
 import argparse
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,34 +12,33 @@ import torch
 
 from crosskd.config import load_config
 from crosskd.training import (
+    TrainingOptions,
     add_training_arguments,
-    load_run,
-    overrides_of,
-    run_dir_of,
     set_hooks,
     set_log_backends,
     set_optimisation,
     set_precision,
     set_processes,
     set_reproducible,
+    training_options_from_arguments,
 )
-from deploy.errors import CheckpointError, ConfigError, ContractError, MissingDependencyError
+from deploy.errors import ConfigError, MissingDependencyError
 
 
-def _arguments(*words: str) -> argparse.Namespace:
+def _options(*words: str) -> TrainingOptions:
     parser = argparse.ArgumentParser()
     add_training_arguments(parser)
-    return parser.parse_args(list(words))
+    return training_options_from_arguments(parser.parse_args(list(words)))
 
 
 def test_the_run_directory_is_named_after_the_config() -> None:
-    assert run_dir_of(_arguments("configs/gfl_tiny.py")) == Path("runs/gfl_tiny")
-    assert run_dir_of(_arguments("configs/gfl_tiny.py", "-o", "here")) == Path("here")
+    assert _options("configs/gfl_tiny.py").run_dir == Path("runs/gfl_tiny")
+    assert _options("configs/gfl_tiny.py", "-o", "here").run_dir == Path("here")
 
 
 def test_set_wins_over_epochs() -> None:
-    assert overrides_of(_arguments("c.py", "--epochs", "3", "--set", "a=1")) == {"max_epochs": 3, "a": 1}
-    assert overrides_of(_arguments("c.py")) == {}
+    assert _options("c.py", "--epochs", "3", "--set", "a=1").overrides == {"max_epochs": 3, "a": 1}
+    assert _options("c.py").overrides == {}
 
 
 @pytest.mark.parametrize(
@@ -64,10 +62,10 @@ def test_fp16_without_a_gpu_is_refused(configs: Path, build: Callable[..., Any])
 
 def test_accumulation_and_clipping_take_the_place_of_the_configs_own(configs: Path) -> None:
     config = load_config(configs / "gfl_tiny.py", {"optim_wrapper.clip_grad.norm_type": 1})
-    set_optimisation(config, _arguments("c.py"))
+    set_optimisation(config, _options("c.py"))
     assert config.optim_wrapper.clip_grad == dict(max_norm=10, norm_type=1)
     assert "accumulative_counts" not in config.optim_wrapper
-    set_optimisation(config, _arguments("c.py", "--accumulate", "4", "--clip-grad", "2.5"))
+    set_optimisation(config, _options("c.py", "--accumulate", "4", "--clip-grad", "2.5"))
     assert config.optim_wrapper.clip_grad == dict(max_norm=2.5)
     assert config.optim_wrapper.accumulative_counts == 4
 
@@ -85,13 +83,13 @@ def test_an_optimisation_that_cannot_be_is_refused(words: list[str], named: str,
     config = load_config(configs / "gfl_tiny.py")
     config.pop("auto_scale_lr", None)
     with pytest.raises(ConfigError, match=named):
-        set_optimisation(config, _arguments("c.py", *words))
+        set_optimisation(config, _options("c.py", *words))
 
 
 @pytest.mark.parametrize(("accumulate", "factor"), [(1, 0.25), (2, 0.5)])
 def test_the_learning_rate_is_scaled_by_the_images_of_a_step(configs: Path, accumulate: int, factor: float) -> None:
     config = load_config(configs / "gfl_tiny.py", {"auto_scale_lr": dict(enable=False, base_batch_size=16)})
-    set_optimisation(config, _arguments("c.py", "--auto-scale-lr", "--accumulate", str(accumulate)))
+    set_optimisation(config, _options("c.py", "--auto-scale-lr", "--accumulate", str(accumulate)))
     assert config.auto_scale_lr.enable
     assert config.train_dataloader.batch_size / config.auto_scale_lr.base_batch_size == factor  # mmengine's formula
 
@@ -106,7 +104,7 @@ def test_a_log_back_end_is_added_and_a_missing_package_is_named(configs: Path, m
         set_log_backends(config, ["wandb"])
 
 
-def test_our_hooks_take_the_place_of_mmengines_with_their_arguments(configs: Path) -> None:
+def test_our_hooks_take_the_place_of_mmengines_with_their_options(configs: Path) -> None:
     own = [dict(type="EMAHook", momentum=0.1), dict(type="NumClassCheckHook")]
     config = load_config(configs / "gfl_tiny.py", {"custom_hooks": own, "default_hooks.checkpoint.interval": 7})
     set_hooks(config, None)
@@ -155,27 +153,3 @@ def test_several_processes_are_set_up_only_where_there_are_several(
     set_processes(config)
     assert (config.launcher, config.model_wrapper_cfg.device_ids) == ("pytorch", [1])
     assert config.val_evaluator.collect_device == "gpu"
-
-
-def test_a_finished_run_is_read_back(student_run: Path) -> None:
-    config, detector, sidecar = load_run(student_run)
-    assert not detector.training
-    assert detector.bbox_head.num_classes == len(sidecar["details"]["class_names"]) == 6
-    assert config.model.type == "GFL"
-    state = torch.load(student_run / "student.pth", weights_only=True)["state_dict"]
-    assert all(torch.equal(detector.state_dict()[key], value) for key, value in state.items())
-
-
-def test_a_changed_or_unfinished_run_is_refused(student_run: Path, tmp_path: Path) -> None:
-    run_dir = tmp_path / "run"
-    shutil.copytree(student_run, run_dir)
-    (run_dir / "config.py").write_text((student_run / "config.py").read_text() + "\nmax_epochs = 2\n")
-    with pytest.raises(CheckpointError, match=r"config.py is missing or was changed since student.pth was written"):
-        load_run(run_dir)
-    shutil.copy(student_run / "config.py", run_dir / "config.py")
-    (run_dir / "student.pth").write_bytes((student_run / "student.pth").read_bytes()[:-9])
-    with pytest.raises(ContractError, match="not the file that its sidecar describes"):
-        load_run(run_dir)
-    (run_dir / "student.pth").unlink()
-    with pytest.raises(ContractError, match=r"student\.pth and detector\.pth; expected one"):
-        load_run(run_dir)

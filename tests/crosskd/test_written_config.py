@@ -11,8 +11,8 @@ import pytest
 from mmengine.config import Config
 
 from crosskd.config import load_config
+from crosskd.run_dir import load_run
 from crosskd.train import main as train
-from crosskd.training import load_run
 
 HOSTILE = (
     # mmengine takes the value for a pattern and for a template: so it ends the string that it stands in.

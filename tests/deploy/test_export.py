@@ -23,8 +23,8 @@ from crosskd.config import load_config, overrides_from_arguments, set_classes  #
 from crosskd.models.checkpoint import save_detector_weights  # noqa: E402
 from crosskd.models.detector import detector_from_config  # noqa: E402
 from crosskd.predict import predictor  # noqa: E402
+from crosskd.run_dir import load_run  # noqa: E402
 from crosskd.shapes import write_shapes  # noqa: E402
-from crosskd.training import load_run  # noqa: E402
 from deploy import export  # noqa: E402
 from deploy.contract import ModelContract, load_contract, write_sidecar  # noqa: E402
 from deploy.dataset import CocoImage, load_coco, read_image, split_paths  # noqa: E402

@@ -6,6 +6,7 @@ import argparse
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -19,7 +20,8 @@ from crosskd.config import load_config, set_classes
 from crosskd.int8 import int8_aware
 from crosskd.models.checkpoint import read_checkpoint
 from crosskd.models.detector import detector_from_config
-from crosskd.training import load_run, overrides_of
+from crosskd.run_dir import load_run
+from crosskd.training import TrainingOptions
 from deploy import export
 from deploy.contract import load_contract, read_sidecar, write_sidecar
 from deploy.errors import CheckpointError, ConfigError
@@ -112,8 +114,9 @@ def test_a_run_goes_on_with_the_ranges_that_it_was_started_with(
 
 def test_a_resumed_run_makes_no_other_int8_file(run_dir: Path, tmp_path: Path) -> None:
     def started_with(folder: Path, calibrated: Path | None = None, target: str | None = None) -> Path:
-        arguments = argparse.Namespace(resume=True, calibrated=calibrated, target=target)
-        return distill.int8_to_start_with(arguments, None, folder)
+        training = TrainingOptions(folder, resume=True)
+        distillation = distill.DistillationOptions(int8=True, calibrated=calibrated, target=target)
+        return distill.int8_to_start_with(training, distillation, None)
 
     assert started_with(run_dir) == started_with(run_dir, target="onnxruntime") == run_dir / int8_aware.START
     with pytest.raises(ConfigError, match="started for the target onnxruntime, --target is tensorrt"):
@@ -184,18 +187,17 @@ def test_the_float_model_is_found_in_a_folder_that_was_moved(run_dir: Path, stud
 
 
 @pytest.mark.parametrize(
-    "override", [None, "optim_wrapper.optimizer.lr=0.5", "optim_wrapper.optimizer={'type': 'SGD', 'lr': 0.5}"]
+    "override", [{}, {"optim_wrapper.optimizer.lr": 0.5}, {"optim_wrapper.optimizer": {"type": "SGD", "lr": 0.5}}]
 )
-def test_the_learning_rate_is_a_tenth_unless_it_is_given(override: str | None, configs: Path) -> None:
-    overrides = [override] if override else []
-    arguments = argparse.Namespace(config="c.py", epochs=None, overrides=overrides, precision=None)
-    config = load_config(configs / "crosskd_tiny.py", overrides_of(arguments))
+def test_the_learning_rate_is_a_tenth_unless_it_is_given(override: dict[str, Any], configs: Path) -> None:
+    training = TrainingOptions(Path("run"), override)
+    config = load_config(configs / "crosskd_tiny.py", override)
     default = load_config(configs / "crosskd_tiny.py").optim_wrapper.optimizer.lr / 10
-    distill.set_fine_tuning(config, arguments)
+    assert distill.fine_tuning_options(config, "c.py", training).precision == "fp32"
     assert config.optim_wrapper.optimizer.lr == (0.5 if override else default)
     config.custom_hooks = [dict(type="EMAHook")]
     with pytest.raises(ConfigError, match=r"c.py: custom_hooks has an EMAHook, .* --set custom_hooks=\[\]"):
-        distill.set_fine_tuning(config, arguments)
+        distill.fine_tuning_options(config, "c.py", training)
 
 
 def test_weights_that_are_no_finished_run_are_refused(student_run: Path, tmp_path: Path) -> None:

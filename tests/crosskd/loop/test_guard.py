@@ -21,7 +21,8 @@ from mmengine.runner import Runner
 from mmengine.structures import InstanceData
 from torch import nn
 
-from crosskd.config import TrainingData, load_config, set_classes, set_data
+from crosskd.config import load_config, set_classes
+from crosskd.data import TrainingData, set_data
 from crosskd.loop.guard import accept_single_values, guard_training
 from crosskd.models.detector import detector_from_config
 from deploy.dataset import load_coco, split_paths

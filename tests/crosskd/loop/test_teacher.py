@@ -15,7 +15,8 @@ from mmengine.dataset import Compose
 from mmengine.structures import InstanceData
 from torch import Tensor
 
-from crosskd.config import TrainingData, load_config, set_classes
+from crosskd.config import load_config, set_classes
+from crosskd.data import TrainingData
 from crosskd.loop.teacher import check_teacher
 from crosskd.models.checkpoint import load_detector_weights
 from crosskd.models.detector import detector_from_config

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from crosskd.predict import predictor
-from crosskd.training import load_run
+from crosskd.run_dir import load_run
 from crosskd.workers import time_detector
 from deploy.dataset import load_coco, split_paths
 
