@@ -1,5 +1,5 @@
 """
-From a checkpoint to a running engine. Imports neither torch nor mmdet (but for deploy/export.py).
+From a checkpoint to a running engine. Imports neither torch nor mmdet.
 
     from deploy import Detector
 

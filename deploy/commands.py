@@ -23,6 +23,7 @@ NEEDS: Dict[str, Tuple[str, ...]] = {
     "crosskd.train": TRAINING,
     "crosskd.adopt": TRAINING,
     "crosskd.distill": TRAINING,
+    "crosskd.export": (*TRAINING, "onnx", "onnxruntime", "onnxslim"),
     "crosskd.predict": TRAINING,
     "crosskd.workers.time_detector": TRAINING,
     "crosskd.workers.time_training": TRAINING,

@@ -37,6 +37,8 @@ LAYOUTS = {"float32": ("N", "3", "height", "width"), "uint8": ("N", "height", "w
 """Type of the network's input -> its dimensions."""
 OUTPUTS = {"topk": ("boxes", "scores", "labels"), "nms": ("boxes", "scores", "labels", "images")}
 """Kind of outputs -> what they are, in order."""
+DYNAMIC = -1
+"""The batch size of a contract whose graph takes any number of images."""
 _STARTED = time.time()
 
 
@@ -91,7 +93,7 @@ class ModelContract:
             len(shape) == 4
             and shape[layout.index("3")] == 3
             and min(shape[1:]) > 0
-            and (shape[0] > 0 or shape[0] == -1),
+            and (shape[0] > 0 or shape[0] == DYNAMIC),
             "input_shape",
             f"({', '.join(layout)}), all positive, or N = -1 for any",
         )
@@ -202,6 +204,7 @@ def write_sidecar(
     inputs: Mapping[str, AnyPath],
     contract: Optional[ModelContract] = None,
     details: Optional[Mapping[str, Any]] = None,
+    command: Optional[List[str]] = None,
 ) -> None:
     """
     Writes `artefact`'s sidecar; to be called when the artefact itself is in place.
@@ -209,8 +212,9 @@ def write_sidecar(
     Args:
         inputs: name -> file, recorded with their hashes.
         details: what only this kind of artefact has to say, under the key `details`.
+        command: as in `provenance`.
     """
-    document = provenance(inputs)
+    document = provenance(inputs, command)
     document["artefact"] = {
         "file": Path(artefact).name,
         "sha256": sha256_of(artefact),

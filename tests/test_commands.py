@@ -54,6 +54,7 @@ BAD_INPUT = {
     "calibration.sensitivity": ["nope.onnx", "--data", "nope", "-o", "out.json"],
     "deploy.adopt_onnx": ["nope.onnx", "--contract", "nope.json"],
     "crosskd.adopt": ["nope.py", "--checkpoint", "nope.pth", "--data", "nope", "-o", "out"],
+    "crosskd.export": ["nope", "-o", "out.onnx"],
     "crosskd.distill": ["nope.py", "--data", "nope", "-o", "out"],
     "crosskd.pipeline": ["nope.py", "--data", "nope", "-o", "out"],
     "crosskd.predict": ["nope", "--annotations", "nope.json", "--images-dir", "nope", "-o", "out.json"],

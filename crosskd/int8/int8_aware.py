@@ -87,7 +87,7 @@ def fake_quantization_of(detector: Any, int8: Path, weights: Path) -> FakeQuanti
 
     from crosskd.int8.fake_quantization import FakeQuantization
     from crosskd.int8.quantized_graph import read_quantized_graph
-    from deploy.export import example_input
+    from crosskd.models.deployed import example_input
 
     contract: ModelContract = load_contract(int8)
     model = float_model_of(int8, weights)

@@ -11,7 +11,7 @@ from mmdet.registry import MODELS, TRANSFORMS
 from mmengine.dataset import Compose, pseudo_collate
 
 from crosskd.config import load_config
-from deploy.export import contract_from_config
+from crosskd.models.contract import contract_from_config
 from deploy.runtime.preprocess import preprocess
 
 

@@ -17,8 +17,9 @@ from calibration.qdq import quantize_graph
 from crosskd.config import load_config, set_classes
 from crosskd.int8.fake_quantization import SAMPLES, FakeQuantization, recorded_calls, rounded_weight
 from crosskd.int8.quantized_graph import read_quantized_graph, values_of
+from crosskd.models.contract import contract_from_config
+from crosskd.models.deployed import deployed_model, example_input, onnx_from_detector
 from crosskd.models.detector import detector_from_config
-from deploy import export
 from deploy.contract import ModelContract
 from deploy.errors import CalibrationError, ConfigError
 from deploy.graphs.graph import load_onnx, save_onnx
@@ -61,10 +62,10 @@ class Quantized:
                 module.running_mean.uniform_(-0.2, 0.2)
                 torch.nn.init.uniform_(module.weight, -1.5, 1.5)
                 torch.nn.init.uniform_(module.bias, -0.5, 0.5)
-        self.contract: ModelContract = export.contract_from_config(config, CLASSES, range(6))
+        self.contract: ModelContract = contract_from_config(config, CLASSES, range(6))
         self.float_path, self.int8_path = folder / "float.onnx", folder / "int8.onnx"
-        export.onnx_from_detector(self.detector, self.contract, self.float_path)
-        self.images = export.example_input(self.contract, 1)
+        onnx_from_detector(self.detector, self.contract, self.float_path)
+        self.images = example_input(self.contract, 1)
         self.feed = {self.contract.input_name: self.images.numpy()}
         graph = Graph(load_onnx(self.float_path))
         placement = PLACEMENTS[target](graph)
@@ -101,7 +102,7 @@ def _scores_of_int8(quantized: Quantized) -> Callable[[torch.Tensor], np.ndarray
 def test_it_computes_what_the_int8_graph_computes(name: str, target: str, configs: Path, tmp_path: Path) -> None:
     quantized = Quantized(DETECTORS[name], configs, tmp_path, target)
     fake, scores_of_int8 = quantized.fake(), _scores_of_int8(quantized)
-    deployed = export.deployed_model(quantized.detector, quantized.contract)
+    deployed = deployed_model(quantized.detector, quantized.contract)
     errors = {"fake": [], "float": []}
     for seed in range(5):
         images = torch.randn(quantized.images.shape, generator=torch.Generator().manual_seed(100 + seed))

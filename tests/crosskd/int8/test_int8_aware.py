@@ -14,17 +14,18 @@ import torch
 from onnx import numpy_helper
 
 from calibration import quantize
-from crosskd import distill
+from crosskd import distill, export
 from crosskd.config import load_config, set_classes
 from crosskd.int8 import int8_aware
 from crosskd.models.checkpoint import read_checkpoint
+from crosskd.models.deployed import example_input
 from crosskd.models.detector import detector_from_config
 from crosskd.run_dir import load_run
 from crosskd.training import TrainingOptions
-from deploy import export
 from deploy.contract import load_contract, read_sidecar, write_sidecar
 from deploy.errors import CheckpointError, ConfigError
 from deploy.files import sha256_of
+from deploy.graphs.cleaning import run_once
 from deploy.graphs.graph import load_onnx
 from deploy.int8_format import SCALE_SUFFIX
 
@@ -128,8 +129,8 @@ def test_a_resumed_run_makes_no_other_int8_file(run_dir: Path, tmp_path: Path) -
 
 def test_the_files_run_and_say_what_they_are_of(run_dir: Path) -> None:
     contract = load_contract(run_dir / "student.int8.onnx")
-    feed = {contract.input_name: export.example_input(contract, 1).numpy()}
-    assert len(export.run_once(run_dir / "student.int8.onnx", feed)) == 3
+    feed = {contract.input_name: example_input(contract, 1).numpy()}
+    assert len(run_once(run_dir / "student.int8.onnx", feed)) == 3
     sidecar = read_sidecar(run_dir / "student.int8.onnx")
     assert sidecar["inputs"]["model"]["sha256"] == sha256_of(run_dir / "student.onnx")
     assert sidecar["inputs"]["ranges"]["sha256"] == sha256_of(run_dir / "int8.json")

@@ -12,11 +12,10 @@ import torch
 timm = pytest.importorskip("timm")
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
-from crosskd import distill  # noqa: E402
+from crosskd import distill, export  # noqa: E402
 from crosskd.config import load_config  # noqa: E402
 from crosskd.models.backbones import TimmBackbone  # noqa: E402
 from crosskd.models.detector import detector_from_config  # noqa: E402
-from deploy import export  # noqa: E402
 from deploy.contract import load_contract  # noqa: E402
 from deploy.errors import CheckpointError, ConfigError, MissingDependencyError  # noqa: E402
 

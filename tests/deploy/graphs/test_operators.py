@@ -10,10 +10,11 @@ from onnx import numpy_helper, parser
 
 from deploy.contract import ModelContract
 from deploy.errors import EngineBuildError
-from deploy.export import add_suppression, graph_of_any_batch
+from deploy.graphs.cleaning import graph_of_any_batch
 from deploy.graphs.graph import check_graph, check_static
 from deploy.graphs.operators import RESTRICTIONS, TABLE, check_operators
 from deploy.graphs.precision import half_from_float
+from deploy.graphs.suppression import add_suppression
 
 TARGETS = ("8.6", "10.3", "10.16", "11")
 NOT_CHECKED = {

@@ -208,8 +208,8 @@ def tiny() -> Tuple[Any, Any, ModelContract]:
     torch = pytest.importorskip("torch")
     pytest.importorskip("mmdet")
     from crosskd.config import load_config
+    from crosskd.models.contract import contract_from_config
     from crosskd.models.detector import detector_from_config
-    from deploy.export import contract_from_config
 
     config = load_config(CONFIGS / "gfl_tiny.py", {"model.bbox_head.num_classes": 4})
     torch.manual_seed(0)
@@ -267,7 +267,7 @@ def test_files_give_the_network_input_of_mmdets_resize_and_pad(
 def test_mmdets_size_that_is_no_multiple_of_32_is_kept(
     tiny: Tuple[Any, Any, ModelContract], files: Dict[str, Path]
 ) -> None:
-    from deploy.export import contract_from_config
+    from crosskd.models.contract import contract_from_config
 
     config = copy.deepcopy(tiny[0])
     config.test_dataloader.dataset.pipeline = [
@@ -292,8 +292,8 @@ def test_files_give_the_detections_that_mmdet_gives(
     tiny: Tuple[Any, Any, ModelContract], files: Dict[str, Path], tmp_path: Path
 ) -> None:
     pytest.importorskip("onnxruntime")
+    from crosskd.models.deployed import onnx_from_detector
     from crosskd.predict import predictor
-    from deploy.export import onnx_from_detector
 
     config, detector, contract = tiny
     onnx_from_detector(detector, contract, tmp_path / "tiny.onnx")

@@ -18,15 +18,15 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("mmengine")
 
 
-from crosskd import adopt  # noqa: E402
-from crosskd.config import load_config, overrides_from_arguments, set_classes  # noqa: E402
-from crosskd.models.checkpoint import save_detector_weights  # noqa: E402
+from crosskd.config import load_config, set_classes  # noqa: E402
+from crosskd.models.contract import contract_from_config  # noqa: E402
+from crosskd.models.deployed import deployed_model, onnx_from_detector  # noqa: E402
 from crosskd.models.detector import detector_from_config  # noqa: E402
+from crosskd.models.families import family_with_decoder  # noqa: E402
+from crosskd.models.heads import FAMILIES, heads_with_decoder  # noqa: E402
 from crosskd.predict import predictor  # noqa: E402
-from crosskd.run_dir import load_run  # noqa: E402
 from crosskd.shapes import write_shapes  # noqa: E402
-from deploy import export  # noqa: E402
-from deploy.contract import ModelContract, load_contract, write_sidecar  # noqa: E402
+from deploy.contract import DYNAMIC, load_contract, write_sidecar  # noqa: E402
 from deploy.dataset import CocoImage, load_coco, read_image, split_paths  # noqa: E402
 from deploy.errors import ExportError  # noqa: E402
 from deploy.graphs.graph import count_parameters, load_onnx  # noqa: E402
@@ -35,8 +35,7 @@ from deploy.runtime.postprocess import postprocess  # noqa: E402
 from deploy.runtime.preprocess import preprocess  # noqa: E402
 from deploy.runtime.session import OrtSession  # noqa: E402
 
-TINY = Path(__file__).parents[1] / "crosskd" / "configs" / "gfl_tiny.py"
-THRESHOLD = "model.test_cfg.score_thr=0.05"
+TINY = Path(__file__).parents[1] / "configs" / "gfl_tiny.py"
 
 
 def _scattered(detector: Any) -> Any:
@@ -61,34 +60,12 @@ def shapes_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _run_dir(folder: Path, shapes_dir: Path, *overrides: str) -> Path:
-    config = load_config(TINY, overrides_from_arguments(argparse.Namespace(overrides=overrides)))
-    set_classes(config, tuple("abcdef"))
-    torch.manual_seed(0)
-    save_detector_weights(_scattered(detector_from_config(config)), folder / "weights.pth", meta={})
-    words = [str(TINY), "--checkpoint", str(folder / "weights.pth"), "--data", str(shapes_dir)]
-    assert adopt.main([*words, "-o", str(folder / "run"), "--set", *overrides]) == 0
-    return folder / "run"
-
-
-@pytest.fixture(scope="module")
-def run_dir(shapes_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return _run_dir(tmp_path_factory.mktemp("run"), shapes_dir, THRESHOLD)
-
-
-@pytest.fixture(scope="module")
-def exported(run_dir: Path) -> Path:
-    output = run_dir.parent / "student.onnx"
-    assert export.main([str(run_dir), "-o", str(output)]) == 0
-    return output
-
-
 def _assert_same_detections(path: Path, predict: Any, images: list[CocoImage]) -> int:
     """The number of detections, every one of which is the same in torch and on ONNX Runtime, all images at once."""
     found = 0
     with OrtSession(path, threads=1) as session:
         contract = session.contract
-        size = len(images) if contract.input_shape[0] == export.DYNAMIC else 1
+        size = len(images) if contract.input_shape[0] == DYNAMIC else 1
         for index, image in enumerate(images):
             if index % size == 0:
                 prepared = [preprocess(read_image(one.path), contract) for one in images[index : index + size]]
@@ -105,14 +82,33 @@ def _assert_same_detections(path: Path, predict: Any, images: list[CocoImage]) -
     return found
 
 
-def test_detections_are_those_of_mmdet(run_dir: Path, exported: Path, shapes_dir: Path) -> None:
-    config, detector, _ = load_run(run_dir)
+def _exported_to(path: Path, config: Any, detector: Any, **options: Any) -> None:
+    contract = contract_from_config(config, list("abcdef"), list(range(6)), **options)
+    onnx_from_detector(detector, contract, path)
+    write_sidecar(path, {}, contract)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Path]:
+    """The tiny detector's config, itself, and its exported file."""
+    config = load_config(TINY, {"model.test_cfg.score_thr": 0.05})
+    set_classes(config, tuple("abcdef"))
+    torch.manual_seed(0)
+    detector = _scattered(detector_from_config(config))
+    path = tmp_path_factory.mktemp("tiny") / "x.onnx"
+    _exported_to(path, config, detector)
+    return config, detector, path
+
+
+def test_detections_are_those_of_mmdet(tiny: tuple[Any, Any, Path], shapes_dir: Path) -> None:
+    config, detector, exported = tiny
     images = load_coco(*split_paths(shapes_dir, "train")).images
     assert len({image.width_px > image.height_px for image in images}) == 2  # some lie, some stand
     assert _assert_same_detections(exported, predictor(config, detector), images) > 20 * len(images)
 
 
-def test_the_graph_is_static_and_holds_each_weight_once(exported: Path) -> None:
+def test_the_graph_is_static_and_holds_each_weight_once(tiny: tuple[Any, Any, Path]) -> None:
+    exported = tiny[2]
     model = load_onnx(exported)
     assert [(entry.domain, entry.version) for entry in model.opset_import if entry.domain in ("", "ai.onnx")] == [
         ("", 17)
@@ -127,21 +123,6 @@ def test_the_graph_is_static_and_holds_each_weight_once(exported: Path) -> None:
     assert os.path.getsize(exported) < 1.5 * 4 * count_parameters(model)
 
 
-def test_the_sidecar_has_the_contract_and_the_hash_of_the_weights(exported: Path, run_dir: Path) -> None:
-    from deploy.contract import read_sidecar
-
-    contract = load_contract(exported)
-    assert contract.input_shape == (1, 3, 64, 96)
-    assert contract.channel_order == "rgb"
-    assert contract.pad_value == (124.0, 116.0, 104.0)
-    assert contract.class_names == ("circle", "triangle", "square", "star", "ring", "cross")
-    assert contract.category_ids == (1, 2, 3, 4, 5, 6)
-    assert (contract.score_threshold, contract.nms_iou_threshold, contract.max_detections) == (0.05, 0.6, 100)
-    sidecar = read_sidecar(exported)
-    assert sidecar["inputs"]["weights"]["sha256"] == read_sidecar(run_dir / "detector.pth")["artefact"]["sha256"]
-    assert sidecar["details"]["parameters"] == sum(p.numel() for p in load_run(run_dir)[1].parameters())
-
-
 def test_mmdets_standard_pipeline_gives_the_same_detections(tmp_path: Path) -> None:
     config = load_config(TINY, {"model.test_cfg.score_thr": 0.05})
     set_classes(config, tuple("abcdef"))
@@ -153,11 +134,10 @@ def test_mmdets_standard_pipeline_gives_the_same_detections(tmp_path: Path) -> N
     ]
     torch.manual_seed(0)
     detector = _scattered(detector_from_config(config))
-    contract = export.contract_from_config(config, list("abcdef"), list(range(6)))
+    _exported_to(tmp_path / "x.onnx", config, detector)
+    contract = load_contract(tmp_path / "x.onnx")
     assert contract.input_shape == (1, 3, 64, 96)
     assert contract.pad_value == contract.mean
-    export.onnx_from_detector(detector, contract, tmp_path / "x.onnx")
-    write_sidecar(tmp_path / "x.onnx", {}, contract)
     images = []
     for index, (width, height) in enumerate([(192, 128), (60, 40), (96, 64)]):
         path = tmp_path / f"{index}.png"
@@ -226,11 +206,9 @@ def _small(name: str, changes: dict[str, Any]) -> tuple[Any, Any]:
 def test_detections_of_every_head_are_those_of_mmdet(head: str, shapes_dir: Path, tmp_path: Path) -> None:
     config, detector = _small(*HEADS[head])
     assert type(detector.bbox_head).__name__ == head.partition(",")[0]
-    batch = export.DYNAMIC if head in OF_ANY_BATCH else 1
-    contract = export.contract_from_config(config, list("abcdef"), list(range(6)), batch=batch)
+    batch = DYNAMIC if head in OF_ANY_BATCH else 1
     path = tmp_path / "x.onnx"
-    export.onnx_from_detector(detector, contract, path)
-    write_sidecar(path, {}, contract)
+    _exported_to(path, config, detector, batch=batch)
     _assert_deployable(path)
     images = load_coco(*split_paths(shapes_dir, "train")).images[:4]
     if head.startswith("TOODHead"):
@@ -269,14 +247,12 @@ def _assert_deployable(path: Path) -> None:
 
 
 def test_score_voting_is_said_to_be_left_out() -> None:
-    family = export.family_with_decoder("PAAHead")
+    family = family_with_decoder("PAAHead")
     assert "score_voting" in family.note_of_export(argparse.Namespace(with_score_voting=True))
     assert family.note_of_export(argparse.Namespace(with_score_voting=False)) == ""
 
 
 def test_every_head_that_can_be_distilled_can_be_exported() -> None:
-    from crosskd.models.heads import FAMILIES, heads_with_decoder
-
     assert heads_with_decoder() == sorted(FAMILIES)
     own = {name for name, family in FAMILIES.items() if type(family).__module__.startswith("crosskd.")}
     assert {head.partition(",")[0] for head in HEADS} == own
@@ -290,13 +266,11 @@ def topk(shapes_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[An
 
 def _exported(folder: Path, **options: Any) -> tuple[Any, Any, Path]:
     config, detector = _small(*HEADS["ATSSHead"])
-    contract = export.contract_from_config(config, list("abcdef"), list(range(6)), **options)
-    export.onnx_from_detector(detector, contract, folder / "x.onnx")
-    write_sidecar(folder / "x.onnx", {}, contract)
+    _exported_to(folder / "x.onnx", config, detector, **options)
     return config, detector, folder / "x.onnx"
 
 
-@pytest.mark.parametrize("batch", [2, export.DYNAMIC])
+@pytest.mark.parametrize("batch", [2, DYNAMIC])
 def test_nms_in_the_graph_keeps_what_nms_on_the_host_keeps(
     batch: int, topk: tuple[Any, Any, Path], tmp_path: Path
 ) -> None:
@@ -306,7 +280,7 @@ def test_nms_in_the_graph_keeps_what_nms_on_the_host_keeps(
     assert not operators.keys() & {"Shape", "ConstantOfShape", "NonZero", "Range", "If", "Loop"}
     # They fill the network input: the host clips boxes to the image, the graph to the input, and overlaps differ then.
     images = [np.random.randint(0, 256, (height, height * 3 // 2, 3), np.uint8) for height in (64, 128, 32, 64, 64, 96)]
-    size = 3 if batch == export.DYNAMIC else batch
+    size = 3 if batch == DYNAMIC else batch
     with OrtSession(path, threads=1) as session, OrtSession(topk[2], threads=1) as on_host:
         contract = session.contract
         assert contract.output_names == ("boxes", "scores", "labels", "images")
@@ -361,181 +335,14 @@ def test_a_backbone_of_windows_is_exported_without_shape_arithmetic(shapes_dir: 
     set_classes(config, tuple("abcdef"))
     torch.manual_seed(0)
     detector = _scattered(detector_from_config(config))
-    contract = export.contract_from_config(config, list("abcdef"), list(range(6)))
-    export.onnx_from_detector(detector, contract, tmp_path / "x.onnx")
-    write_sidecar(tmp_path / "x.onnx", {}, contract)
+    _exported_to(tmp_path / "x.onnx", config, detector)
     _assert_deployable(tmp_path / "x.onnx")
     images = load_coco(*split_paths(shapes_dir, "train")).images[:3]
     assert _assert_same_detections(tmp_path / "x.onnx", predictor(config, detector), images) > 10 * len(images)
-
-
-def test_what_is_more_than_a_size_of_the_batch_is_refused() -> None:
-    def graph(images: int) -> Any:
-        return onnx.parser.parse_model(
-            f"""<ir_version: 8, opset_import: ["" : 17]>
-            tile (float[{images},4] x) => (float[{images},4] y) <int64[2] times = {{1, 1}}, float[{images},4] ones = {{
-            {", ".join(["1"] * 4 * images)}}}> {{ tiled = Tile(x, times) y = Mul(tiled, ones) }}"""
-        )
-
-    with pytest.raises(ExportError, match=r"depends on the number of images by .* the input ones of y \(Mul\)"):
-        export.graph_of_any_batch(graph(2), graph(3))
-
-
-def test_flags_are_written_in_the_contract(run_dir: Path, tmp_path: Path) -> None:
-    output = tmp_path / "x.onnx"
-    flags = ["--batch", "dynamic", "--input-type", "uint8", "--outputs", "nms"]
-    assert export.main([str(run_dir), "-o", str(output), *flags]) == 0
-    contract = load_contract(output)
-    assert (contract.input_type, contract.outputs, contract.input_shape) == ("uint8", "nms", (-1, 64, 96, 3))
-    with OrtSession(output, threads=1) as session:
-        images = session.infer({"image": np.random.randint(0, 256, (3, 64, 96, 3), np.uint8)})["images"]
-    assert set(images) <= {0, 1, 2}
-
-
-@pytest.mark.parametrize("batch", ["0", "-2", "many"])
-def test_a_batch_of_no_images_is_refused(batch: str, run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        export.main([str(run_dir), "-o", "x.onnx", f"--batch={batch}"])
-    assert "expected 1 or more, or 'dynamic'" in capsys.readouterr().err
-
-
-def test_another_size_is_exported_on_request(run_dir: Path, tmp_path: Path) -> None:
-    output = tmp_path / "wide.onnx"
-    assert export.main([str(run_dir), "-o", str(output), "--size", "160", "96"]) == 0
-    assert load_contract(output).input_shape == (1, 3, 96, 160)
-    with OrtSession(output, threads=1) as session:
-        boxes = session.infer({"image": np.zeros((1, 3, 96, 160), np.float32)})["boxes"]
-    assert boxes.shape == (1, load_onnx(output).graph.output[0].type.tensor_type.shape.dim[1].dim_value, 4)
-
-
-def _contract(config: Any, **size: Any) -> ModelContract:
-    return export.contract_from_config(config, ["a"], [1], **size)
-
-
-def _config_with(*transforms: dict[str, Any]) -> Any:
-    config = load_config(TINY)
-    config.test_dataloader.dataset.pipeline = [
-        dict(type="LoadImageFromFile"), *transforms, dict(type="PackDetInputs"),
-    ]  # fmt: skip
-    return config
-
-
-def test_the_contract_of_mmdets_pipelines() -> None:
-    stretched = _contract(_config_with(dict(type="Resize", scale=(1333, 800), keep_ratio=False)))
-    assert (stretched.resize, stretched.input_shape) == ("stretch", (1, 3, 800, 1344))
-    assert stretched.resize_wh_px == (1333, 800)  # the rest of the input is padding
-    padded = _contract(
-        _config_with(
-            dict(type="Resize", scale=(640, 640), keep_ratio=True),
-            dict(type="Pad", size=(640, 640), pad_val=dict(img=(1, 2, 3))),
-        )
-    )
-    assert padded.resize_wh_px is None
-    assert (padded.resize, padded.pad_value) == ("keep_ratio", (3, 2, 1))  # the network takes red-green-blue
-    for pad in (dict(size_divisor=64), dict(size_divisor=64, pad_val=114), dict(size_divisor=64, pad_val=dict(seg=9))):
-        config = _config_with(dict(type="Resize", scale=(1333, 800), keep_ratio=True), dict(type="Pad", **pad))
-        contract = _contract(config)
-        assert contract.input_shape == (1, 3, 832, 1344)
-        assert contract.pad_value == ((114,) * 3 if pad.get("pad_val") == 114 else (0,) * 3)
-    config.model.data_preprocessor = dict(type="DetDataPreprocessor")
-    bare = _contract(config)
-    assert (bare.channel_order, bare.mean, bare.std) == ("bgr", (0, 0, 0), (1, 1, 1))
-
-
-@pytest.mark.parametrize(
-    ("transforms", "named"),
-    [
-        ([], "neither Resize nor FitResize"),
-        ([dict(type="Resize", scale=(96, 64)), dict(type="RandomFlip", prob=0.5)], "RandomFlip.*cannot repeat"),
-        ([dict(type="Resize", scale_factor=0.5)], "resizes to None; .* Give --size"),
-        ([dict(type="Resize", scale=640)], "resizes to 640"),
-    ],
-)
-def test_a_pipeline_that_deployment_cannot_repeat_is_refused(transforms: list[dict[str, Any]], named: str) -> None:
-    with pytest.raises(ExportError, match=named):
-        _contract(_config_with(*transforms))
-
-
-def test_a_size_that_the_strides_do_not_divide_is_refused() -> None:
-    with pytest.raises(ExportError, match=r"the network input is 96 x 72; expected multiples of 32. Give --size"):
-        _contract(load_config(TINY), size_px=(96, 72))
-
-
-def test_soft_nms_is_refused() -> None:
-    config = load_config(TINY, {"model.test_cfg.nms.type": "soft_nms"})
-    with pytest.raises(ExportError, match="'soft_nms'; deployment knows 'nms' only"):
-        _contract(config)
 
 
 def test_a_head_without_a_decoder_is_named_with_those_that_have_one() -> None:
     detector = torch.nn.Module()
     detector.bbox_head = torch.nn.Linear(1, 1)  # no dense head of any kind
     with pytest.raises(ExportError, match=r"cannot export the head Linear; can export .*GFLHead"):
-        export.deployed_model(detector, _contract(load_config(TINY)))
-
-
-def test_a_graph_that_computes_something_else_is_refused(exported: Path) -> None:
-    contract = load_contract(exported)
-    image = np.random.normal(size=contract.input_shape).astype(np.float32)
-    with OrtSession(exported, threads=1) as session:
-        boxes, scores, labels = (session.infer({"image": image})[name] for name in contract.output_names)
-    export.check_same_outputs(exported, "image", image, [boxes, scores, labels])
-    for wrong in ([boxes + 0.1, scores, labels], [boxes, scores * 0.999, labels], [boxes, scores * np.nan, labels]):
-        with pytest.raises(ExportError, match="does not compute what the detector does"):
-            export.check_same_outputs(exported, "image", image, wrong)
-
-
-def test_a_failed_export_leaves_no_file(
-    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def refuse(*_args: Any) -> None:
-        raise ExportError("on purpose")
-
-    monkeypatch.setattr(export, "check_same_outputs", refuse)
-    assert export.main([str(run_dir), "-o", str(tmp_path / "x.onnx")]) == 2
-    assert capsys.readouterr().err == "error: on purpose\n"
-    assert not any(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("changed", "named"),
-    [
-        ("detector.pth", "not the file that its sidecar describes"),
-        ("config.py", "config.py is missing or was changed"),
-        ("detector.pth.json", "schema_version is"),
-    ],
-)
-def test_a_run_that_was_changed_is_refused(
-    changed: str, named: str, run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    copy = tmp_path / "run"
-    copy.mkdir()
-    for name in ("detector.pth", "detector.pth.json", "config.py"):
-        (copy / name).write_bytes((run_dir / name).read_bytes())
-    content = (copy / changed).read_bytes()
-    (copy / changed).write_bytes(content.replace(b'"schema_version": 1', b'"schema_version": 0') + b"\n")
-    assert export.main([str(copy), "-o", str(tmp_path / "x.onnx")]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert named in error
-    assert os.listdir(tmp_path) == ["run"]
-
-
-@pytest.mark.parametrize(
-    ("words", "named"),
-    [
-        (["-o", "x.engine"], "expected a name that ends in .onnx"),
-        (["-o", "x.onnx", "--size", "100", "64"], "expected multiples of 32. Give --size WIDTH HEIGHT"),
-        (["-o", "x.onnx", "--size", "0", "64"], "input_shape is (1, 3, 64, 0)"),
-        (["-o", "file/x.onnx"], "cannot write file/x.onnx"),
-    ],
-)
-def test_bad_flags_are_refused(
-    words: list[str], named: str, run_dir: Path, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "file").write_text("in the way")
-    assert export.main([str(run_dir), *words]) == 2
-    assert named in capsys.readouterr().err
-    assert os.listdir(tmp_path) == ["file"]
+        deployed_model(detector, contract_from_config(load_config(TINY), ["a"], [1]))
