@@ -17,7 +17,7 @@ from typing import Dict, List, Mapping, Set, Tuple
 import numpy as np
 
 from calibration.collect import runtime_session
-from calibration.placement import Graph, node_name
+from calibration.placement import FloatGraph, node_name
 from deploy.contract import ModelContract
 from deploy.errors import CalibrationError
 from deploy.graphs.graph import remove_unused
@@ -38,7 +38,7 @@ class Block:
     """Of them all, for one image."""
 
 
-def count_multiplications(graph: Graph, contract: ModelContract) -> Dict[str, int]:
+def count_multiplications(graph: FloatGraph, contract: ModelContract) -> Dict[str, int]:
     """
     Name of each convolution to quantise -> its multiplications for one image.
 
@@ -70,7 +70,7 @@ def count_multiplications(graph: Graph, contract: ModelContract) -> Dict[str, in
     }
 
 
-def blocks_from_graph(graph: Graph, kind: str, multiplications: Mapping[str, int]) -> List[Block]:
+def blocks_from_graph(graph: FloatGraph, kind: str, multiplications: Mapping[str, int]) -> List[Block]:
     """
     Every convolution that is to be quantised, in one block each; in the order of the graph.
 
@@ -113,7 +113,7 @@ def block_of_path(name: str) -> str:
     return "/".join(parts[:-1]) or name
 
 
-def runs_of_graph(graph: Graph) -> Dict[str, str]:
+def runs_of_graph(graph: FloatGraph) -> Dict[str, str]:
     """
     Name of each convolution to quantise -> name of its block, whatever the nodes are called.
 

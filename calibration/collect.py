@@ -1,5 +1,5 @@
 """
-Calibration images, and the statistics of a float model's activations over them.
+The statistics of a float model's activations over calibration images.
 
 One pass with ONNX Runtime, one image at a time. The activations looked at are outputs of the graph, which ONNX Runtime
 keeps until a run ends; where they would be larger than LARGEST_GROUP_BYTES, there are several passes, each of which
@@ -9,16 +9,15 @@ numbers of each tensor and image. Needs the packages onnx and onnxruntime.
 
 from __future__ import annotations
 
-import hashlib
-import random
-from typing import TYPE_CHECKING, Dict, Iterable, Iterator, List, Sequence, Tuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 
-from calibration.statistics import Collected, Seen, Statistics
+from calibration.activation_statistics import Collected, Seen, Statistics, load_statistics, save_statistics
 from deploy.contract import ModelContract
-from deploy.dataset import CocoImage, CocoSet, read_image
-from deploy.errors import CalibrationError, ConfigError, DataError, MissingDependencyError
+from deploy.dataset import CocoImage, read_image
+from deploy.errors import CalibrationError, MissingDependencyError
 from deploy.files import sha256_of
 from deploy.graphs.graph import producers, with_outputs
 from deploy.progress import progress
@@ -35,84 +34,84 @@ SLOPES = {"Relu": 0.0, "LeakyRelu": 0.01}
 """Operator -> slope of negative values where no attribute says it."""
 LARGEST_GROUP_BYTES = 512 * 2**20
 """Of the activations that one run keeps."""
+GROWING_OPS = (
+    "Conv", "ConvTranspose", "Gemm", "MatMul", "Add", "Mul",
+    "InstanceNormalization", "GroupNormalization", "LayerNormalization",
+)  # fmt: skip
+"""Their outputs can be larger than their inputs: where FP16 may overflow, which the sidecar's `ranges` tell."""
 
 
-def choose_images(images: Sequence[CocoImage], number: int, seed: int) -> List[CocoImage]:
+def tensors_that_may_grow(model: onnx.ModelProto) -> List[str]:
     """
-    `number` of the images, or all if there are fewer, by increasing id.
-
-    The choice depends on the ids and the seed, not on the order of `images`.
-
-    Raises:
-        ConfigError: `number` is below 1.
+    The float32 outputs of GROWING_OPS, as far as the last convolutions: the decoding after them may use infinity.
     """
-    if number < 1:
-        raise ConfigError(f"--num-images is {number}; expected at least 1")
-    by_id = sorted(images, key=lambda image: image.image_id)
-    chosen = random.Random(seed).sample(by_id, min(number, len(by_id)))
-    return sorted(chosen, key=lambda image: image.image_id)
+    from onnx import TensorProto, shape_inference
+
+    values = shape_inference.infer_shapes(model).graph.value_info
+    floating = {value.name for value in values if value.type.tensor_type.elem_type == TensorProto.FLOAT}
+    needed = {node.output[0] for node in model.graph.node if node.op_type == "Conv"}
+    for node in reversed(model.graph.node):
+        if needed.intersection(node.output):
+            needed.update(node.input)
+    return [
+        node.output[0]
+        for node in model.graph.node
+        if node.op_type in GROWING_OPS and node.output[0] in floating & needed
+    ]
 
 
-def sha256_of_images(images: Sequence[CocoImage]) -> str:
-    """One SHA-256 over the contents of the image files, whatever their order and names."""
-    return hashlib.sha256("".join(sorted(sha256_of(image.path) for image in images)).encode()).hexdigest()
-
-
-def check_no_overlap(images: Sequence[CocoImage], evaluation: CocoSet) -> None:
-    """
-    Raises CalibrationError if a calibration image is also in the evaluation set, under whatever name.
-
-    Contents are compared; only files of equal size are read.
-
-    Raises:
-        DataError: an image of the evaluation set is not there.
-    """
-    by_size: Dict[int, List[CocoImage]] = {}
-    for image in evaluation.images:
-        try:
-            by_size.setdefault(image.path.stat().st_size, []).append(image)
-        except OSError as error:
-            raise DataError(
-                f"cannot read {image.path} ({error.strerror}), image id {image.image_id} of "
-                f"{evaluation.annotations_path}; expected it, to compare the calibration images with. Give the folder "
-                "of these images with --evaluation-images-dir."
-            ) from error
-    for image in images:
-        candidates = by_size.get(image.path.stat().st_size, [])
-        digest = sha256_of(image.path) if candidates else ""
-        for other in candidates:
-            if sha256_of(other.path) == digest:
-                raise CalibrationError(
-                    f"the calibration image {image.path} is the image {other.path.name} (id {other.image_id}) of the "
-                    f"evaluation set {evaluation.annotations_path}; expected no image in both, or the AP measured "
-                    "there is too good. Calibrate on the training split, or remove the image from one of them."
-                )
-
-
-def collect_statistics(
+def statistics_of_images(
     model: onnx.ModelProto,
     tensors: Sequence[str],
     images: Sequence[CocoImage],
     contract: ModelContract,
-    minmax_only: Sequence[str] = (),
+    file: Optional[Path],
+    model_path: Path,
+    methods: Iterable[str],
 ) -> Dict[str, Statistics]:
     """
-    Tensor name -> its statistics over the images, pre-processed as in deployment.
+    Tensor -> statistics over the images: of `tensors`, and extremes of those of `tensors_that_may_grow`.
 
     Args:
-        tensors: activations or inputs of the graph, float32.
-        minmax_only: further ones of which only minimum and maximum are wanted, which costs less.
+        file: where they are kept, for any method; statistics that it has already are not collected again.
+        methods: that they are for. `max` alone needs no histograms, which cost time.
+        model_path: of the model.
 
     Raises:
-        as `extend_statistics`.
+        CalibrationError: the file is of another model, of other images or for another target, or an activation is not
+            finite.
     """
-    collected = empty_statistics(tensors, minmax_only)
+    growing = tensors_that_may_grow(model)
+    if file is None and set(methods) == {"max"}:
+        tensors, growing = [], [*tensors, *growing]
+    minmax_only = sorted(set(growing) - set(tensors))
+    if file is not None and file.is_file():
+        collected = load_statistics(file, model_path, contract)
+        collected.check_tensors(tensors, minmax_only, file)
+        others = set(collected.image_ids) - {sha256_of(image.path) for image in images}
+        if others:
+            raise CalibrationError(
+                f"{file} holds statistics of {len(collected.image_ids)} images, {len(others)} of which are not among "
+                f"the {len(images)} chosen now; expected no others. Choose the same data, --num-images and --seed, "
+                "or name another file with --statistics."
+            )
+    else:
+        collected = empty_statistics(tensors, minmax_only)
+    known = len(collected.image_ids)
     extend_statistics(collected, model, images, contract)
+    if file is not None and len(collected.image_ids) > known:
+        save_statistics(file, collected, model_path, contract)
     return collected.statistics
 
 
 def empty_statistics(tensors: Sequence[str], minmax_only: Sequence[str] = ()) -> Collected:
-    """Statistics of no image yet, to be extended; the arguments are those of `collect_statistics`."""
+    """
+    Statistics of no image yet, to be extended.
+
+    Args:
+        tensors: activations or inputs of the graph, float32.
+        minmax_only: further ones of which only minimum and maximum are wanted, which costs less.
+    """
     statistics = {name: Statistics() for name in tensors}
     statistics.update((name, Statistics.minmax_only()) for name in minmax_only)
     return Collected(statistics)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Dict, List, Sequence, Tuple
 import numpy as np
 
 from calibration.collect import runtime_session
-from calibration.placement import Graph, Placement
+from calibration.placement import FloatGraph, Placement
 from calibration.qdq import QUANTIZATION_FROM_RANGE
 from deploy.contract import ModelContract
 from deploy.dataset import CocoImage, read_image
@@ -32,7 +32,7 @@ Corrections = Dict[str, np.ndarray]
 
 
 def bias_corrections(
-    graph: Graph,
+    graph: FloatGraph,
     placement: Placement,
     ranges: Dict[str, Tuple[float, float]],
     target: str,
@@ -59,7 +59,7 @@ def bias_corrections(
 
 
 def _with_errors(
-    graph: Graph, placement: Placement, ranges: Dict[str, Tuple[float, float]], target: str
+    graph: FloatGraph, placement: Placement, ranges: Dict[str, Tuple[float, float]], target: str
 ) -> onnx.ModelProto:
     """The float model whose outputs are the mean errors, (N, channels, 1, 1), of the convolutions to quantise."""
     import onnx
@@ -103,7 +103,7 @@ def _with_errors(
     return result
 
 
-def with_corrected_biases(graph: Graph, corrections: Corrections) -> Graph:
+def with_corrected_biases(graph: FloatGraph, corrections: Corrections) -> FloatGraph:
     """A graph whose convolutions to quantise have corrected biases of their own; what is kept in float is as it was."""
     import onnx
     from onnx import numpy_helper
@@ -120,7 +120,7 @@ def with_corrected_biases(graph: Graph, corrections: Corrections) -> Graph:
             node.input.append(f"{node.output[0]}_corrected_bias")
             model.graph.initializer.append(numpy_helper.from_array(bias.astype(np.float32), node.input[2]))
     remove_unused(model)
-    corrected = Graph(model)
+    corrected = FloatGraph(model)
     corrected.kept.update(graph.kept)
     corrected.quantized = [node for node in corrected.convolutions if node.output[0] not in corrected.kept]
     return corrected

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Sequence, Tuple
 
-from calibration.placement import INTEGER_PRODUCTS, Graph, node_name
+from calibration.placement import INTEGER_PRODUCTS, FloatGraph, node_name
 from deploy.contract import ModelContract, load_contract
 from deploy.errors import CalibrationError
 from deploy.graphs.graph import check_graph, check_static, load_onnx
@@ -14,7 +14,7 @@ SMALLEST_OPSET = 13
 QUANTIZING_OPS = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", *INTEGER_PRODUCTS)
 
 
-def read_model(path: str, keep_float: Sequence[str]) -> Tuple[Graph, ModelContract]:
+def read_model(path: str, keep_float: Sequence[str]) -> Tuple[FloatGraph, ModelContract]:
     """
     The float model and its contract, checked.
 
@@ -28,12 +28,12 @@ def read_model(path: str, keep_float: Sequence[str]) -> Tuple[Graph, ModelContra
     model = load_onnx(path)
     check_graph(model)
     check_static(model, dynamic_batch=contract.input_shape[0] == -1, dynamic_outputs=contract.outputs == "nms")
-    graph = Graph(model, keep_float)
+    graph = FloatGraph(model, keep_float)
     check_quantizable(graph)
     return graph, contract
 
 
-def check_quantizable(graph: Graph) -> None:
+def check_quantizable(graph: FloatGraph) -> None:
     """
     Raises CalibrationError if the model is quantised already, of too old an opset, has batch normalisations to fold, or
     has no convolution to quantise.

@@ -9,8 +9,8 @@ import dataclasses
 from typing import Tuple
 
 from calibration.float_model import check_quantizable
-from calibration.placement import PLACEMENTS, Graph, Placement, node_name
-from calibration.recipe import Ranges
+from calibration.placement import PLACEMENTS, FloatGraph, Placement, node_name
+from calibration.ranges import Ranges
 from deploy.contract import read_sidecar
 from deploy.errors import CalibrationError
 from deploy.files import AnyPath, read_json
@@ -96,7 +96,7 @@ def check_weights(trained: TrainedRanges, model_path: AnyPath) -> None:
         )
 
 
-def graph_as_trained(trained: TrainedRanges, graph: Graph) -> Tuple[Graph, Ranges]:
+def graph_as_trained(trained: TrainedRanges, graph: FloatGraph) -> Tuple[FloatGraph, Ranges]:
     """
     The graph with that in float which was in float in the training, and the range of each tensor that gets a pair.
 
@@ -115,7 +115,7 @@ def graph_as_trained(trained: TrainedRanges, graph: Graph) -> Tuple[Graph, Range
             f"{made_for} keeps {len(unknown)} convolutions in float that the model has not: {', '.join(unknown[:5])}; "
             f"{way_out}."
         )
-    graph = Graph(graph.model, trained.keep_float)
+    graph = FloatGraph(graph.model, trained.keep_float)
     check_quantizable(graph)
     tensors = set(PLACEMENTS[trained.target](graph).pairs.values())
     image = graph.model.graph.input[0].name
@@ -133,7 +133,7 @@ def graph_as_trained(trained: TrainedRanges, graph: Graph) -> Tuple[Graph, Range
     return graph, ranges
 
 
-def _normalised_image(graph: Graph) -> str:
+def _normalised_image(graph: FloatGraph) -> str:
     """The graph's input, or what the graph itself makes of it before anything learnt."""
     name = str(graph.model.graph.input[0].name)
     while True:

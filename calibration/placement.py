@@ -40,7 +40,7 @@ INTEGER_OPS = ("Add", "Mul", "Concat", "LeakyRelu", "Sigmoid", "AveragePool", "G
 """Those with kernels for uint8 in ONNX Runtime's CPU provider: docs/ContribOperators.md of version 1.31, QLinear*."""
 
 
-class Graph:
+class FloatGraph:
     """
     A model with the tables that placing Q/DQ needs.
 
@@ -135,7 +135,7 @@ class Placement:
     """What reads the pair, not the float tensor: (first output of the node, index of its input)."""
 
 
-def place_for_tensorrt(graph: Graph) -> Placement:
+def place_for_tensorrt(graph: FloatGraph) -> Placement:
     """Pairs on the inputs of convolutions and on the skip branch of additions; see the module's docstring."""
     placement = Placement()
     for node, index in [(node, 0) for node in graph.quantized] + _skip_branches(graph):
@@ -148,7 +148,7 @@ def place_for_tensorrt(graph: Graph) -> Placement:
     return placement
 
 
-def place_for_onnxruntime(graph: Graph) -> Placement:
+def place_for_onnxruntime(graph: FloatGraph) -> Placement:
     """Pairs on inputs and outputs of convolutions and of what ONNX Runtime runs in integers between them."""
     integers: Dict[str, str] = {}  # tensor that can have a pair -> tensor whose range it takes
     for node in graph.quantized:
@@ -172,7 +172,7 @@ def place_for_onnxruntime(graph: Graph) -> Placement:
     )
 
 
-PLACEMENTS: Dict[str, Callable[[Graph], Placement]] = {
+PLACEMENTS: Dict[str, Callable[[FloatGraph], Placement]] = {
     "tensorrt": place_for_tensorrt,
     "onnxruntime": place_for_onnxruntime,
 }
@@ -190,7 +190,7 @@ def _only_chooses(node: onnx.NodeProto) -> bool:
     return node.op_type == "MaxPool"
 
 
-def _skip_branches(graph: Graph) -> List[Tuple[onnx.NodeProto, int]]:
+def _skip_branches(graph: FloatGraph) -> List[Tuple[onnx.NodeProto, int]]:
     """
     (addition, index of its input) of the branch that does not come straight from the convolution that fuses with it.
 
@@ -208,7 +208,7 @@ def _skip_branches(graph: Graph) -> List[Tuple[onnx.NodeProto, int]]:
     return found
 
 
-def _depths(graph: Graph) -> Dict[str, int]:
+def _depths(graph: FloatGraph) -> Dict[str, int]:
     """Tensor -> number of convolutions on the longest path to it."""
     depths: Dict[str, int] = {}
     for node in graph.nodes:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Tuple
 
 import numpy as np
 
-from calibration.placement import Graph, Placement
+from calibration.placement import FloatGraph, Placement
 from deploy.graphs.graph import remove_unused
 from deploy.int8_format import (
     SCALE_SUFFIX,
@@ -78,7 +78,7 @@ class _Writer:
 
 
 def quantize_graph(
-    graph: Graph, placement: Placement, ranges: Mapping[str, Tuple[float, float]], target: str
+    graph: FloatGraph, placement: Placement, ranges: Mapping[str, Tuple[float, float]], target: str
 ) -> onnx.ModelProto:
     """
     A copy of the graph's model with Q/DQ pairs.

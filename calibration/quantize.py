@@ -34,23 +34,21 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence, Tuple
 
-from calibration.collect import check_no_overlap, choose_images, sha256_of_images
+from calibration.collect import statistics_of_images
 from calibration.float_model import read_model
 from calibration.given_ranges import check_weights, graph_as_trained, ranges_from_cache, read_trained_ranges
+from calibration.images import calibration_images, check_no_overlap, choose_images, sha256_of_images
 from calibration.measure import ERROR_IMAGES, OutputError, accuracy_numbers, saved, total_error
-from calibration.placement import PLACEMENTS, Graph, node_name
+from calibration.messages import warn
+from calibration.placement import PLACEMENTS, FloatGraph, node_name
 from calibration.qdq import quantize_graph
-from calibration.ranges import METHODS, PERCENTILE
-from calibration.recipe import (
-    Ranges,
-    Recipe,
-    calibration_images,
-    collect,
+from calibration.quantizer import (
+    Quantizer,
     key_of_measurements,
     tensors_of_any_choice,
     tensors_of_placement,
-    warn,
 )
+from calibration.ranges import PERCENTILE, RANGE_METHODS, Ranges
 from calibration.search import Journal, journal_path, kept_for_budget, text_of_result
 from deploy.contract import ModelContract, write_sidecar
 from deploy.dataset import SPLITS, CocoImage, CocoSet, check_image_files, load_coco, load_split, split_paths
@@ -73,7 +71,7 @@ NUM_IMAGES = 512
 class Quantized:
     """A quantised model and where its ranges come from, for the sidecar."""
 
-    graph: Graph
+    graph: FloatGraph
     """The float one, with what is kept in float."""
     model: onnx.ModelProto
     inputs: Dict[str, AnyPath]
@@ -82,7 +80,9 @@ class Quantized:
     """In words, for people."""
 
 
-def int8_from_ranges(graph: Graph, ranges: Ranges, target: str, method: str, inputs: Dict[str, AnyPath]) -> Quantized:
+def int8_from_ranges(
+    graph: FloatGraph, ranges: Ranges, target: str, method: str, inputs: Dict[str, AnyPath]
+) -> Quantized:
     """
     The model quantised with ranges that are given.
 
@@ -192,7 +192,7 @@ def parse_arguments(argv: Optional[List[str]]) -> argparse.Namespace:
         help=f"runtime that will run it (default: {TARGET}, or that of --ranges)",
     )
     parser.add_argument(
-        "--method", choices=(*METHODS, "auto"), default="max",
+        "--method", choices=(*RANGE_METHODS, "auto"), default="max",
         help="how a range is taken from what was seen; auto: the best of them by AP (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
@@ -306,7 +306,7 @@ def check_target(arguments: argparse.Namespace) -> None:
         )
 
 
-def int8_from_images(arguments: argparse.Namespace, graph: Graph, contract: ModelContract) -> Quantized:
+def int8_from_images(arguments: argparse.Namespace, graph: FloatGraph, contract: ModelContract) -> Quantized:
     """
     The model quantised with ranges over calibration images.
 
@@ -335,28 +335,28 @@ def int8_from_images(arguments: argparse.Namespace, graph: Graph, contract: Mode
     percentile = PERCENTILE if arguments.percentile is None else arguments.percentile
     choose_tensors = tensors_of_placement if budget is None else tensors_of_any_choice
     file = Path(arguments.statistics) if arguments.statistics else None
-    methods = METHODS if arguments.method == "auto" else (arguments.method,)
+    methods = RANGE_METHODS if arguments.method == "auto" else (arguments.method,)
     tensors = choose_tensors(graph, arguments.target)
-    statistics = collect(graph.model, tensors, images, contract, file, Path(arguments.model), methods)
-    recipes = {
-        method: Recipe(graph.model, arguments.target, method, percentile, tuple(arguments.keep_float), statistics)
+    statistics = statistics_of_images(graph.model, tensors, images, contract, file, Path(arguments.model), methods)
+    quantizers = {
+        method: Quantizer(graph.model, arguments.target, method, percentile, tuple(arguments.keep_float), statistics)
         for method in methods
     }
     method: str = arguments.method
     details: Dict[str, Any] = {}
     if method == "auto":
-        candidates = {name: recipe.quantize(graph) for name, recipe in recipes.items()}
+        candidates = {name: quantizer.quantize(graph) for name, quantizer in quantizers.items()}
         method, ap = best_method(candidates, held_out, calibration, contract)
         details["auto_ap"] = ap
     if held_out:
         details["held_out_image_ids"] = [image.image_id for image in held_out]
     if method == "percentile":
         details["percentile"] = percentile
-    recipe = recipes[method]
+    quantizer = quantizers[method]
     if arguments.bias_correction:
         compared_on = choose_images(held_out, ERROR_IMAGES, arguments.seed)
-        recipe = recipe.corrected(images, contract)
-        details["bias_correction"] = effect_of_correction(recipe, Path(arguments.model), compared_on, contract)
+        quantizer = quantizer.corrected(images, contract)
+        details["bias_correction"] = effect_of_correction(quantizer, Path(arguments.model), compared_on, contract)
     inputs: Dict[str, AnyPath] = {"annotations": calibration.annotations_path}
     source = f"method {method}, {len(images)} images of {calibration.annotations_path}, seed {arguments.seed}"
     if budget is not None:
@@ -369,9 +369,9 @@ def int8_from_images(arguments: argparse.Namespace, graph: Graph, contract: Mode
         key = key_of_measurements(arguments.model, contract, graph, settings, images, budget)
         journal = Journal(journal_path(arguments.output), key)
         kept, final, details["budget"] = kept_for_budget(
-            recipe, arguments.max_ap_drop, Path(arguments.model), budget, contract, journal
+            quantizer, arguments.max_ap_drop, Path(arguments.model), budget, contract, journal
         )
-        graph = recipe.graph(kept)
+        graph = quantizer.graph(kept)
         graph.kept.update(
             (node.output[0], FloatReason.AP_BUDGET) for node in graph.convolutions if node_name(node) in kept
         )
@@ -379,7 +379,7 @@ def int8_from_images(arguments: argparse.Namespace, graph: Graph, contract: Mode
         source += f"\n{text_of_result(final, arguments.max_ap_drop, budget)}"
     return Quantized(
         graph,
-        recipe.quantize(graph),
+        quantizer.quantize(graph),
         inputs,
         {
             "method": method,
@@ -396,20 +396,20 @@ def int8_from_images(arguments: argparse.Namespace, graph: Graph, contract: Mode
 
 
 def effect_of_correction(
-    recipe: Recipe, model_path: Path, images: Sequence[CocoImage], contract: ModelContract
+    quantizer: Quantizer, model_path: Path, images: Sequence[CocoImage], contract: ModelContract
 ) -> Dict[str, Any]:
     """
     `error_without` and `error_with` bias correction, as `OutputError.of` on images that are not calibrated on.
 
     Args:
-        recipe: with corrections.
+        quantizer: with corrections.
         model_path: of the float model.
 
     Raises:
         CalibrationError: the float model detects nothing.
     """
     errors, found = OutputError(model_path, images), {}
-    for key, tried in (("error_without", dataclasses.replace(recipe, corrections={})), ("error_with", recipe)):
+    for key, tried in (("error_without", dataclasses.replace(quantizer, corrections={})), ("error_with", quantizer)):
         with saved(tried.quantize(tried.graph()), contract) as path:
             found[key] = errors.of(path)
     before, after = (100 * total_error(error) for error in found.values())

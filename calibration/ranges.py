@@ -21,15 +21,17 @@ times larger than all else leaves them little to choose from.
 from __future__ import annotations
 
 import math
-from typing import Callable, Sequence, Tuple
+from typing import Callable, Dict, Sequence, Tuple
 
 import numpy as np
 
-from calibration.statistics import BINS, Statistics
+from calibration.activation_statistics import BINS, Statistics
 from deploy.errors import CalibrationError, ConfigError
 from deploy.int8_format import LARGEST_INT8, LARGEST_UINT8, Quantization, signed_from_range, unsigned_from_range
 
-METHODS = ("max", "percentile", "entropy", "mse")
+Ranges = Dict[str, Tuple[float, float]]
+"""Tensor -> (smallest, largest) value that INT8 is to hold."""
+
 PERCENTILE = 99.99
 STEPS_PER_OCTAVE = 16
 OCTAVES = 10
@@ -57,24 +59,21 @@ def range_from_statistics(
         ConfigError: the method is unknown, or the percentile not above 50 and at most 100.
         CalibrationError: the method needs a histogram, and the statistics have none.
     """
-    if method not in METHODS:
-        raise ConfigError(f"the method is {method!r}; expected one of {list(METHODS)}")
+    if method not in RANGE_METHODS:
+        raise ConfigError(f"the method is {method!r}; expected one of {list(RANGE_METHODS)}")
     if not 50 < percentile <= 100:
         raise ConfigError(f"--percentile is {percentile}; expected above 50, at most 100")
-    if method == "max":
-        return statistics.minimum, statistics.maximum
-    if not statistics.has_histogram:
+    if method != "max" and not statistics.has_histogram:
         raise CalibrationError(f"the method {method} needs a histogram; the statistics hold minimum and maximum only")
     if not statistics.counts.any():  # all zeros, as far as counted: any clip would do, and be wrong for the rest
         return statistics.minimum, statistics.maximum
-    if method == "percentile":
-        lowest, highest = _percentile_range(statistics, signed, percentile)
-    elif method == "entropy":
-        lowest, highest = _entropy_range(statistics, signed)
-    else:
-        lowest, highest = _mse_range(statistics, signed)
+    lowest, highest = RANGE_METHODS[method](statistics, signed, percentile)
     smallest, largest = statistics.minimum, statistics.maximum
     return min(max(lowest, smallest), largest), min(max(highest, smallest), largest)
+
+
+def _max_range(statistics: Statistics, signed: bool, percentile: float) -> Tuple[float, float]:
+    return statistics.minimum, statistics.maximum
 
 
 def _absolute_counts(statistics: Statistics) -> np.ndarray:
@@ -105,7 +104,7 @@ def _cumulative(counts: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(counts)])
 
 
-def _entropy_range(statistics: Statistics, signed: bool) -> Tuple[float, float]:
+def _entropy_range(statistics: Statistics, signed: bool, percentile: float) -> Tuple[float, float]:
     """Unsigned: first the upper end is clipped, then the lower one."""
     if signed:
         counts, zero, levels = _absolute_counts(statistics), 0, LARGEST_INT8 + 1
@@ -154,7 +153,7 @@ def _divergence(counts: np.ndarray, start: int, end: int, levels: int) -> float:
     return float(np.sum(clipped * np.log(clipped / stepped)))
 
 
-def _mse_range(statistics: Statistics, signed: bool) -> Tuple[float, float]:
+def _mse_range(statistics: Statistics, signed: bool, percentile: float) -> Tuple[float, float]:
     """Unsigned: first the upper end is clipped, then the lower one."""
     minimum, maximum = min(statistics.minimum, 0.0), max(statistics.maximum, 0.0)
     if signed:
@@ -194,3 +193,12 @@ def _squared_error(counts: np.ndarray, edges: np.ndarray, quantization: Quantiza
     rests = edges - integers * quantization.scale
     integrals = integers * quantization.scale**3 / 12 + rests**3 / 3
     return float(np.dot(counts, np.diff(integrals)))
+
+
+RANGE_METHODS: Dict[str, Callable[[Statistics, bool, float], Tuple[float, float]]] = {
+    "max": _max_range,
+    "percentile": _percentile_range,
+    "entropy": _entropy_range,
+    "mse": _mse_range,
+}
+"""Name, as --method takes it -> (statistics, whether it is for a signed format, percentile) -> (smallest, largest)."""

@@ -17,15 +17,15 @@ that was cut off goes on, and one whose budget could not be met takes what it kn
 from __future__ import annotations
 
 import dataclasses
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any, Callable, Dict, FrozenSet, List, Mapping, Optional, Sequence, Tuple
 
 from calibration.blocks import Block, blocks_from_graph, count_multiplications
-from calibration.collect import choose_images
+from calibration.images import choose_images
 from calibration.measure import ERROR_IMAGES, OutputError, accuracy_numbers, saved, total_error
-from calibration.recipe import Recipe
+from calibration.messages import say
+from calibration.quantizer import Quantizer
 from deploy.contract import ModelContract
 from deploy.dataset import CocoSet
 from deploy.errors import CalibrationError
@@ -131,11 +131,6 @@ def journal_path(output: AnyPath) -> Path:
     return Path(f"{output}.search.json")
 
 
-def say(text: str) -> None:
-    """Prints for people, at once."""
-    print(text, file=sys.stderr, flush=True)
-
-
 def points(fraction: float) -> str:
     """A fraction as points of AP, in words; never "-0.00"."""
     return f"{round(100 * fraction, 2) + 0.0:.2f}"
@@ -214,7 +209,12 @@ def text_of_result(final: Step, budget_points: float, data: CocoSet) -> str:
 
 
 def kept_for_budget(
-    recipe: Recipe, budget_points: float, model_path: Path, data: CocoSet, contract: ModelContract, journal: Journal
+    quantizer: Quantizer,
+    budget_points: float,
+    model_path: Path,
+    data: CocoSet,
+    contract: ModelContract,
+    journal: Journal,
 ) -> Tuple[List[str], Step, Dict[str, Any]]:
     """
     The convolutions to keep in float so that AP drops by no more than the budget; the step of the search that says so;
@@ -228,7 +228,7 @@ def kept_for_budget(
     Raises:
         CalibrationError: AP cannot be measured, the float model has none, or the budget cannot be met.
     """
-    graph = recipe.graph()
+    graph = quantizer.graph()
     blocks = blocks_from_graph(graph, "grouped", count_multiplications(graph, contract))
 
     def find_errors() -> Dict[str, float]:
@@ -237,7 +237,7 @@ def kept_for_budget(
             if block.name not in journal.errors:
                 if output_error is None:
                     output_error = OutputError(model_path, choose_images(data.images, ERROR_IMAGES, seed=0))
-                with saved(recipe.quantize(recipe.graph_of(block.convolutions)), contract) as path:
+                with saved(quantizer.quantize(quantizer.graph_of(block.convolutions)), contract) as path:
                     journal.add_error(block, total_error(output_error.of(path)))
             say(
                 f"block {number}/{len(blocks)}: alone in INT8, {block.name} has an error of "
@@ -260,7 +260,7 @@ def kept_for_budget(
                         f"the float model {model_path} has AP 0 on {data.annotations_path}; expected one that finds "
                         "something, to see what INT8 costs. Is it trained, and are these images for it?"
                     )
-            model = recipe.quantize(recipe.graph([name for block in kept for name in block.convolutions]))
+            model = quantizer.quantize(quantizer.graph([name for block in kept for name in block.convolutions]))
             with saved(model, contract) as path:
                 numbers = accuracy_numbers(path, data.annotations_path, data.images_dir, against=against)
             drop = Drop.from_numbers(numbers)

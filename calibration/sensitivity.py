@@ -24,12 +24,13 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from calibration.blocks import BLOCK_KINDS, Block, blocks_from_graph, count_multiplications
-from calibration.collect import choose_images
+from calibration.collect import statistics_of_images
 from calibration.float_model import read_model
+from calibration.images import calibration_images, choose_images
 from calibration.measure import ERROR_IMAGES, OutputError, accuracy_numbers, saved, total_error
 from calibration.placement import PLACEMENTS
-from calibration.ranges import METHODS, PERCENTILE
-from calibration.recipe import Recipe, calibration_images, collect, key_of_measurements, tensors_of_any_choice
+from calibration.quantizer import Quantizer, key_of_measurements, tensors_of_any_choice
+from calibration.ranges import PERCENTILE, RANGE_METHODS
 from calibration.search import Drop, points
 from deploy.contract import ModelContract, provenance
 from deploy.dataset import SPLITS, CocoSet, load_coco, load_split, split_paths
@@ -45,7 +46,11 @@ Row = Dict[str, Any]
 
 
 def measured_block(
-    recipe: Recipe, block: Block, contract: ModelContract, errors: OutputError, against: Optional[Tuple[Path, CocoSet]]
+    quantizer: Quantizer,
+    block: Block,
+    contract: ModelContract,
+    errors: OutputError,
+    against: Optional[Tuple[Path, CocoSet]],
 ) -> Row:
     """
     What the block costs: `error` of the output and, but for `--metric error`, `AP_drop` with `low` and `high`, those of
@@ -59,7 +64,7 @@ def measured_block(
         "convolutions": list(block.convolutions),
         "multiplications": block.multiplications,
     }
-    with saved(recipe.quantize(recipe.graph_of(block.convolutions)), contract) as path:
+    with saved(quantizer.quantize(quantizer.graph_of(block.convolutions)), contract) as path:
         row["error"] = errors.of(path)
         if against is not None:
             result, data = against
@@ -184,7 +189,7 @@ def _parser() -> argparse.ArgumentParser:
         help="grouped: residual blocks, levels, tower layers; each: every convolution (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--method", choices=METHODS, default="max", help="how a range is taken from what was seen (default: max)"
+        "--method", choices=RANGE_METHODS, default="max", help="how a range is taken from what was seen (default: max)"
     )
     parser.add_argument(
         "--keep-float", nargs="+", default=[], metavar="NAME", help="what is in float in any case, not measured"
@@ -224,9 +229,11 @@ def main(argv: Optional[List[str]] = None) -> int:
 
     file = Path(arguments.statistics) if arguments.statistics else None
     tensors = tensors_of_any_choice(graph, arguments.target)
-    statistics = collect(graph.model, tensors, images, contract, file, Path(arguments.model), [arguments.method])
+    statistics = statistics_of_images(
+        graph.model, tensors, images, contract, file, Path(arguments.model), [arguments.method]
+    )
     keep_float = tuple(arguments.keep_float)
-    recipe = Recipe(graph.model, arguments.target, arguments.method, PERCENTILE, keep_float, statistics)
+    quantizer = Quantizer(graph.model, arguments.target, arguments.method, PERCENTILE, keep_float, statistics)
     blocks = blocks_from_graph(graph, arguments.blocks, count_multiplications(graph, contract))
     everything = tuple(name for block in blocks for name in block.convolutions)
     blocks.append(Block(ALL, everything, sum(block.multiplications for block in blocks)))
@@ -243,7 +250,7 @@ def main(argv: Optional[List[str]] = None) -> int:
             if errors is None:
                 errors = OutputError(Path(arguments.model), choose_images(measured.images, ERROR_IMAGES, seed=0))
                 against = _float_result(arguments, measured, Path(folder)) if arguments.metric == "ap" else None
-            row = measured_block(recipe, block, contract, errors, against)
+            row = measured_block(quantizer, block, contract, errors, against)
             rows.append(row)
             _write(output, key, rows, inputs)
             lost = f"{points(row['AP_drop'])} points of AP, " if "AP_drop" in row else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -10,9 +11,11 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from calibration.collect import collect_statistics
-from calibration.placement import PLACEMENTS, Graph
+from calibration.collect import empty_statistics, extend_statistics, statistics_of_images
+from calibration.placement import PLACEMENTS, FloatGraph
 from calibration.qdq import quantize_graph
+from calibration.quantizer import Quantizer, tensors_of_any_choice
+from calibration.ranges import PERCENTILE, RANGE_METHODS
 from deploy.contract import ModelContract, write_sidecar
 from deploy.dataset import load_split
 
@@ -219,14 +222,27 @@ def target(request):
 
 
 @pytest.fixture
+def quantizer_of(images, contract):
+    """(model, target, method, percentile, ...) -> what quantises the model with statistics of the images."""
+
+    def made(model, target, method="max", percentile=PERCENTILE, keep_float=(), images=images):
+        tensors = tensors_of_any_choice(FloatGraph(model), target)
+        statistics = statistics_of_images(model, tensors, images, contract, None, Path("student.onnx"), RANGE_METHODS)
+        return Quantizer(model, target, method, percentile, keep_float, statistics)
+
+    return made
+
+
+@pytest.fixture
 def quantize(images, contract):
     """(model, target) -> the model in INT8, with ranges (method max) over the images."""
 
     def quantized(model, target, keep_float=(), images=images):
-        graph = Graph(model, keep_float)
+        graph = FloatGraph(model, keep_float)
         placement = PLACEMENTS[target](graph)
-        seen = collect_statistics(model, sorted(set(placement.pairs.values())), images, contract)
-        ranges = {name: (one.minimum, one.maximum) for name, one in seen.items()}
+        seen = empty_statistics([], sorted(set(placement.pairs.values())))
+        extend_statistics(seen, model, images, contract)
+        ranges = {name: (one.minimum, one.maximum) for name, one in seen.statistics.items()}
         return quantize_graph(graph, placement, ranges, target)
 
     return quantized

@@ -6,7 +6,7 @@ from onnx import parser
 
 from calibration.audit import INT8, audit
 from calibration.blocks import block_of_path, blocks_from_graph, count_multiplications, runs_of_graph
-from calibration.placement import Graph, node_name
+from calibration.placement import FloatGraph, node_name
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ def multiplications(graph):
 
 
 def test_runs_end_where_branches_meet(detector):
-    blocks = blocks_from_graph(Graph(detector), "grouped", multiplications(Graph(detector)))
+    blocks = blocks_from_graph(FloatGraph(detector), "grouped", multiplications(FloatGraph(detector)))
     assert {block.name: [name[5:] for name in block.convolutions] for block in blocks} == {
         "node_stem": ["stem", "plain1", "plain2"],
         "node_down1": ["down1", "down2"],
@@ -47,7 +47,7 @@ def test_runs_end_where_branches_meet(detector):
 
 
 def test_what_is_kept_in_float_is_in_no_block(detector):
-    graph = Graph(detector, ["node_plain1"])
+    graph = FloatGraph(detector, ["node_plain1"])
     runs = runs_of_graph(graph)
     assert "node_plain1" not in runs
     assert runs["node_plain2"] == "node_plain2"  # no longer one run with the stem
@@ -63,20 +63,24 @@ def test_paths_are_blocks_of_modules():
         model.graph.node, ("/stem/Conv", "/layer/layer.0/a/Conv", "/layer/layer.0/b/Conv", "/last/Conv"), strict=True
     ):
         node.name = name
-    graph = Graph(model)
+    graph = FloatGraph(model)
     blocks = blocks_from_graph(graph, "grouped", multiplications(graph))
     assert [block.name for block in blocks] == ["/stem", "/layer/layer.0"]
-    assert Graph(model, ["/layer/layer.0"]).kept.keys() == {"b", "c", "y"}  # a block's name is one for --keep-float
+    assert FloatGraph(model, ["/layer/layer.0"]).kept.keys() == {
+        "b",
+        "c",
+        "y",
+    }  # a block's name is one for --keep-float
 
 
 def test_each_convolution_can_be_a_block(detector):
-    blocks = blocks_from_graph(Graph(detector), "each", multiplications(Graph(detector)))
+    blocks = blocks_from_graph(FloatGraph(detector), "each", multiplications(FloatGraph(detector)))
     assert [(block.name,) for block in blocks] == [block.convolutions for block in blocks]
     assert len(blocks) == 12
 
 
 def test_multiplications_are_those_that_the_audit_counts(detector, quantized, contract):
-    found = count_multiplications(Graph(detector), contract)
+    found = count_multiplications(FloatGraph(detector), contract)
     assert found == {
         entry.name: entry.multiplications for entry in audit(quantized).convolutions if entry.state == INT8
     }  # fmt: skip
@@ -105,6 +109,6 @@ def test_sizes_that_onnx_cannot_infer_are_counted(contract):
     assert "c" not in {
         value.name for value in onnx.shape_inference.infer_shapes(model).graph.value_info if sizes(value)
     }
-    graph = Graph(model)
+    graph = FloatGraph(model)
     found = count_multiplications(graph, contract)
     assert found == {"a": 32 * 48 * 3 * 2, "c": 32 * 48 * 2 * 2}

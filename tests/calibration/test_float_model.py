@@ -5,7 +5,7 @@ import pytest
 from onnx import parser
 
 from calibration.float_model import check_quantizable
-from calibration.placement import Graph
+from calibration.placement import FloatGraph
 from deploy.errors import CalibrationError
 
 
@@ -21,7 +21,7 @@ def test_batch_normalisation_must_be_folded():
         }
     """)
     with pytest.raises(CalibrationError, match="BatchNormalization follows the convolution a"):
-        check_quantizable(Graph(model))
+        check_quantizable(FloatGraph(model))
 
 
 def test_old_opset_is_refused(detector):
@@ -29,7 +29,7 @@ def test_old_opset_is_refused(detector):
     model.CopyFrom(detector)
     model.opset_import[0].version = 12
     with pytest.raises(CalibrationError, match="opset 12; expected 13 or newer"):
-        check_quantizable(Graph(model))
+        check_quantizable(FloatGraph(model))
 
 
 @pytest.mark.parametrize("operator", ["DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "MatMulInteger"])
@@ -39,7 +39,7 @@ def test_model_that_is_quantised_already_is_refused(detector, operator):
     model.CopyFrom(detector)
     model.graph.node[3].op_type = operator
     with pytest.raises(CalibrationError, match=f"quantised already: it has \\['{operator}'\\]"):
-        check_quantizable(Graph(model))
+        check_quantizable(FloatGraph(model))
 
 
 def test_nothing_to_quantize_is_an_error():
@@ -48,4 +48,4 @@ def test_nothing_to_quantize_is_an_error():
         g (float[1, 1, 4, 4] x) => (float[1, 1, 4, 4] y) <float[1, 1, 1, 1] w = {2}> { y = Conv (x, w) }
     """)
     with pytest.raises(CalibrationError, match=r"none of the 1 convolutions can be quantised: \['final prediction'\]"):
-        check_quantizable(Graph(model))
+        check_quantizable(FloatGraph(model))

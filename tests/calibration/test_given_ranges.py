@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from onnx import numpy_helper
 
-from calibration.placement import PLACEMENTS, Graph
+from calibration.placement import PLACEMENTS, FloatGraph
 from calibration.quantize import main
 from deploy.contract import load_contract, read_sidecar, write_sidecar
 from deploy.files import sha256_of
@@ -66,7 +66,7 @@ def test_trained_ranges_give_the_same_model_back(words, model_path, target, tmp_
     assert main([*words, "--target", target, "--keep-float", *kept]) == 0
     expected, float_convolutions = sha256_of(output), read_sidecar(output)["details"]["float_convolutions"]
     quantization = quantization_of(load_onnx(output))
-    needed = set(PLACEMENTS[target](Graph(load_onnx(model_path), kept)).pairs.values())
+    needed = set(PLACEMENTS[target](FloatGraph(load_onnx(model_path), kept)).pairs.values())
     assert needed <= set(quantization)
     quantization = {name: one for name, one in quantization.items() if name in needed}
     trained = trained_file(tmp_path / "int8.json", target, quantization, kept)
@@ -83,7 +83,7 @@ def test_trained_ranges_give_the_same_model_back(words, model_path, target, tmp_
 
 def test_trained_scales_and_zero_points_come_back(model_path, target, tmp_path):
     random, output = np.random.default_rng(0), model_path.with_name("student.int8.onnx")
-    tensors = sorted(set(PLACEMENTS[target](Graph(load_onnx(model_path))).pairs.values()))
+    tensors = sorted(set(PLACEMENTS[target](FloatGraph(load_onnx(model_path))).pairs.values()))
     scales = np.exp(random.uniform(-12, 6, len(tensors))).astype(np.float32)
     zeros = random.integers(0, 256, len(tensors)) if target == "onnxruntime" else np.zeros(len(tensors), np.int64)
     zeros[:2] = (0, 255) if target == "onnxruntime" else 0  # behind a ReLU; and nothing above 0

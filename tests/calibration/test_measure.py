@@ -6,7 +6,7 @@ import pytest
 from onnx import numpy_helper
 
 from calibration.measure import OutputError, _errors, accuracy_numbers, saved
-from calibration.placement import Graph, node_name
+from calibration.placement import FloatGraph, node_name
 from deploy.contract import load_contract, write_sidecar
 from deploy.errors import CalibrationError
 from deploy.graphs.graph import initializers
@@ -43,7 +43,7 @@ def test_a_lost_box_counts_in_full():
 
 
 def test_the_more_in_int8_the_larger_the_error(model_path, detector, images, quantize, contract, target):
-    assert [node_name(node) for node in Graph(detector).quantized] == NAMES
+    assert [node_name(node) for node in FloatGraph(detector).quantized] == NAMES
     errors = OutputError(model_path, images)
     assert errors.of(model_path) == {"boxes": 0, "scores": 0}
     found = []

@@ -9,7 +9,7 @@ import pytest
 from onnx import numpy_helper, parser
 
 from calibration.placement import (
-    Graph,
+    FloatGraph,
     final_convolutions,
     place_for_onnxruntime,
     place_for_tensorrt,
@@ -101,7 +101,7 @@ def test_skip_branch_needs_a_convolution_to_fuse_with():
             y = Conv (both, w)
         }
     """)
-    assert place_for_tensorrt(Graph(model)).edges == {("a", 0), ("d", 0), ("e", 0)}
+    assert place_for_tensorrt(FloatGraph(model)).edges == {("a", 0), ("d", 0), ("e", 0)}
 
 
 def test_onnxruntime_uses_its_integer_kernels(for_onnxruntime, tmp_path):
@@ -177,7 +177,7 @@ def with_weights(text):
 
 def quantize_alone(model, place, target):
     """The model in INT8, every range -4 to 4: more than enough for where the pairs go."""
-    graph = Graph(model)
+    graph = FloatGraph(model)
     placement = place(graph)
     quantized = quantize_graph(graph, placement, dict.fromkeys(placement.pairs.values(), (-4.0, 4.0)), target)
     check_graph(quantized)
@@ -231,8 +231,8 @@ def test_a_range_is_shared_only_where_values_are_only_moved():
             y = Conv (b, w)
         }
     """)
-    assert place_for_tensorrt(Graph(model)).pairs == {"x": "x", "bilinear": "bilinear"}
-    assert place_for_onnxruntime(Graph(model)).pairs == {name: name for name in ("x", "a", "bilinear", "b")}
+    assert place_for_tensorrt(FloatGraph(model)).pairs == {"x": "x", "bilinear": "bilinear"}
+    assert place_for_onnxruntime(FloatGraph(model)).pairs == {name: name for name in ("x", "a", "bilinear", "b")}
 
 
 def test_blocks_and_nodes_are_kept_in_float_by_name(detector, quantize, target):
@@ -241,7 +241,7 @@ def test_blocks_and_nodes_are_kept_in_float_by_name(detector, quantize, target):
     for node in model.graph.node:
         if node.output[0] in ("plain1", "plain2", "plain10"):
             node.name = f"/backbone/plain/{node.output[0]}"
-    graph = Graph(model, ["/backbone/plain", "node_tower_4"])
+    graph = FloatGraph(model, ["/backbone/plain", "node_tower_4"])
     kept = [name for name, reason in graph.kept.items() if reason is FloatReason.ASKED]
     assert kept == ["plain1", "plain2", "tower_4"]
     quantized = quantize(model, target, ["/backbone/plain", "node_tower_4"])
@@ -258,4 +258,4 @@ def test_name_to_keep_in_float_must_be_there(detector):
     with pytest.raises(
         ConfigError, match=r"--keep-float has '/neck'; expected .* The 14 convolutions are: node_stem, "
     ):
-        Graph(detector, ["/neck"])
+        FloatGraph(detector, ["/neck"])

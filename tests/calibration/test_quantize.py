@@ -15,9 +15,9 @@ from onnx import numpy_helper, parser
 from benchmarks import accuracy
 from calibration import quantize, search
 from calibration.audit import INT8, audit
-from calibration.collect import choose_images
+from calibration.images import choose_images
 from calibration.quantize import main
-from calibration.ranges import METHODS
+from calibration.ranges import RANGE_METHODS
 from calibration.search import journal_path
 from deploy.contract import load_contract, read_sidecar, sidecar_path, write_sidecar
 from deploy.dataset import read_image
@@ -91,7 +91,7 @@ def test_command_takes_explicit_paths(model_path, data_dir, capsys):
     assert "03.png is the image 01.png" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", RANGE_METHODS)
 def test_every_method_makes_a_model(words, model_path, method):
     assert main([*words, "--method", method, *(["--percentile", "99.5"] if method == "percentile" else [])]) == 0
     details = read_sidecar(model_path.with_name("student.int8.onnx"))["details"]
@@ -117,7 +117,9 @@ def test_auto_takes_the_method_of_the_best_ap(words, model_path, data_dir, contr
         assert load_contract(path) == contract
         held_out = {image["id"] for image in json.loads(annotations.read_text())["images"]}
         measured.append((held_out, images_dir))
-        return {"AP": dict(zip(METHODS, (0.3, 0.5, 0.5, 0.2), strict=True))[METHODS[len(measured) - 1]]}
+        return {
+            "AP": dict(zip(RANGE_METHODS, (0.3, 0.5, 0.5, 0.2), strict=True))[list(RANGE_METHODS)[len(measured) - 1]]
+        }
 
     monkeypatch.setattr(quantize, "accuracy_numbers", measure)
     assert main([*words, "--method", "auto"]) == 0
@@ -125,7 +127,7 @@ def test_auto_takes_the_method_of_the_best_ap(words, model_path, data_dir, contr
     assert details["method"] == "percentile"
     assert details["auto_ap"] == {"max": 0.3, "percentile": 0.5, "entropy": 0.5, "mse": 0.2}
     everything = set(range(1, 9))
-    assert len(measured) == len(METHODS)
+    assert len(measured) == len(RANGE_METHODS)
     for held_out, images_dir in measured:
         assert held_out == everything - set(details["image_ids"]) == set(details["held_out_image_ids"])
         assert images_dir == data_dir / "images"
@@ -133,7 +135,7 @@ def test_auto_takes_the_method_of_the_best_ap(words, model_path, data_dir, contr
 
 
 def test_auto_says_where_ap_tells_nothing(words, monkeypatch, capsys):
-    monkeypatch.setattr(quantize, "METHODS", ("max", "percentile"))
+    monkeypatch.setattr(quantize, "RANGE_METHODS", ("max", "percentile"))
     monkeypatch.setattr(quantize, "accuracy_numbers", lambda *paths: {"AP": 0.0})
     assert main([*words, "--method", "auto"]) == 0
     assert "AP says nothing of the methods" in capsys.readouterr().err
@@ -149,7 +151,7 @@ def annotate(data_dir, image_ids):
 
 def test_auto_measures_with_the_command_of_the_benchmarks(words, model_path, data_dir, monkeypatch):
     pytest.importorskip("faster_coco_eval")
-    monkeypatch.setattr(quantize, "METHODS", ("max", "percentile"))
+    monkeypatch.setattr(quantize, "RANGE_METHODS", ("max", "percentile"))
     annotate(data_dir, range(1, 9))
     assert main([*words, "--method", "auto"]) == 0
     ap = read_sidecar(model_path.with_name("student.int8.onnx"))["details"]["auto_ap"]
@@ -160,7 +162,7 @@ def test_auto_measures_with_the_command_of_the_benchmarks(words, model_path, dat
 def test_an_ap_that_cannot_be_measured_is_an_error(words, data_dir, images, monkeypatch, capsys):
     """No box is annotated in the held-out images."""
     pytest.importorskip("faster_coco_eval")
-    monkeypatch.setattr(quantize, "METHODS", ("max",))
+    monkeypatch.setattr(quantize, "RANGE_METHODS", ("max",))
     annotate(data_dir, [image.image_id for image in choose_images(images, 5, seed=0)])
     assert main([*words, "--method", "auto"]) == 2
     assert "the AP could not be measured on" in capsys.readouterr().err
@@ -346,7 +348,7 @@ def test_a_search_by_other_packages_begins_anew(words, monkeypatch, capsys):
     words = [*words, "--max-ap-drop", "0.3"]
     assert main(words) == 130
     fake.fails_at = None
-    monkeypatch.setattr("calibration.recipe.package_versions", lambda: {"onnxruntime": "1.20.0"})
+    monkeypatch.setattr("calibration.quantizer.package_versions", lambda: {"onnxruntime": "1.20.0"})
     assert main(words) == 0
     assert "is of other package versions: the search begins anew" in capsys.readouterr().err
 

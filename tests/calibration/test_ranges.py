@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from onnxruntime.quantization.calibrate import HistogramCollector
 
+from calibration.activation_statistics import SAMPLE, Seen, Statistics
 from calibration.ranges import (
     CLIPS,
-    METHODS,
+    RANGE_METHODS,
     range_from_statistics,
 )
-from calibration.statistics import SAMPLE, Seen, Statistics
 from deploy.errors import CalibrationError, ConfigError
 from deploy.int8_format import signed_from_range, unsigned_from_range
 
@@ -54,7 +54,7 @@ SPREAD = ("normal", "laplace", "relu", "leaky", "negative")
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("signed", [True, False])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", RANGE_METHODS)
 def test_a_range_lies_within_what_was_seen_and_is_not_empty(method, signed, kind):
     values = distribution(kind)
     minimum, maximum = range_from_statistics(statistics_of(values), method, signed)
@@ -65,7 +65,7 @@ def test_a_range_lies_within_what_was_seen_and_is_not_empty(method, signed, kind
 
 @pytest.mark.parametrize("kind", ["constant", "negative constant", "single", "sparse"])
 @pytest.mark.parametrize("signed", [True, False])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", RANGE_METHODS)
 def test_what_has_no_tail_is_not_clipped(method, signed, kind):
     values = distribution(kind)
     minimum, maximum = range_from_statistics(statistics_of(values), method, signed)

@@ -10,18 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from calibration.statistics import (
+from calibration.activation_statistics import (
     BINS,
     SAMPLE,
     Collected,
     Seen,
     Statistics,
     load_statistics,
-    main,
     sample_stride,
     save_statistics,
-    table_from_statistics,
 )
+from calibration.statistics import main, table_from_statistics
 from deploy.errors import CalibrationError
 
 
@@ -242,7 +241,7 @@ def test_a_damaged_file_is_one_message(tmp_path, model_path, contract, collected
 
 
 def test_a_file_of_another_version_is_refused(tmp_path, model_path, contract, collected, monkeypatch):
-    monkeypatch.setattr("calibration.statistics.SCHEMA_VERSION", 2)
+    monkeypatch.setattr("calibration.activation_statistics.SCHEMA_VERSION", 2)
     save_statistics(tmp_path / "s.npz", collected, model_path, contract)
     monkeypatch.undo()
     with pytest.raises(CalibrationError, match="schema_version is 2; expected 1"):

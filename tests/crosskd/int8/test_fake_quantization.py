@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import configs.bench.nanodet_detector  # noqa: F401  registers its backbone
-from calibration.placement import PLACEMENTS, Graph
+from calibration.placement import PLACEMENTS, FloatGraph
 from calibration.qdq import quantize_graph
 from crosskd.config import load_config, set_classes
 from crosskd.int8.fake_quantization import SAMPLES, FakeQuantization, recorded_calls, rounded_weight
@@ -67,7 +67,7 @@ class Quantized:
         onnx_from_detector(self.detector, self.contract, self.float_path)
         self.images = example_input(self.contract, 1)
         self.feed = {self.contract.input_name: self.images.numpy()}
-        graph = Graph(load_onnx(self.float_path))
+        graph = FloatGraph(load_onnx(self.float_path))
         placement = PLACEMENTS[target](graph)
         names = sorted(set(placement.pairs.values()) - set(self.feed))
         seen = {**self.feed, **values_of(graph.model, names, self.feed)}

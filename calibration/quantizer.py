@@ -1,0 +1,155 @@
+"""
+All that decides how a float model is quantised, but for what is kept in float: so that many sets can be tried.
+
+Needs onnx, and onnxruntime for bias correction.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Sequence, Set, Tuple
+
+from calibration.activation_statistics import Statistics
+from calibration.correction import Corrections, bias_corrections, with_corrected_biases
+from calibration.images import sha256_of_images
+from calibration.placement import PLACEMENTS, FloatGraph, Placement, node_name
+from calibration.qdq import quantize_graph
+from calibration.ranges import PERCENTILE, Ranges, range_from_statistics
+from deploy.contract import ModelContract, package_versions
+from deploy.dataset import CocoImage, CocoSet
+from deploy.errors import CalibrationError
+from deploy.files import AnyPath, sha256_of
+
+if TYPE_CHECKING:
+    import onnx
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantizer:
+    """A float model and how it is quantised, whatever of it is kept in float."""
+
+    model: onnx.ModelProto
+    target: str
+    method: str
+    percentile: float
+    keep_float: Tuple[str, ...]
+    """What stays in float in any case, as `FloatGraph` takes it."""
+    statistics: Dict[str, Statistics]
+    """Of `tensors_of_any_choice`, or of `tensors_of_placement` where no other choice is tried."""
+    corrections: Corrections = dataclasses.field(default_factory=dict)
+    """To the biases of all convolutions that may be quantised, or of none."""
+
+    def graph(self, kept: Sequence[str] = ()) -> FloatGraph:
+        """The float graph with these convolutions, by name, kept in float too."""
+        return FloatGraph(self.model, [*self.keep_float, *kept])
+
+    def graph_of(self, convolutions: Sequence[str]) -> FloatGraph:
+        """The float graph with all but these convolutions, by name, kept in float."""
+        return self.graph([name for name in map(node_name, self.graph().quantized) if name not in convolutions])
+
+    def quantize(self, graph: FloatGraph) -> onnx.ModelProto:
+        """
+        The graph, of `graph` or `graph_of`, in INT8.
+
+        Raises:
+            CalibrationError: a tensor that gets a pair has one value only.
+        """
+        placement, ranges = self._placed(graph)
+        if self.corrections:
+            graph = with_corrected_biases(graph, self.corrections)
+        return quantize_graph(graph, placement, ranges, self.target)
+
+    def corrected(self, images: Sequence[CocoImage], contract: ModelContract) -> Quantizer:
+        """
+        This quantizer with the bias corrections of the calibration images.
+
+        Raises:
+            As `bias_corrections` and `quantize`.
+        """
+        graph = self.graph()
+        placement, ranges = self._placed(graph)
+        corrections = bias_corrections(graph, placement, ranges, self.target, images, contract)
+        return dataclasses.replace(self, corrections=corrections)
+
+    def _placed(self, graph: FloatGraph) -> Tuple[Placement, Ranges]:
+        placement = PLACEMENTS[self.target](graph)
+        return placement, ranges_from_statistics(self.statistics, placement, self.method, self.target, self.percentile)
+
+
+def tensors_of_placement(graph: FloatGraph, target: str) -> List[str]:
+    """The tensors whose ranges the graph's INT8 model needs."""
+    return sorted(set(PLACEMENTS[target](graph).pairs.values()))
+
+
+def tensors_of_any_choice(graph: FloatGraph, target: str) -> List[str]:
+    """
+    The tensors whose ranges are needed, whichever of the graph's convolutions are kept in float.
+
+    A pair moves with what is kept: behind a float convolution it no longer comes from before a MaxPool, and of two
+    branches of an addition the other one is the skip branch. Where such a pair can be, it is for one convolution alone.
+    """
+    names = [node_name(node) for node in graph.quantized]
+    always = [node_name(node) for node in graph.convolutions if node.output[0] in graph.kept]
+    found: Set[str] = set()
+    for alone in (None, *names):
+        kept = [name for name in names if alone is not None and name != alone]
+        pairs = PLACEMENTS[target](FloatGraph(graph.model, [*always, *kept])).pairs
+        found.update(pairs, pairs.values())
+    return sorted(found)
+
+
+def key_of_measurements(
+    model_path: AnyPath,
+    contract: ModelContract,
+    graph: FloatGraph,
+    settings: Mapping[str, Any],
+    images: Sequence[CocoImage],
+    measured: CocoSet,
+) -> Dict[str, Any]:
+    """
+    What measurements of INT8 models depend on, as JSON gives it back: those of an equal key can be gone on with.
+
+    Args:
+        model_path: of the float model.
+        graph: with what is kept in float in any case.
+        settings: name -> value, of what else they depend on; the name is for people.
+        images: that are calibrated on.
+        measured: the images to measure on.
+    """
+    return {
+        "model": sha256_of(model_path),
+        "contract": json.loads(json.dumps(contract.to_json())),  # tuples become lists
+        **settings,
+        "package versions": package_versions(),
+        "convolutions kept in float": [node_name(n) for n in graph.convolutions if n.output[0] in graph.kept],
+        "calibration images": sha256_of_images(images),
+        "annotations": sha256_of(measured.annotations_path),
+        "measured images": sha256_of_images(measured.images),
+    }
+
+
+def ranges_from_statistics(
+    statistics: Dict[str, Statistics],
+    placement: Placement,
+    method: str,
+    target: str,
+    percentile: float = PERCENTILE,
+) -> Ranges:
+    """
+    The range of each tensor that gets a pair.
+
+    Raises:
+        CalibrationError: a tensor has one value only.
+    """
+    found = {}
+    for name in sorted(set(placement.pairs.values())):
+        seen = statistics[name]
+        if seen.minimum == seen.maximum:
+            raise CalibrationError(
+                f"the tensor {name} is {seen.minimum:g} everywhere in all calibration images; expected an activation "
+                "that varies. Are they images that the model is for? If this part of it is dead for good, keep the "
+                "convolutions beside it in float with --keep-float."
+            )
+        found[name] = range_from_statistics(seen, method, target == "tensorrt", percentile)
+    return found
