@@ -23,7 +23,7 @@ from benchmarks.measuring.bootstrap import bounds_of_draws, resampled_percentile
 from benchmarks.measuring.coco import METRICS
 from benchmarks.measuring.detections import NO_BOXES, Boxes, boxes_by_image, read_detections
 from benchmarks.measuring.environment import VARYING
-from benchmarks.measuring.result import STAGES, STATISTICS, check_same_data, read_result
+from benchmarks.measuring.result import STAGES, STATISTICS, check_same_data, read_result, reasons_from_numbers
 from benchmarks.measuring.subject import ROLES
 from benchmarks.reporting.changes import changes_from_reports, read_report
 from benchmarks.reporting.figures import (
@@ -530,7 +530,8 @@ def report_from_results(
     """The report's document: what `report.json` holds and the other two show."""
     rows = rows_from_groups(groups)
     ship = next(row for row in rows if row["role"] == ship_role)
-    limits = judge(ship, allowed)
+    timed = groups[ship_role].get("latency")
+    limits = judge(ship, allowed, reasons_from_numbers(timed["numbers"]) if timed else ())
     lineage = lineage_from_groups(groups)
     distillation = distillation_from_groups(groups)
     accuracies = [group["accuracy"] for group in groups.values() if "accuracy" in group]
@@ -572,12 +573,9 @@ def plot_from_report(report: Mapping[str, Any], allowed: Mapping[str, float]) ->
         for row in report["rows"]
         if row["AP"] is not None and row["latency_ms"]
     ]
-    most_ms = [allowed[key] for key in ("max_latency_ms",) if key in allowed]
-    if "min_speedup" in allowed:
-        most_ms.append(teacher["latency_ms"]["total"]["median"] / allowed["min_speedup"])
-    least = [allowed[key] for key in ("min_ap",) if key in allowed]
-    if "max_ap_drop" in allowed:
-        least.append(100 * teacher["AP"] - allowed["max_ap_drop"])
+    given = [(kind, allowed[kind.key]) for kind in LIMITS if kind.key in allowed]
+    most_ms = [kind.most_ms(limit, teacher) for kind, limit in given if kind.most_ms]
+    least = [kind.least_ap_points(limit, teacher) for kind, limit in given if kind.least_ap_points]
     return plot_from_points(plotted, min(most_ms, default=None), max(least, default=None))
 
 

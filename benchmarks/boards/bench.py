@@ -24,7 +24,10 @@ from benchmarks.measuring.result import (
     LEAST_RUNS,
     STAGES,
     STATISTICS,
+    UNSTABLE,
     UNSTABLE_SPREAD,
+    Reason,
+    numbers_from_reasons,
     relative_spread,
     summarize,
     write_result,
@@ -37,7 +40,9 @@ from deploy.progress import progress
 from deploy.runtime.session import Session
 from deploy.tensorrt.session import TrtSession
 
-NETWORK_ALONE = "total is that of the network alone: no image was prepared, no boxes were suppressed"
+NETWORK_ALONE = Reason(
+    "network_alone", "total is that of the network alone: no image was prepared, no boxes were suppressed"
+)
 
 Samples = Dict[str, List[float]]
 """Stage -> milliseconds of each run."""
@@ -131,18 +136,18 @@ def numbers_from_samples(
         images: in each run.
     """
     spread = relative_spread(samples["total"])
-    reasons = [NETWORK_ALONE, *clock_reasons(on_gpu=True)]
+    reasons = [NETWORK_ALONE, *(Reason("clocks", text) for text in clock_reasons(on_gpu=True))]
     if images != 1:
-        reasons.append(f"each run takes {images} images")
+        reasons.append(Reason("batch", f"each run takes {images} images"))
     if spread > UNSTABLE_SPREAD:
-        reasons.append(f"it is unstable: the interquartile range is {100 * spread:.0f} % of the median")
+        wide = f"the interquartile range is {100 * spread:.0f} % of the median"
+        reasons.append(Reason(UNSTABLE, f"it is unstable: {wide}"))
     return {
         "summary_ms": {stage: summarize(samples[stage]) if stage in samples else None for stage in STAGES},
         "samples_ms": {stage: samples.get(stage) for stage in STAGES},
         "stable": spread <= UNSTABLE_SPREAD,
         "spread": spread,
-        "comparable": False,
-        "comparable_reasons": reasons,
+        **numbers_from_reasons(reasons),
         "threads": None,
         "description": description,
         "warmup_runs": warmup,

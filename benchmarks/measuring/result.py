@@ -8,12 +8,13 @@ Versioned result files: what was measured, of which file, on which images, where
    result that holds them, in place of `samples`; `numbers` also has `best_f1`, `best_f1_per_class`, `found_scores`,
    `pr_curves`, `bootstrap` and `against`. Latency: the stages `read`, `host_to_device` and `device_to_host`, null where
    a runtime has none; the statistics `p95` and `max`; whether runs compare, memory, power, throughput.
+   Later files of it have `comparable_codes` beside `comparable_reasons`.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, Dict, Mapping, Sequence, Tuple, Union
+from typing import Any, Dict, List, Mapping, NamedTuple, Sequence, Tuple, Union
 
 import numpy as np
 
@@ -26,10 +27,18 @@ STAGES = ("read", "preprocess", "host_to_device", "inference", "device_to_host",
 """Of a detection. `total` is all of it but for `read`, from the decoded image to the detections."""
 STATISTICS = ("median", "mean", "p90", "p95", "p99", "max")
 LEAST_RUNS = 10
-UNSTABLE = "it is unstable"
-"""Begins that reason of `comparable_reasons`: runs that scatter, which the bounds of a number say already."""
+UNSTABLE = "unstable"
+"""Code of a reason: runs that scatter, which the bounds of a number say already."""
 UNSTABLE_SPREAD = 0.1
 """Interquartile range over median above which a run is called unstable (as torch.utils.benchmark does)."""
+
+
+class Reason(NamedTuple):
+    """Why a latency does not compare with others: for programs and for people."""
+
+    code: str
+    text: str
+
 
 _NUMBER = (int, float)
 _NUMBER_OR_NULL = (int, float, type(None))
@@ -136,6 +145,32 @@ def check_result(document: Any, path: AnyPath) -> None:
     if document.get("kind") not in list(_KINDS):
         raise MeasurementError(f"{path}: kind is {document.get('kind')!r}; expected one of {sorted(_KINDS)}")
     _check_keys(document, {**_COMMON, **_KINDS[document["kind"]]}, str(path), "")
+    codes = document["numbers"].get("comparable_codes")
+    if codes is not None and (
+        not isinstance(codes, list) or len(codes) != len(document["numbers"]["comparable_reasons"])
+    ):
+        raise MeasurementError(
+            f"{path}: numbers.comparable_codes is {codes!r:.80}; expected one for each of comparable_reasons. "
+            "Measure again."
+        )
+
+
+def numbers_from_reasons(reasons: Sequence[Reason]) -> Dict[str, Any]:
+    """What the `numbers` of a latency result say of whether it compares with others."""
+    return {
+        "comparable": not reasons,
+        "comparable_reasons": [reason.text for reason in reasons],
+        "comparable_codes": [reason.code for reason in reasons],
+    }
+
+
+def reasons_from_numbers(numbers: Mapping[str, Any]) -> List[Reason]:
+    """Why a latency does not compare with others, from the `numbers` of its result."""
+    texts = numbers["comparable_reasons"]
+    codes = numbers.get("comparable_codes")
+    if codes is None:  # a file from before there were codes, when all reasons of this kind began with these words
+        codes = [UNSTABLE if text.startswith("it is unstable") else "other" for text in texts]
+    return [Reason(code, text) for code, text in zip(codes, texts)]
 
 
 def check_same_data(read: Sequence[Tuple[AnyPath, Mapping[str, Any]]]) -> None:

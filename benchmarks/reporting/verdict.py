@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Dict, List, Mapping, Optional, Sequence
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
 
-from benchmarks.measuring.result import UNSTABLE
+from benchmarks.measuring.result import UNSTABLE, Reason
 from benchmarks.reporting.wording import amount, amount_between, ms, points, signed_points
 from benchmarks.toml_file import read_toml
 from deploy.errors import ConfigError, MeasurementError
@@ -16,6 +16,8 @@ Row = Dict[str, Any]
 """One model of the report: see `benchmarks.report.rows_from_groups`."""
 ROUNDING = 1e-9
 """48.0 - 47.0 points is 1 + 1e-15 in binary."""
+LEAST_TEACHER_AP = 0.01
+"""Nothing can be judged by a teacher below it: a model that finds nothing would lose nothing against it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,11 +39,44 @@ def latency_ms(row: Row, stage: str, statistic: str) -> Optional[float]:
     return summary[statistic] if summary else None
 
 
+Reasons = Sequence[Reason]
+"""What speaks against comparing the latency of the model that ships."""
+
+
+def _is_comparable(ship: Row, reasons: Reasons) -> Optional[str]:
+    """Runs that scatter are no doubt: the bounds of a number say that already."""
+    biased = [reason.text for reason in reasons if reason.code != UNSTABLE]
+    return f"its latency is not comparable: {biased[0]}" if biased else None
+
+
+def _is_timed_as_the_teacher(ship: Row, reasons: Reasons) -> Optional[str]:
+    if not ship["same_setting"]:
+        return "the teacher was timed on another machine or in another mode"
+    return _is_comparable(ship, reasons)
+
+
+def _has_a_teacher_that_finds_something(ship: Row, reasons: Reasons) -> Optional[str]:
+    teacher_ap = ship["AP"] - ship["AP_gain"]
+    if teacher_ap < LEAST_TEACHER_AP:
+        return f"the teacher's own AP is {points(teacher_ap)}: give one that has learnt"
+    return None
+
+
+def _positive(value: float) -> Optional[str]:
+    return None if value > 0 else "a positive number"
+
+
+def _points_of_ap(value: float) -> Optional[str]:
+    fraction = None if value >= 1 else f"points, 1 to 100: {100 * value:g} for that fraction"
+    return _positive(value) or fraction
+
+
 @dataclasses.dataclass(frozen=True)
 class LimitKind:
-    """A limit that a flag can set on the model that ships."""
+    """A limit that a flag can set on the model that ships, with all that is special to it."""
 
     key: str
+    """Its name in a file of limits; the flag is the same with hyphens."""
     title: str
     unit: str
     at_most: bool
@@ -51,6 +86,14 @@ class LimitKind:
     """What has to be measured for it."""
     factor: float = 1.0
     """From the estimate to the limit's unit."""
+    expected: Callable[[float], Optional[str]] = _positive
+    """What was expected in place of a number that this limit cannot have; None for one that it can."""
+    doubt: Callable[[Row, Reasons], Optional[str]] = lambda ship, reasons: None
+    """Why it cannot be told whether the limit holds, whatever the number; None if it can."""
+    most_ms: Optional[Callable[[float, Row], float]] = None
+    """The slowest median that it allows, from the limit and the teacher's row, for the chart of speed and AP."""
+    least_ap_points: Optional[Callable[[float, Row], float]] = None
+    """The lowest AP that it allows, likewise."""
 
     @property
     def flag(self) -> str:
@@ -64,13 +107,28 @@ class LimitKind:
 _NEEDS_TEACHER = "the {}{{}} and of a teacher to compare it with"
 LIMITS = (
     LimitKind(
-        "max_ap_drop", "AP drop against the teacher", "points", True, "AP_gain", _NEEDS_TEACHER.format("accuracy"), -100
+        "max_ap_drop", "AP drop against the teacher", "points", True, "AP_gain", _NEEDS_TEACHER.format("accuracy"),
+        factor=-100,
+        expected=lambda value: None,  # a negative drop demands a gain
+        doubt=_has_a_teacher_that_finds_something,
+        least_ap_points=lambda limit, teacher: 100 * teacher["AP"] - limit,
     ),
-    LimitKind("min_ap", "AP", "points", False, "AP", "the accuracy{}", 100),
-    LimitKind("max_latency_ms", "Median latency", "ms", True, "median_ms", "the latency{}"),
-    LimitKind("max_p99_ms", "p99 latency", "ms", True, "p99_ms", "the latency{}"),
     LimitKind(
-        "min_speedup", "Speed-up against the teacher", "times", False, "speedup", _NEEDS_TEACHER.format("latency")
+        "min_ap", "AP", "points", False, "AP", "the accuracy{}",
+        factor=100,
+        expected=_points_of_ap,
+        least_ap_points=lambda limit, teacher: limit,
+    ),
+    LimitKind(
+        "max_latency_ms", "Median latency", "ms", True, "median_ms", "the latency{}",
+        doubt=_is_comparable,
+        most_ms=lambda limit, teacher: limit,
+    ),
+    LimitKind("max_p99_ms", "p99 latency", "ms", True, "p99_ms", "the latency{}", doubt=_is_comparable),
+    LimitKind(
+        "min_speedup", "Speed-up against the teacher", "times", False, "speedup", _NEEDS_TEACHER.format("latency"),
+        doubt=_is_timed_as_the_teacher,
+        most_ms=lambda limit, teacher: teacher["latency_ms"]["total"]["median"] / limit,
     ),
     LimitKind("max_memory_mib", "Peak memory", "MiB", True, "memory_mib", "the latency{}, with its peak memory"),
     LimitKind(
@@ -78,9 +136,6 @@ LIMITS = (
         "the latency{}, on a device that tells its power",
     ),
 )  # fmt: skip
-TIMES = ("median_ms", "p99_ms", "speedup")
-LEAST_TEACHER_AP = 0.01
-"""Nothing can be judged by a teacher below it: a model that finds nothing would lose nothing against it."""
 _DEMAND = {"at most": "allowed", "at least": "required"}
 
 
@@ -104,25 +159,23 @@ def limits_from_file(path: AnyPath) -> Dict[str, float]:
 
 def check_limits(allowed: Mapping[str, float]) -> None:
     """Raises ConfigError for a number that no limit can have."""
-    for key, value in allowed.items():
-        flag = "--" + key.replace("_", "-")
-        if not math.isfinite(value):
-            raise ConfigError(f"{flag} is {value}; expected a number")
-        if key != "max_ap_drop" and value <= 0:
-            raise ConfigError(f"{flag} is {value}; expected a positive number")
-    if allowed.get("min_ap", 1) < 1:
-        raise ConfigError(
-            f"--min-ap is {allowed['min_ap']}; expected points, 1 to 100: {100 * allowed['min_ap']:g} for that fraction"
-        )
+    for kind in LIMITS:
+        if kind.key not in allowed:
+            continue
+        value = allowed[kind.key]
+        expected = kind.expected(value) if math.isfinite(value) else "a number"
+        if expected is not None:
+            raise ConfigError(f"{kind.flag} is {value}; expected {expected}")
 
 
-def judge(ship: Row, allowed: Mapping[str, float]) -> List[Dict[str, Any]]:
+def judge(ship: Row, allowed: Mapping[str, float], reasons: Reasons = ()) -> List[Dict[str, Any]]:
     """
     Each limit with what was measured, its bounds, and the outcome: 'pass', 'fail' or, where the limit lies between the
     bounds or there is another reason `why`, 'cannot tell'.
 
     Args:
         allowed: key of LIMITS -> number.
+        reasons: what speaks against comparing its latency.
 
     Raises:
         MeasurementError: a number that a limit needs was not measured.
@@ -136,16 +189,7 @@ def judge(ship: Row, allowed: Mapping[str, float]) -> List[Dict[str, Any]]:
             needs = kind.needs.format(f" of {ship['role']!r}, which is to ship")
             raise MeasurementError(f"{kind.flag} cannot be judged: it needs {needs}. Give these result files too.")
         measured = Estimate(**known).times(kind.factor)
-        found, why = outcome(measured, allowed[kind.key], kind.at_most), None
-        if kind.estimate == "AP_gain" and ship["AP"] - ship["AP_gain"] < LEAST_TEACHER_AP:
-            found = "cannot tell"
-            why = f"the teacher's own AP is {points(ship['AP'] - ship['AP_gain'])}: give one that has learnt"
-        elif kind.estimate == "speedup" and not ship["same_setting"]:
-            found, why = "cannot tell", "the teacher was timed on another machine or in another mode"
-        elif kind.estimate in TIMES:
-            biased = [one for one in ship["comparable_reasons"] or () if not one.startswith(UNSTABLE)]
-            if biased:
-                found, why = "cannot tell", f"its latency is not comparable: {biased[0]}"
+        why = kind.doubt(ship, reasons)
         judged.append(
             {
                 "flag": kind.flag,
@@ -156,7 +200,7 @@ def judge(ship: Row, allowed: Mapping[str, float]) -> List[Dict[str, Any]]:
                 "measured": measured.value,
                 "low": measured.low,
                 "high": measured.high,
-                "outcome": found,
+                "outcome": outcome(measured, allowed[kind.key], kind.at_most) if why is None else "cannot tell",
                 "why": why,
             }
         )

@@ -21,9 +21,9 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 
-from benchmarks.latency import OTHERS_CORES, REST_S
 from benchmarks.measuring.environment import busy_cores, read_environment
 from benchmarks.measuring.result import read_result
+from benchmarks.measuring.timing import OTHERS_CORES, REST_S
 from benchmarks.reporting.wording import UNKNOWN, ms, times
 from benchmarks.studies.jobs import Make, Processes, is_current, is_made, locked, make, printed_json
 from benchmarks.studies.tables import disturbed, interval, points, table, write_tables

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Dict, List, Mapping, Optional, Sequence
 
-from benchmarks.latency import OTHERS_CORES
+from benchmarks.measuring.timing import OTHERS_CORES
 from benchmarks.reporting.wording import UNKNOWN, markdown
 from deploy.files import AnyPath, check_writable, replacing, write_json
 

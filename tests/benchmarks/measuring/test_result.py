@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks.measuring.result import read_result
+from benchmarks.measuring.result import Reason, numbers_from_reasons, read_result, reasons_from_numbers
 from deploy.contract import RESULT_VERSION
 from deploy.errors import MeasurementError
 
@@ -71,3 +71,20 @@ def test_nan_is_never_written(result, tmp_path):
     with pytest.raises(MeasurementError, match=r"numbers\.AP is nan"):
         result("onnx-fp32", ap=float("nan"))
     assert not list(tmp_path.glob("*.result.json"))
+
+
+def test_a_reason_keeps_its_code_and_an_older_file_has_none(result):
+    reasons = [Reason("unstable", "it is unstable: 20 %"), Reason("hot", "the device was too hot")]
+    numbers = numbers_from_reasons(reasons)
+    assert numbers["comparable"] is False
+    assert reasons_from_numbers(numbers) == reasons
+    del numbers["comparable_codes"]
+    assert [reason.code for reason in reasons_from_numbers(numbers)] == ["unstable", "other"]
+    assert numbers_from_reasons([])["comparable"] is True
+
+
+@pytest.mark.parametrize("codes", [["hot"], "hot"])
+def test_codes_that_do_not_go_with_the_reasons_are_refused(result, codes):
+    path = edited(result("onnx-fp32", ms=5.0), lambda document: document["numbers"].update(comparable_codes=codes))
+    with pytest.raises(MeasurementError, match=r"numbers\.comparable_codes is .* expected one for each"):
+        read_result(path)

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from benchmarks.measuring.result import Reason
 from benchmarks.reporting.verdict import (
     LIMITS,
     Estimate,
@@ -197,11 +198,11 @@ def test_nothing_is_judged_by_a_teacher_that_finds_nothing():
 
 
 def test_times_that_do_not_compare_decide_nothing():
-    scattered = {**row(), "comparable": False, "comparable_reasons": ["it is unstable: 20 %"]}
-    assert judge(scattered, {"min_speedup": 3.0})[0]["outcome"] == "pass"  # the bounds say how far it scatters
-    hot = {**scattered, "comparable_reasons": ["it is unstable: 20 %", "the device throttled"]}
+    scatters, throttled = Reason("unstable", "it scatters"), Reason("throttled", "the device throttled")
+    (limit,) = judge(row(), {"min_speedup": 3.0}, [scatters])
+    assert limit["outcome"] == "pass"  # the bounds say how far it scatters
     for key in ("max_latency_ms", "max_p99_ms", "min_speedup"):
-        (limit,) = judge(hot, {key: 3.0})
+        (limit,) = judge(row(), {key: 3.0}, [scatters, throttled])
         assert (limit["outcome"], limit["why"]) == (
             "cannot tell",
             "its latency is not comparable: the device throttled",
@@ -209,4 +210,4 @@ def test_times_that_do_not_compare_decide_nothing():
     (limit,) = judge({**row(), "same_setting": False}, {"min_speedup": 3.0})
     assert limit["outcome"] == "cannot tell"
     assert limit["why"] == "the teacher was timed on another machine or in another mode"
-    assert judge(hot, {"min_ap": 40.0})[0]["outcome"] == "pass"
+    assert judge(row(), {"min_ap": 40.0}, [throttled])[0]["outcome"] == "pass"
