@@ -28,8 +28,8 @@ from benchmarks.boards.list import Board, boards_from_file
 from benchmarks.boards.ssh import BoardError, CommandError, Remote, check_asyncssh, connected, printable
 from benchmarks.measuring.result import check_result
 from benchmarks.reporting.wording import UNKNOWN, ms
+from deploy.board.archive import SUFFIX, unpack
 from deploy.board.commands import Bundle
-from deploy.bundle import SUFFIX, unpack
 from deploy.contract import check_seal, provenance
 from deploy.errors import ConfigError, MeasurementError, command
 from deploy.files import check_writable, replacing, sha256_of, write_json

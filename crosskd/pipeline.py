@@ -22,7 +22,8 @@ from deploy.contract import RESULT_VERSION, check_seal, read_sidecar
 from deploy.dataset import SPLITS, load_coco, split_paths
 from deploy.errors import ConfigError, PipelineError, command
 from deploy.files import check_writable, read_json, sha256_of, write_json
-from deploy.tensorrt.session import load_cuda, load_tensorrt
+from deploy.tensorrt.bindings import load_tensorrt
+from deploy.tensorrt.cuda import load_cuda
 
 TARGETS = ("onnxruntime", "tensorrt")
 

@@ -10,6 +10,7 @@ Needs numpy, OpenCV and what runs the file: ONNX Runtime for `.onnx`, TensorRT f
 
 from __future__ import annotations
 
+import importlib
 import sys
 from types import TracebackType
 from typing import List, Optional, Sequence, Tuple, Type, Union
@@ -22,9 +23,36 @@ from deploy.errors import ConfigError, DataError
 from deploy.files import AnyPath
 from deploy.runtime.postprocess import Detections, postprocess
 from deploy.runtime.preprocess import preprocess
-from deploy.runtime.session import open_session
+from deploy.runtime.session import Session
+from deploy.targets import TARGETS, target_from_path
 
 AnyImage = Union[AnyPath, np.ndarray]
+
+
+def open_session(
+    path: AnyPath, threads: Optional[int] = None, provider: Optional[str] = None, runtime: Optional[str] = None
+) -> Session:
+    """
+    The session for a model file.
+
+    Args:
+        threads: of the CPU; None leaves the choice to the runtime.
+        provider: as `deploy.runtime.session.OrtSession`; None: its default.
+        runtime: as `target_from_path`.
+
+    Raises:
+        ConfigError: threads or a provider for a runtime that does not know them, or as `target_from_path`.
+        Otherwise as `target_from_path` and the session itself.
+    """
+    target = target_from_path(path, runtime)
+    options = {name: value for name, value in (("threads", threads), ("provider", provider)) if value is not None}
+    for name in options:
+        if name not in target.session_options:
+            able = " and ".join(other.title for other in TARGETS.values() if name in other.session_options)
+            raise ConfigError(f"{name} is given for {path}, and is for {able} alone: leave it out with {target.title}")
+    module, _, name = target.session.rpartition(".")
+    session: Session = getattr(importlib.import_module(module), name)(path, **options)
+    return session
 
 
 class Detector:
@@ -37,7 +65,7 @@ class Detector:
         model: the ONNX or engine file, with its sidecar.
         score_threshold: detections with a lower score are dropped. Below the model's own threshold it changes nothing:
             that is low, so that AP is that of mmdet; for pictures 0.3 is usual.
-        threads, provider: as `OrtSession`, for an ONNX file alone; None: its defaults.
+        threads, provider, runtime: as `open_session`.
 
     Raises:
         ConfigError: the threshold is no score.
@@ -50,11 +78,12 @@ class Detector:
         score_threshold: float = 0.0,
         threads: Optional[int] = None,
         provider: Optional[str] = None,
+        runtime: Optional[str] = None,
     ) -> None:
         if not 0 <= score_threshold < 1:
             raise ConfigError(f"the score threshold is {score_threshold}; expected 0 to below 1")
         self.score_threshold = score_threshold
-        self._session = open_session(model, threads, provider)
+        self._session = open_session(model, threads, provider, runtime)
         self.contract: ModelContract = self._session.contract
 
     @property

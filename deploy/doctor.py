@@ -184,7 +184,7 @@ def _kernel_driver() -> str:
 
 
 def _cuda_binding() -> Found:
-    from deploy.tensorrt.session import load_cuda
+    from deploy.tensorrt.cuda import load_cuda
 
     try:
         load_cuda("running engines").close()
@@ -196,7 +196,7 @@ def _cuda_binding() -> Found:
 
 
 def _gpu() -> Found:
-    from deploy.tensorrt.session import load_cuda
+    from deploy.tensorrt.cuda import load_cuda
 
     cuda = load_cuda("running engines")
     try:
@@ -211,7 +211,7 @@ def _gpu() -> Found:
 
 
 def _tensorrt() -> Found:
-    from deploy.tensorrt.session import load_tensorrt
+    from deploy.tensorrt.bindings import load_tensorrt
 
     trt: Any = load_tensorrt("building and running engines")
     if not hasattr(trt.IExecutionContext, "execute_async_v3"):

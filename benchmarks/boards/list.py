@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
 
 from benchmarks.toml_file import read_toml
+from deploy.board.archive import NAME
 from deploy.board.commands import SOURCE_OF
-from deploy.bundle import NAME
 from deploy.errors import ConfigError
 from deploy.files import AnyPath
 

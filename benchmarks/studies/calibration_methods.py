@@ -30,10 +30,11 @@ from benchmarks.studies.tables import disturbed, interval, points, table, write_
 from deploy.commands import shell_line
 from deploy.contract import provenance, read_sidecar
 from deploy.dataset import SPLITS, load_coco, read_image, split_paths
+from deploy.detector import open_session
 from deploy.errors import ConfigError, MeasurementError, PipelineError
 from deploy.files import read_json, sha256_of, write_json
 from deploy.runtime.preprocess import preprocess
-from deploy.runtime.session import Session, open_session
+from deploy.runtime.session import Session
 
 TARGETS = {"onnxruntime": "ONNX Runtime", "tensorrt": "TensorRT"}
 """Of calibration.quantize, and what the tables call them."""

@@ -15,12 +15,13 @@ from typing import Any, Dict, List, Mapping, Optional, Tuple
 import numpy as np
 
 from deploy.board.run import MANIFEST
-from deploy.build_trt import Graph, add_build_arguments, make_engine, open_machine, options_from_arguments
 from deploy.contract import OUTPUTS, ModelContract, read_sidecar
 from deploy.errors import ConfigError, ContractError, MissingDependencyError
 from deploy.runtime.golden import TOLERANCES, check_agreement, words_of_agreement
 from deploy.runtime.session import Arrays, Session
-from deploy.tensorrt.builder import check_options
+from deploy.runtime.sources import add_picture_arguments, picture_options_from_arguments
+from deploy.tensorrt.engine import NetworkSource, make_engine, open_machine
+from deploy.tensorrt.options import add_build_arguments, check_options, options_from_arguments
 from deploy.tensorrt.session import TrtSession
 
 BUNDLE_VERSION = 1
@@ -137,14 +138,14 @@ def build(folder: Path, words: Optional[List[str]] = None) -> int:
     options = options_from_arguments(arguments)
     output: Path = arguments.output or folder / f"{folder.name}.{options.precision}.engine"
     source = bundle.source(options.precision)
-    machine = open_machine(arguments, options, output)
+    machine = open_machine(options, output, arguments.timing_cache, arguments.no_timing_cache, arguments.verbose)
     check_options(machine.trt, options, bundle.contract)
     graph = source["graphs"][machine.recipe.graph]
     make_engine(
         machine,
         options,
         output,
-        Graph((folder / graph["file"]).read_bytes(), graph["float_tensors"], graph["kept"], source["amax"]),
+        NetworkSource((folder / graph["file"]).read_bytes(), graph["float_tensors"], graph["kept"], source["amax"]),
         bundle.contract,
         {"onnx": folder / source["file"], "graph": folder / graph["file"]},
         source["parameters"],
@@ -188,16 +189,15 @@ def add_engine_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def detect(folder: Path, words: Optional[List[str]] = None) -> int:
-    """Runs `deploy.detect` with an engine of the bundle."""
+    """Draws what an engine of the bundle sees."""
     parser = argparse.ArgumentParser(
         prog="python3 run.py detect",
-        usage="python3 run.py detect [--engine FILE] SOURCE... [-o DIR] [--score SCORE] [--json FILE]",
         description="Draw what an engine sees in images, folders of them, videos or a camera (its number). Needs "
         "OpenCV, which the other commands do not.",
-        allow_abbrev=False,
     )
     add_engine_argument(parser)
-    arguments, others = parser.parse_known_args(words)
+    add_picture_arguments(parser)
+    arguments = parser.parse_args(words)
     try:
         import cv2  # noqa: F401
     except ImportError as error:
@@ -206,6 +206,11 @@ def detect(folder: Path, words: Optional[List[str]] = None) -> int:
             f"pip install opencv-python-headless (or apt install python3-opencv). Python says: {error}",
         ) from error  # fmt: skip
     engine, _ = Bundle(folder).engine(arguments.engine)
-    from deploy.detect import main
+    from deploy.detector import Detector
+    from deploy.runtime.pictures import detect_in_pictures
 
-    return main([str(engine), *others])
+    options = picture_options_from_arguments(arguments, engine)
+    with Detector(engine, options.score_threshold) as detector:
+        print(f"{engine} on {detector.description}")
+        detect_in_pictures(detector, detector.contract, options)
+    return 0

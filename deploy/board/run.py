@@ -78,7 +78,3 @@ def _sha256_of(path: Path) -> str:  # not deploy.files': nothing of the bundle i
 def _refuse(message: str) -> int:
     print(f"error: {message}", file=sys.stderr)
     return 2
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], Path(__file__).resolve().parent))

@@ -19,7 +19,7 @@ import numpy as np
 
 from deploy.errors import EngineBuildError
 from deploy.graphs.graph import ONNX_DOMAINS, constants, producers
-from deploy.tensorrt.session import version_numbers
+from deploy.targets import version_numbers
 
 if TYPE_CHECKING:
     import onnx

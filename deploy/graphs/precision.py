@@ -43,7 +43,7 @@ LARGEST_HALF = 65504.0
 LARGEST_SEEN = LARGEST_HALF / 2
 """Of an activation in calibration: other images reach further."""
 GRAPHS = ("fp32", "fp16", "int8", "int8_fp32_scales")
-"""The forms that `typed_graph` makes, and `deploy.tensorrt.builder.recipe_for` asks for.
+"""The forms that `typed_graph` makes, and `deploy.tensorrt.options.recipe_for` asks for.
 
 fp32: no Q/DQ. fp16: FP16 up to the last convolutions. int8: the same with Q/DQ of FP16 scales. int8_fp32_scales: FP32
 with Q/DQ of FP32 scales.

@@ -1,8 +1,7 @@
 """
-One interface to run a model: `infer(feed) -> outputs`, as a context manager.
+One interface to run a model: `infer(feed) -> outputs`, as a context manager. `OrtSession` is that of ONNX Runtime.
 
-`OrtSession` runs ONNX files, `deploy.tensorrt.session.TrtSession` TensorRT engines; `open_session` chooses by the
-file's suffix.
+The sessions of other runtimes stand in their own rooms; `deploy.detector.open_session` chooses among them.
 """
 
 from __future__ import annotations
@@ -218,27 +217,3 @@ def _check_tensors(runtime: Any, contract: ModelContract, path: AnyPath) -> Dict
 def _sizes(shape: Any) -> Tuple[int, ...]:
     """With -1 for what the graph leaves open, where ONNX Runtime has a name or None."""
     return tuple(size if isinstance(size, int) else -1 for size in shape)
-
-
-def open_session(path: AnyPath, threads: Optional[int] = None, provider: Optional[str] = None) -> Session:
-    """
-    The session for a model file, chosen by its suffix: `.onnx` or `.engine`.
-
-    Args:
-        threads, provider: as `OrtSession`, for an ONNX file alone; None: its defaults.
-
-    Raises:
-        ConfigError: threads or a provider for an engine.
-        ContractError: another suffix.
-        Otherwise as the session itself.
-    """
-    suffix = Path(path).suffix
-    if suffix == ".onnx":
-        return OrtSession(path, provider or "CPUExecutionProvider", threads)
-    if suffix == ".engine":
-        if threads is not None or provider is not None:
-            raise ConfigError(f"threads and provider are ONNX Runtime's; leave them out for the engine {path}")
-        from deploy.tensorrt.session import TrtSession  # which itself builds on this module
-
-        return TrtSession(path)
-    raise ContractError(f"cannot run {path}: its suffix is {suffix!r}; expected .onnx or .engine")

@@ -1,182 +1,26 @@
 """
 Serialised ONNX graph -> TensorRT engine, for TensorRT 8.5 to 11.4.
 
-Needs TensorRT and numpy, and no onnx: it runs on a board that has no more. The command is `deploy.build_trt`.
-
-What a version can do is asked of its bindings, never read from its number. Two ways lead to FP16 and INT8:
-
-- strong typing (TensorRT 10 and 11): the graph says the type of every tensor;
-- flags (TensorRT 8, and 10): the graph is FP32, flags allow FP16 and INT8, and TensorRT chooses. The tensors that must
-  stay FP32 are told to it as constraints, which it has to obey.
-
-`recipe_for` says which of them is used, and for which form of the graph (`deploy.graphs.precision.GRAPHS`).
+Needs TensorRT and numpy, and no onnx: it runs on a board that has no more. `deploy.tensorrt.engine` makes a checked
+file of what is built here.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import json
-import os
-import re
 import signal
 import sys
 import threading
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, Mapping, Optional, Tuple
 
-from deploy.contract import ModelContract, sidecar_path, write_sidecar
-from deploy.errors import ConfigError, EngineBuildError
-from deploy.files import AnyPath, replacing
+from deploy.errors import EngineBuildError
+from deploy.files import replacing
 from deploy.graphs.calibration_cache import text_from_amax
 from deploy.progress import progress
-from deploy.tensorrt.session import logger
-
-SCALES = ("fp16", "fp32")
-
-
-@dataclasses.dataclass(frozen=True)
-class BuildOptions:
-    """What a user may ask for. The sidecar of an engine has these keys."""
-
-    precision: str = "fp32"
-    scales: Optional[str] = None
-    """Type of the scales of Q/DQ: 'fp16', 'fp32', or None for 'fp16' where there is strong typing, else 'fp32'."""
-    workspace_mib: Optional[int] = None
-    """None: all of the device's memory."""
-    shapes: Optional[Tuple[int, int, int]] = None
-    """Least, most usual and largest batch, for a graph that takes any."""
-    opt_level: Optional[int] = None
-    """0 to 5; None: TensorRT's own, 3."""
-    dla_core: Optional[int] = None
-    """None: the GPU."""
-    gpu_fallback: bool = False
-    """Whether the GPU may run what the DLA cannot."""
-    hardware_compatible: bool = False
-    """For each GPU from Ampere on, not this one alone."""
-    version_compatible: bool = False
-    """For later versions of the same major version too."""
-
-
-class Typing(NamedTuple):
-    """What a TensorRT takes precision from."""
-
-    version: str
-    strong: bool
-    """From the graph."""
-    flags: bool
-    """From builder flags."""
-
-
-class Recipe(NamedTuple):
-    """How a network is made."""
-
-    graph: str
-    """One of `deploy.graphs.precision.GRAPHS`."""
-    strongly_typed: bool
-    flags: Tuple[str, ...] = ()
-    """Names of builder flags that allow types."""
-    calibrated: bool = False
-    """Whether the ranges for INT8 come from a calibration cache."""
-
-    @property
-    def has_half(self) -> bool:
-        """Whether FP16 is used."""
-        return self.graph in ("fp16", "int8") or "FP16" in self.flags
-
-
-def typing_of(trt: ModuleType) -> Typing:
-    """What this TensorRT takes precision from."""
-    return Typing(
-        trt.__version__,
-        hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED"),
-        hasattr(trt.BuilderFlag, "FP16"),
-    )
-
-
-def typing_of_version(version: str) -> Typing:
-    """The same of a version that is not here: strong typing came with 10.0, the flags went with 11.0."""
-    found = re.match(r"\d+", version)
-    if not found:
-        raise ConfigError(f"{version!r} is no version of TensorRT; expected numbers, as 10.3")
-    major = int(found[0])
-    return Typing(version, major >= 10, major < 11)
-
-
-def recipe_for(options: BuildOptions, typing: Typing) -> Recipe:
-    """
-    How an engine of these options is made.
-
-    INT8 with scales in FP32 is for devices whose compiler refuses FP16 scales (SM 8.7 with TensorRT 10.16.2). Where
-    there are flags, they still let the rest be FP16. TensorRT 11 has none: the rest then is FP32, and slower. On the
-    DLA INT8 comes from a calibration cache where there are flags: it knows no Q/DQ before TensorRT 11.
-
-    Raises:
-        EngineBuildError: this TensorRT, or the DLA, does not have what is asked for.
-    """
-    if options.precision == "fp32":
-        if options.dla_core is not None:
-            raise EngineBuildError("--dla-core is given for FP32; a DLA runs FP16 and INT8 only: add --fp16 or --int8")
-        return Recipe("fp32", typing.strong)
-    if options.scales == "fp16" and not typing.strong:
-        raise EngineBuildError(_lacks(typing.version, "--scales fp16", "10.0"))
-    on_dla_by_flags = options.dla_core is not None and typing.flags
-    if options.precision == "fp16":
-        return Recipe("fp16", True) if typing.strong and not on_dla_by_flags else Recipe("fp32", False, ("FP16",))
-    flags = ("FP16", "INT8") if typing.flags else ()
-    if on_dla_by_flags:
-        if options.scales is not None:
-            raise EngineBuildError(
-                f"--scales {options.scales} is given for a DLA of TensorRT {typing.version}, which takes ranges, no "
-                "Q/DQ: leave it out"
-            )
-        return Recipe("fp32", False, flags, calibrated=True)
-    if typing.strong and options.scales != "fp32":
-        return Recipe("int8", True)
-    return Recipe("int8_fp32_scales", not typing.flags, flags)
-
-
-def check_options(trt: ModuleType, options: BuildOptions, contract: ModelContract) -> None:
-    """
-    Raises EngineBuildError if this TensorRT lacks an option, ConfigError if options and model do not go together.
-    """
-    recipe_for(options, typing_of(trt))
-    config = trt.IBuilderConfig
-    for asked, here, name, since in (
-        (options.opt_level is not None, hasattr(config, "builder_optimization_level"), "--opt-level", "8.6"),
-        (options.hardware_compatible, hasattr(config, "hardware_compatibility_level"), "--hardware-compatible", "8.6"),
-        (options.version_compatible, hasattr(trt.BuilderFlag, "VERSION_COMPATIBLE"), "--version-compatible", "8.6"),
-    ):
-        if asked and not here:
-            raise EngineBuildError(_lacks(trt.__version__, name, since))
-    batch = contract.input_shape[0]
-    if batch == -1 and options.shapes is None:
-        raise ConfigError(
-            "the model takes any number of images, --shapes is missing; expected the least, usual and largest batch: "
-            "--shapes 1 4 8"
-        )
-    if batch != -1 and options.shapes is not None:
-        raise ConfigError(
-            f"--shapes is given for a model that takes {batch} image(s) at a time: leave it out, or export with "
-            "--batch dynamic"
-        )
-
-
-def _lacks(version: str, option: str, since: str) -> str:
-    return f"TensorRT {version} does not have {option}; expected TensorRT {since} or newer: leave it out"
-
-
-def default_timing_cache(machine: Mapping[str, str]) -> Path:
-    """
-    The file in the user's cache folder for this device, TensorRT and CUDA, to which such a cache is tied.
-
-    Args:
-        machine: of `deploy.tensorrt.session.describe_machine`.
-    """
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "crosskd" / "timing"
-    words = [machine["device"], f"tensorrt{machine['tensorrt']}", f"cuda{machine['cuda_runtime']}"]
-    return folder / (re.sub(r"[^\w.]+", "-", "-".join(words)) + ".cache")
+from deploy.tensorrt.bindings import logger
+from deploy.tensorrt.options import BuildOptions, Recipe, recipe_for, typing_of
 
 
 def build_plan(
@@ -255,26 +99,6 @@ def build_plan(
         with replacing(timing_cache) as temporary:
             temporary.write_bytes(bytes(config.get_timing_cache().serialize()))
     return bytes(plan)
-
-
-def write_engine(
-    path: Path, plan: bytes, inputs: Mapping[str, AnyPath], contract: ModelContract, details: Mapping[str, Any]
-) -> None:
-    """
-    Writes an engine with its sidecar: both, or none.
-
-    Raises:
-        PipelineError: one of them cannot be written, say since the disk is full.
-    """
-    with replacing(path) as temporary:
-        temporary.write_bytes(plan)
-    try:
-        write_sidecar(path, inputs, contract, details)
-    except BaseException:
-        path.unlink()  # without its sidecar it is of no use
-        with contextlib.suppress(FileNotFoundError):
-            sidecar_path(path).unlink()  # of an engine that was here before
-        raise
 
 
 def _creation_flags(trt: ModuleType, recipe: Recipe) -> int:
@@ -432,120 +256,3 @@ def _progress_monitor(trt: ModuleType) -> Any:
                         pass
 
     return Monitor()
-
-
-# What was built
-
-
-TYPE_WORDS = (("int8", r"int8"), ("fp16", r"fp16|half"), ("fp32", r"fp32|float(?!\d)|float32"))
-"""Precision -> how the inspector writes it: "Row major linear FP32", "... vectorized row major Int8 format", "Half"."""
-
-
-def coverage(trt: ModuleType, plan: bytes, options: BuildOptions) -> Dict[str, Any]:
-    """
-    What TensorRT's inspector says about the engine's layers, as `coverage_from_json`.
-
-    Raises:
-        EngineBuildError: the engine cannot be read back.
-    """
-    log = logger(trt)
-    log.errors.clear()
-    runtime = trt.Runtime(log)
-    if options.version_compatible:
-        runtime.engine_host_code_allowed = True  # such an engine holds code of the host's; it was built just now
-    if options.dla_core is not None:
-        runtime.DLA_core = options.dla_core
-    engine = runtime.deserialize_cuda_engine(plan)
-    if engine is None:
-        raise EngineBuildError(f"TensorRT {trt.__version__} cannot read its own engine: {log.reasons()}")
-    return coverage_from_json(engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON))
-
-
-def coverage_from_json(text: str) -> Dict[str, Any]:
-    """
-    Count and share of layers by the type that they work on (that of their first floating-point or INT8 input).
-
-    Keys: `layers` and `convolutions`, each {"int8" | "fp16" | "fp32" | "other": {"count", "share"}}; `reformats`:
-    layers that only copy and convert, which are not counted in `layers`; `compiled`: blocks that TensorRT compiled as
-    one, whose inside it does not tell; `reason`: None, or why the others are None, where the text's form is not known.
-
-    Args:
-        text: of EngineInspector.get_engine_information, JSON. Each layer is an object if the engine was built with
-            detailed profiling, else a name. Its inputs have a "Format/Datatype" up to TensorRT 10, and these two apart
-            in 11.
-    """
-    try:
-        document = json.loads(text)
-        layers = document["Layers"]
-        if not layers or not all(isinstance(layer, dict) for layer in layers):
-            return _unknown("the inspector gives names of layers and no types")
-        kinds = [_kind_of(layer) for layer in layers]
-        precisions = [_precision_of(layer) for layer in layers]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        return _unknown(f"the inspector's text has an unknown form: {error!r}")
-    if all(precision == "other" for precision in precisions):
-        return _unknown("the inspector gives no types that are known")
-    pairs = list(zip(kinds, precisions))
-    return {
-        "layers": _shares([precision for kind, precision in pairs if kind != "reformat"]),
-        "convolutions": _shares([precision for kind, precision in pairs if kind == "convolution"]),
-        "reformats": kinds.count("reformat"),
-        "compiled": kinds.count("compiled"),
-        "reason": None,
-    }
-
-
-def _unknown(reason: str) -> Dict[str, Any]:
-    return {"layers": None, "convolutions": None, "reformats": None, "compiled": None, "reason": reason}
-
-
-def _kind_of(layer: Mapping[str, Any]) -> str:
-    words = f"{layer.get('LayerType', '')} {layer.get('ParameterType', '')}".lower()
-    if "reformat" in words or "noop" in words:
-        return "reformat"
-    if "ForeignNode" in str(layer["Name"]) or "myelin" in words:
-        return "compiled"
-    return "convolution" if "conv" in words else "other"
-
-
-def _precision_of(layer: Mapping[str, Any]) -> str:
-    for tensor in layer["Inputs"] or layer["Outputs"]:
-        text = " ".join(str(value) for key, value in tensor.items() if "datatype" in key.lower()).lower()
-        for precision, words in TYPE_WORDS:
-            if re.search(rf"\b(?:{words})\b", text):
-                return precision
-    return "other"
-
-
-def _shares(precisions: List[str]) -> Dict[str, Dict[str, float]]:
-    return {
-        precision: {
-            "count": precisions.count(precision),
-            "share": round(precisions.count(precision) / len(precisions), 4) if precisions else 0.0,
-        }
-        for precision in ("int8", "fp16", "fp32", "other")
-    }
-
-
-def check_precision(found: Mapping[str, Any], precision: str) -> None:
-    """
-    Raises EngineBuildError if an engine that shall have INT8 has none.
-
-    Args:
-        found: of `coverage`.
-    """
-    if precision != "int8":
-        return
-    if found["layers"] is None:
-        print(f"warning: nothing tells whether the engine has INT8 layers: {found['reason']}", file=sys.stderr)
-    elif found["layers"]["int8"]["count"] == 0:
-        if found["compiled"] == 0:
-            raise EngineBuildError(
-                "the engine has no INT8 layer, so it was not kept: TensorRT found FP16 faster everywhere, or the "
-                "device has no INT8. Build with --fp16, or try another --scales or --opt-level."
-            )
-        print(
-            f"warning: no INT8 layer is seen in the engine; {found['compiled']} blocks were compiled as one, and may "
-            "have some inside: compare its latency with that of --fp16",
-            file=sys.stderr,
-        )

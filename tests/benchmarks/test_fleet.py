@@ -26,10 +26,10 @@ from benchmarks.boards import ssh
 from benchmarks.boards.list import Board, boards_from_file
 from benchmarks.measuring.result import STAGES, STATISTICS, read_result, write_result
 from benchmarks.reporting.wording import UNKNOWN
+from deploy.board.archive import pack
 from deploy.board.commands import BUNDLE_VERSION
 from deploy.board.run import MANIFEST
 from deploy.bundle import main as make_bundle
-from deploy.bundle import pack
 from deploy.contract import sidecar_path, write_sidecar
 from deploy.errors import ConfigError
 from tests.stand_ins.detector import CONTRACT, write_detector

@@ -13,6 +13,7 @@ import pytest
 from deploy import detect
 from deploy.detector import Detector
 from deploy.runtime.draw import colour_of, draw
+from deploy.runtime.pictures import FRAMES_PER_S
 from deploy.runtime.postprocess import Detections
 
 ROOT = Path(__file__).parents[2]
@@ -233,7 +234,7 @@ def test_a_camera_runs_until_it_is_stopped(
     assert _run(model, "3", "-o", "out") == status
     assert camera.released
     assert _frames(tmp_path / "out" / "camera3.mp4") == 4
-    assert real(str(tmp_path / "out" / "camera3.mp4")).get(cv2.CAP_PROP_FPS) == detect.FRAMES_PER_S
+    assert real(str(tmp_path / "out" / "camera3.mp4")).get(cv2.CAP_PROP_FPS) == FRAMES_PER_S
     results = _results(tmp_path / "out" / "results.json")
     assert {(one["file_name"], one["frame"]) for one in results} == {("camera 3", frame) for frame in range(4)}
     if status:

@@ -59,7 +59,7 @@ def echo(detector_contract: ModelContract, monkeypatch: pytest.MonkeyPatch) -> C
     def install(batch: int) -> Echo:
         values: Dict[str, Any] = {"mean": (0.0, 0.0, 0.0), "std": (255.0, 255.0, 255.0)}
         session = Echo(dataclasses.replace(detector_contract, input_shape=(batch, 3, 64, 64), **values))
-        monkeypatch.setattr(deploy.detector, "open_session", lambda path, threads, provider: session)
+        monkeypatch.setattr(deploy.detector, "open_session", lambda path, *settings: session)
         return session
 
     return install

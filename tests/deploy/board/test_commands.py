@@ -14,8 +14,8 @@ import pytest
 
 from benchmarks.measuring.result import STAGES, read_result
 from deploy.board import run
+from deploy.board.archive import MODULES, unpack
 from deploy.board.run import MANIFEST
-from deploy.bundle import MODULES, unpack
 from deploy.bundle import main as make_bundle
 from deploy.contract import ModelContract, sidecar_path, write_sidecar
 from deploy.tensorrt import builder
@@ -151,7 +151,7 @@ def test_the_graph_is_that_of_the_version(
         built.update(model=model, float_tensors=float_tensors, amax=amax)
         return real(module, model, options, float_tensors, amax, *rest)
 
-    monkeypatch.setattr("deploy.build_trt.build_plan", record)
+    monkeypatch.setattr("deploy.tensorrt.engine.build_plan", record)
     trt.test.dla_cores = 1
     if "--dla-core" in words:  # the stand-in sees INT8 in Q/DQ alone
         trt.test.inspector = '{"Layers": [{"Name": "all", "Inputs": [{"Format/Datatype": "Int8"}], "Outputs": []}]}'

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from deploy.contract import load_contract, sidecar_path, write_sidecar
+from deploy.detector import open_session
 from deploy.errors import ConfigError, ContractError, MissingDependencyError, PipelineError
-from deploy.runtime.session import OrtSession, Session, open_session
-from deploy.tensorrt.session import describe_machine, load_cuda
+from deploy.runtime.session import OrtSession, Session
+from deploy.tensorrt.cuda import load_cuda
+from deploy.tensorrt.session import describe_machine
 
 KINDS = ["onnx", "engine"]
 Open = Callable[..., Session]
@@ -231,7 +233,7 @@ def test_an_unknown_suffix_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("setting", [{"threads": 2}, {"provider": "CPUExecutionProvider"}])
 def test_settings_of_onnx_runtime_for_an_engine_are_refused(tmp_path: Path, setting: Dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=r"threads and provider are ONNX Runtime's.*model\.engine"):
+    with pytest.raises(ConfigError, match=r"is given for .*model\.engine, and is for ONNX Runtime alone: leave it out"):
         open_session(tmp_path / "model.engine", **setting)
 
 

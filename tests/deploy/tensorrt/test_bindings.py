@@ -17,6 +17,7 @@ from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import pytest
 
+from deploy.tensorrt.bindings import logger
 from tests.tensorrt_api import check_usage
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -30,6 +31,19 @@ WHEELS = {
     "11.4.0.106": "tensorrt-cu13-bindings",
 }
 Install = Callable[[str], Any]
+
+
+def test_the_logger_keeps_errors(fake_tensorrt: Callable[[str], Any], capsys: pytest.CaptureFixture[str]) -> None:
+    trt = fake_tensorrt("10.3.0")
+    log = logger(trt)
+    assert logger(trt) is log
+    log.log(trt.ILogger.Severity.WARNING, "slow")
+    log.log(trt.ILogger.Severity.ERROR, "broken")
+    assert log.reasons() == "broken"
+    assert capsys.readouterr().err == ""
+    log.verbose = True
+    log.log(trt.ILogger.Severity.VERBOSE, "tactic")
+    assert capsys.readouterr().err == "tensorrt verbose: tactic\n"
 
 
 # What we use ----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,122 @@
+"""
+What a model runs on: the one list of runtimes that flags, sidecars, result files, the doctor and the report go by.
+
+A further runtime takes its entry here, a folder of its own under `deploy/` and in it its session.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from pathlib import Path
+from typing import Optional, Tuple
+
+from deploy.errors import ConfigError, ContractError
+from deploy.files import AnyPath
+
+
+@dataclasses.dataclass(frozen=True)
+class Role:
+    """What a model of one precision on one runtime is in the report."""
+
+    name: str
+    title: str
+    precision: str
+    """'fp32', 'fp16' or 'int8'."""
+    made_from: str
+    """The role that it is compared with: the same network one step before."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A runtime."""
+
+    name: str
+    """As flags and files write it."""
+    title: str
+    suffix: str
+    """Of the files that it runs. Several runtimes may take one suffix: the first of TARGETS does unless told."""
+    session: str
+    """Its `deploy.runtime.session.Session`: module and class, imported when a file is opened."""
+    session_options: Tuple[str, ...]
+    """What the session takes beside the file: 'threads', 'provider'."""
+    on_gpu: bool
+    """Whether it needs a GPU, and runs the network there."""
+    needs: Tuple[str, ...]
+    """What has to be installed, by the names of `deploy.doctor`."""
+    signed: Optional[bool]
+    """Whether activations are quantised to int8 around 0 (True) or to uint8 (False) in a graph that is meant for it.
+
+    None: `calibration` makes no graphs for it, it runs those of the others.
+    """
+    roles: Tuple[Role, ...]
+
+
+TARGETS = {
+    target.name: target
+    for target in (
+        Target(
+            name="onnxruntime",
+            title="ONNX Runtime",
+            suffix=".onnx",
+            session="deploy.runtime.session.OrtSession",
+            session_options=("threads", "provider"),
+            on_gpu=False,
+            needs=("onnxruntime",),
+            signed=False,
+            roles=(
+                Role("onnx-fp32", "ONNX FP32", "fp32", "student"),
+                Role("onnx-int8", "ONNX INT8", "int8", "onnx-fp32"),
+            ),
+        ),
+        Target(
+            name="tensorrt",
+            title="TensorRT",
+            suffix=".engine",
+            session="deploy.tensorrt.session.TrtSession",
+            session_options=(),
+            on_gpu=True,
+            needs=("tensorrt", "cuda binding", "gpu"),
+            signed=True,
+            roles=(
+                Role("engine-fp16", "TensorRT FP16", "fp16", "onnx-fp32"),
+                Role("engine-int8", "TensorRT INT8", "int8", "onnx-int8"),
+            ),
+        ),
+    )
+}
+QUANTISED_FOR = tuple(name for name, target in TARGETS.items() if target.signed is not None)
+"""Those that an INT8 graph can be made for."""
+SUFFIXES = tuple(dict.fromkeys(target.suffix for target in TARGETS.values()))
+
+
+def target_from_path(path: AnyPath, runtime: Optional[str] = None) -> Target:
+    """
+    What runs the model file at `path`.
+
+    Args:
+        runtime: a name of TARGETS; None: the first that takes files of this suffix.
+
+    Raises:
+        ConfigError: there is no such runtime, or it does not take such files.
+        ContractError: no runtime takes files of this suffix.
+    """
+    suffix = Path(path).suffix
+    takers = [target for target in TARGETS.values() if target.suffix == suffix]
+    if not takers:
+        raise ContractError(f"cannot run {path}: its suffix is {suffix!r}; expected {' or '.join(SUFFIXES)}")
+    if runtime is None:
+        return takers[0]
+    if runtime not in TARGETS:
+        raise ConfigError(f"the runtime is {runtime!r}; expected one of {', '.join(TARGETS)}")
+    if TARGETS[runtime] not in takers:
+        raise ConfigError(
+            f"{TARGETS[runtime].title} does not run {path}; expected a file that ends in {TARGETS[runtime].suffix}, or "
+            f"the runtime {' or '.join(target.name for target in takers)}"
+        )
+    return TARGETS[runtime]
+
+
+def version_numbers(version: str) -> Tuple[int, ...]:
+    """(10, 13, 3, 9) for "10.13.3.9.post1"."""
+    return tuple(int(part) for part in itertools.takewhile(str.isdigit, version.split(".")))

@@ -1,0 +1,177 @@
+"""
+A TensorRT engine for this machine's device: built, compared with a reference, and kept with its sidecar if it is right.
+
+Needs TensorRT, numpy and one of cuda-python and pycuda: it runs on a board that has no more. The commands are
+`deploy.build_trt` and `run.py build` of a bundle.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import re
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Dict, Mapping, NamedTuple, Optional, Sequence
+
+from deploy.contract import ModelContract, sidecar_path, write_sidecar
+from deploy.files import AnyPath, check_writable, replacing
+from deploy.runtime.golden import TOLERANCES, check_agreement, words_of_agreement
+from deploy.runtime.session import Session
+from deploy.tensorrt.bindings import load_tensorrt
+from deploy.tensorrt.builder import build_plan
+from deploy.tensorrt.coverage import check_precision, coverage
+from deploy.tensorrt.cuda import load_cuda
+from deploy.tensorrt.options import BuildOptions, Recipe, describe_recipe, recipe_for, typing_of
+from deploy.tensorrt.session import PlanSession, describe_machine
+
+
+class Machine(NamedTuple):
+    """The TensorRT and the device that build, and how."""
+
+    trt: ModuleType
+    here: Dict[str, str]
+    """Of `deploy.tensorrt.session.describe_machine`."""
+    recipe: Recipe
+    timing_cache: Optional[Path]
+    verbose: bool
+
+
+class NetworkSource(NamedTuple):
+    """What an engine is built from: a graph in the form that a recipe wants."""
+
+    model: bytes
+    float_tensors: Sequence[str]
+    kept: Mapping[str, Sequence[str]]
+    """As `deploy.graphs.precision.TypedGraph`."""
+    amax: Mapping[str, float]
+    """Of activations that have Q/DQ."""
+
+
+def open_machine(
+    options: BuildOptions, output: Path, timing_cache: Optional[Path], no_timing_cache: bool, verbose: bool
+) -> Machine:
+    """
+    The TensorRT and the device here; both and the disk are asked for what is wanted before anything is done.
+
+    Args:
+        timing_cache: the file of measured kernels; None: one in the user's cache folder.
+        no_timing_cache: use and keep none.
+        verbose: print all that TensorRT logs.
+
+    Raises:
+        MissingDependencyError, PipelineError: there is no TensorRT, no CUDA or no device.
+        EngineBuildError: as `recipe_for`.
+    """
+    needed_for = f"building {output}"
+    trt = load_tensorrt(needed_for)
+    cuda = load_cuda(needed_for)
+    try:
+        here = describe_machine(trt, cuda)
+    finally:
+        cuda.close()
+    cache = None if no_timing_cache else timing_cache or default_timing_cache(here)
+    for path in filter(None, (output, cache)):
+        check_writable(path)
+    return Machine(trt, here, recipe_for(options, typing_of(trt)), cache, verbose)
+
+
+def make_engine(
+    machine: Machine,
+    options: BuildOptions,
+    output: Path,
+    source: NetworkSource,
+    contract: ModelContract,
+    inputs: Mapping[str, Path],
+    parameters: int,
+    reference: Optional[Session],
+) -> None:
+    """
+    Builds an engine, checks it, writes it with its sidecar and says what it is.
+
+    Args:
+        inputs: name -> file, for the sidecar.
+        reference: what the engine is compared with; None where there is nothing.
+
+    Raises:
+        EngineBuildError: it cannot be built, or is not right: nothing is kept.
+    """
+    trt, here, recipe, timing_cache, verbose = machine
+    print(
+        f"building {output}: {describe_recipe(recipe, options)}, TensorRT {here['tensorrt']}, {here['device']}",
+        file=sys.stderr,
+    )
+    start = time.monotonic()
+    plan = build_plan(trt, source.model, options, source.float_tensors, source.amax, timing_cache, verbose)
+    build_s = round(time.monotonic() - start, 1)
+    found = coverage(trt, plan, options)
+    check_precision(found, options.precision)
+    golden = check_plan(trt, plan, reference, options) if reference is not None else None
+    details = {
+        **dataclasses.asdict(options),
+        **here,
+        **recipe._asdict(),
+        "timing_cache": None if timing_cache is None else str(timing_cache),
+        "kept_in_fp32": source.kept if recipe.has_half else {},
+        "coverage": found,
+        "parameters": parameters,
+        "build_s": build_s,
+        "golden": golden,
+    }
+    write_engine(output, plan, inputs, contract, details)
+    checked = words_of_agreement(golden) if golden else "NOT compared with ONNX Runtime"
+    print(f"{output}: {len(plan) / 2**20:.1f} MiB, built in {build_s:.0f} s, {checked}; {_layers(found)}")
+
+
+def check_plan(trt: ModuleType, plan: bytes, reference: Session, options: BuildOptions) -> Dict[str, float]:
+    """
+    How well the engine agrees with the reference, as `check_agreement` says.
+
+    Raises:
+        EngineBuildError: the engine's detections are not those of the reference.
+    """
+    cuda = load_cuda("checking the engine")
+    with PlanSession(plan, reference.contract, trt, cuda, options.dla_core, options.version_compatible) as engine:
+        return check_agreement(reference, engine, TOLERANCES[options.precision])
+
+
+def default_timing_cache(machine: Mapping[str, str]) -> Path:
+    """
+    The file in the user's cache folder for this device, TensorRT and CUDA, to which such a cache is tied.
+
+    Args:
+        machine: of `deploy.tensorrt.session.describe_machine`.
+    """
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "crosskd" / "timing"
+    words = [machine["device"], f"tensorrt{machine['tensorrt']}", f"cuda{machine['cuda_runtime']}"]
+    return folder / (re.sub(r"[^\w.]+", "-", "-".join(words)) + ".cache")
+
+
+def write_engine(
+    path: Path, plan: bytes, inputs: Mapping[str, AnyPath], contract: ModelContract, details: Mapping[str, Any]
+) -> None:
+    """
+    Writes an engine with its sidecar: both, or none.
+
+    Raises:
+        PipelineError: one of them cannot be written, say since the disk is full.
+    """
+    with replacing(path) as temporary:
+        temporary.write_bytes(plan)
+    try:
+        write_sidecar(path, inputs, contract, details)
+    except BaseException:
+        path.unlink()  # without its sidecar it is of no use
+        with contextlib.suppress(FileNotFoundError):
+            sidecar_path(path).unlink()  # of an engine that was here before
+        raise
+
+
+def _layers(found: Dict[str, Any]) -> str:
+    if found["layers"] is None:
+        return f"precision of its layers not known: {found['reason']}"
+    counts = [f"{entry['count']} {precision}" for precision, entry in found["layers"].items() if entry["count"]]
+    return f"layers: {', '.join(counts)}"
