@@ -17,10 +17,11 @@ from benchmarks.measuring.environment import process_memory_mib, reset_peak_memo
 from benchmarks.measuring.subject import Subject, check_fits
 from deploy.commands import process_words, relay
 from deploy.dataset import CocoSet
+from deploy.detector import open_session
 from deploy.errors import ConfigError, MeasurementError
 from deploy.runtime.postprocess import postprocess
 from deploy.runtime.preprocess import preprocess
-from deploy.runtime.session import Session, open_session
+from deploy.runtime.session import Session
 
 Times = Dict[str, float]
 """Stage -> milliseconds, of one run."""

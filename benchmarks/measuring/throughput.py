@@ -13,10 +13,11 @@ from typing import Any, Callable, ContextManager, Dict, List, Optional, Sequence
 import numpy as np
 
 from benchmarks.measuring.timing import LatencyOptions
+from deploy.detector import open_session
 from deploy.progress import progress
 from deploy.runtime.postprocess import postprocess
 from deploy.runtime.preprocess import preprocess
-from deploy.runtime.session import Session, open_session
+from deploy.runtime.session import Session
 
 SWEEP_WARMUP = 3
 """Batches of each session before those that count."""

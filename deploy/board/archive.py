@@ -49,9 +49,9 @@ MODULES = (
     "deploy/files.py", "deploy/graphs/__init__.py", "deploy/graphs/calibration_cache.py", "deploy/int8_format.py",
     "deploy/progress.py", "deploy/runtime/__init__.py", "deploy/runtime/draw.py", "deploy/runtime/golden.py",
     "deploy/runtime/pictures.py", "deploy/runtime/postprocess.py", "deploy/runtime/preprocess.py",
-    "deploy/runtime/session.py", "deploy/runtime/sources.py", "deploy/targets.py", "deploy/tensorrt/__init__.py", "deploy/tensorrt/bindings.py",
-    "deploy/tensorrt/builder.py", "deploy/tensorrt/coverage.py", "deploy/tensorrt/cuda.py", "deploy/tensorrt/engine.py",
-    "deploy/tensorrt/options.py", "deploy/tensorrt/session.py",
+    "deploy/runtime/session.py", "deploy/runtime/sources.py", "deploy/targets.py", "deploy/tensorrt/__init__.py",
+    "deploy/tensorrt/bindings.py", "deploy/tensorrt/builder.py", "deploy/tensorrt/coverage.py",
+    "deploy/tensorrt/cuda.py", "deploy/tensorrt/engine.py", "deploy/tensorrt/options.py", "deploy/tensorrt/session.py",
 )  # fmt: skip
 """What the commands of run.py import: Python 3.8 and numpy are enough for all but `detect`, which needs OpenCV."""
 START = "\n\nsys.exit(main(sys.argv[1:], Path(__file__).resolve().parent))\n"
