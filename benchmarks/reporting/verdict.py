@@ -13,7 +13,7 @@ from deploy.errors import ConfigError, MeasurementError
 from deploy.files import AnyPath
 
 Row = Dict[str, Any]
-"""One model of the report: see `benchmarks.report.rows_from_groups`."""
+"""One model of the report: see `document.rows_from_groups`."""
 ROUNDING = 1e-9
 """48.0 - 47.0 points is 1 + 1e-15 in binary."""
 LEAST_TEACHER_AP = 0.01

@@ -1,0 +1,416 @@
+"""From result files to the report's document: what report.json holds, and the page and the Markdown show."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+
+import numpy as np
+
+from benchmarks.measuring.bootstrap import bounds_of_draws, resampled_percentile
+from benchmarks.measuring.coco import METRICS
+from benchmarks.measuring.detections import Boxes, boxes_by_image, read_detections
+from benchmarks.measuring.environment import VARYING
+from benchmarks.measuring.result import check_same_data, reasons_from_numbers
+from benchmarks.measuring.subject import ROLES
+from benchmarks.reporting.ladder import RUNGS, faults, movement
+from benchmarks.reporting.operating_point import comparison
+from benchmarks.reporting.verdict import Estimate, Row, judge, verdict_from_limits
+from benchmarks.reporting.wording import signed_points
+from deploy.commands import shell_line
+from deploy.contract import provenance
+from deploy.errors import ConfigError, MeasurementError
+from deploy.files import AnyPath
+
+REPORT_VERSION = 2
+MADE_FROM = {"student": "teacher", **{role: parent for role, parent, _ in RUNGS}}
+"""Role -> the role whose file it is made from."""
+SHIPPED_FORMS = tuple(role for role, _, _ in RUNGS)
+"""Roles that are the distilled student in another form."""
+INT8_PAIRS = (("engine-int8", "engine-fp16"), ("onnx-int8", "onnx-fp32"))
+"""What INT8 is compared with, to see whether it is worth it: the first pair that was measured."""
+INT8_LOSS_POINTS = 1.0
+"""The AP that INT8 may cost to be called worth it: a choice of this project; --max-ap-drop is the user's own."""
+
+Results = Dict[str, Dict[str, Any]]
+ReadResult = Tuple[AnyPath, Dict[str, Any]]
+"""A result with the file that it was read from."""
+
+
+def group_results(read: Sequence[ReadResult]) -> Dict[str, Results]:
+    """
+    Role -> kind ("accuracy", "latency") -> result, in the order of the table.
+
+    Raises:
+        MeasurementError: two results are of the same role and kind, the two of a role are of different files, or data
+            sets differ.
+    """
+    check_same_data(read)
+    groups: Dict[str, Results] = {}
+    for path, result in read:
+        group = groups.setdefault(result["role"], {})
+        if result["kind"] in group:
+            raise MeasurementError(
+                f"{path} is a second {result['kind']} result of role {result['role']!r}; give one, or change --role"
+            )
+        for other in group.values():
+            if other["model"]["sha256"] != result["model"]["sha256"]:
+                raise MeasurementError(
+                    f"{path}: role {result['role']!r} has accuracy and latency of different files, "
+                    f"{other['model']['file']} and {result['model']['file']} (by their hashes). Measure both on one."
+                )
+        group[result["kind"]] = result
+    order = list(ROLES)
+    return dict(sorted(groups.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)))
+
+
+def detections_of_roles(read: Sequence[ReadResult], roles: Sequence[str]) -> Dict[str, Dict[int, Boxes]]:
+    """Role -> image id -> boxes, of those of these roles whose accuracy was measured."""
+    return {
+        result["role"]: boxes_by_image(read_detections(result, path))
+        for path, result in read
+        if result["kind"] == "accuracy" and result["role"] in roles
+    }
+
+
+def rows_from_groups(groups: Mapping[str, Results]) -> List[Row]:
+    """One row per role. AP as fractions, latency in ms; None where a result is missing."""
+    teacher = groups.get("teacher", {})
+    rows = [_row(role, group, teacher, seed) for seed, (role, group) in enumerate(groups.items(), start=1)]
+    by_role = {row["role"]: row for row in rows}
+    alone, distilled = (by_role[role]["AP"] if role in by_role else None for role in ("baseline", "student"))
+    for row in rows:
+        row["gain_kept"] = None
+        gained = distilled - alone if alone is not None and distilled is not None else 0.0
+        if row["role"] in SHIPPED_FORMS and row["AP"] is not None and gained > 0:
+            row["gain_kept"] = (row["AP"] - alone) / gained
+    return rows
+
+
+def setting_of(result: Mapping[str, Any]) -> Tuple[Any, ...]:
+    """Machine, CPU, GPU, power mode, mode and pace: what two latencies must share to be compared."""
+    facts = [result["environment"].get(key) for key in ("machine", "cpu", "gpu", "nvpmodel")]
+    return (*map(str, facts), result["numbers"]["mode"], result["numbers"]["fps"])
+
+
+def _row(role: str, group: Results, teacher: Results, seed: int) -> Row:
+    model = next(iter(group.values()))["model"]
+    accuracy, latency = (group[kind]["numbers"] if kind in group else {} for kind in ("accuracy", "latency"))
+    against: Dict[str, Any] = {}
+    if accuracy and "accuracy" in teacher and group is not teacher:
+        against = comparison(accuracy, teacher["accuracy"]["numbers"])
+    estimates = _estimates(accuracy, latency, against, teacher if group is not teacher else {}, seed)
+    return {
+        "role": role,
+        "title": ROLES.get(role, role),
+        "format": model["format"],
+        "file": model["file"],
+        "sha256": model["sha256"],
+        "bytes": model["bytes"],
+        "parameters": model["parameters"],
+        **{name: accuracy.get(name) for name in METRICS},
+        "AP_gain": against.get("AP_difference"),
+        "best_f1": accuracy.get("best_f1"),
+        **{name: against.get(name) for name in ("score_shift", "lost", "gained")},
+        "speedup": estimates["speedup"].value if estimates["speedup"] else None,
+        "same_setting": "latency" not in group
+        or "latency" not in teacher
+        or setting_of(group["latency"]) == setting_of(teacher["latency"]),
+        "latency_ms": latency.get("summary_ms"),
+        **{
+            name: latency.get(name)
+            for name in (
+                "stable",
+                "comparable",
+                "comparable_reasons",
+                "mode",
+                "sweep",
+                "power",
+                "memory_mib",
+            )
+        },
+        "runs_on": latency.get("description"),
+        "estimates": {name: dataclasses.asdict(found) if found else None for name, found in estimates.items()},
+    }
+
+
+def _estimates(
+    accuracy: Mapping[str, Any], latency: Mapping[str, Any], against: Mapping[str, Any], teacher: Results, seed: int
+) -> Dict[str, Optional[Estimate]]:
+    """What limits are set on, each with its bounds; None where it was not measured."""
+    found: Dict[str, Optional[Estimate]] = dict.fromkeys(
+        ("AP", "AP_gain", "median_ms", "p99_ms", "speedup", "memory_mib", "energy_mj")
+    )
+    if accuracy:
+        found["AP"] = Estimate(*bounds_of_draws(np.array(accuracy["bootstrap"]["ap"], np.float64)))
+    if against:
+        found["AP_gain"] = Estimate(against["AP_difference"], against["low"], against["high"])
+    if latency:
+        samples = latency["samples_ms"]["total"]
+        medians = resampled_percentile(samples, 50, seed)
+        found["median_ms"] = Estimate(*bounds_of_draws(medians))
+        found["p99_ms"] = Estimate(*bounds_of_draws(resampled_percentile(samples, 99, seed)))
+        if "latency" in teacher:
+            slow = resampled_percentile(teacher["latency"]["numbers"]["samples_ms"]["total"], 50, 0)
+            found["speedup"] = Estimate(*bounds_of_draws(slow / medians))
+        peak = latency.get("memory_mib") or {}
+        memory = peak.get("host_peak") if peak.get("device_peak") is None else peak["device_peak"]
+        energy = (latency.get("power") or {}).get("energy_mj_per_inference")
+        found["memory_mib"], found["energy_mj"] = (
+            None if value is None else Estimate(value, value, value) for value in (memory, energy)
+        )
+    return found
+
+
+def role_to_ship(roles: Sequence[str], asked: Optional[str]) -> str:
+    """
+    The role of the model that ships: `asked`, else the last one that is known.
+
+    Raises:
+        ConfigError: there is none such.
+    """
+    if asked is None:
+        return ([role for role in roles if role in ROLES] or list(roles))[-1]
+    if asked not in roles:
+        raise ConfigError(f"--ship is {asked!r}, but the results are of {list(roles)}; name one of these")
+    return asked
+
+
+def ladder_from_groups(
+    groups: Mapping[str, Results], detections: Mapping[str, Mapping[int, Boxes]]
+) -> List[Dict[str, Any]]:
+    """
+    The rungs from the distilled student on.
+
+    Each with its AP and, where the rung it is made `from` was measured, the `change` of AP (`low`, `high`: paired
+    bootstrap), how far detections move (`movement`) and its `faults`. The first with faults is where to look.
+    """
+    rungs: List[Dict[str, Any]] = []
+    steps = {role: (parent, limit) for role, parent, limit in RUNGS}
+    for role in ("student", *SHIPPED_FORMS):
+        if role not in detections:
+            continue
+        numbers = groups[role]["accuracy"]["numbers"]
+        rung: Dict[str, Any] = {"role": role, "title": ROLES[role], "AP": numbers["AP"], "from": None, "faults": []}
+        if role in steps and steps[role][0] in detections:
+            parent, limit = steps[role]
+            before = groups[parent]["accuracy"]["numbers"]
+            score = before["best_f1"]["score"] if before["best_f1"] else 1.0
+            changed = comparison(numbers, before)
+            moved = movement(
+                {image_id: boxes.at_least(score) for image_id, boxes in detections[parent].items()},
+                detections[role],
+                limit,
+            )
+            rung.update(
+                {
+                    "from": ROLES[parent],
+                    "change": changed["AP_difference"],
+                    "low": changed["low"],
+                    "high": changed["high"],
+                    "movement": moved,
+                    "limit": dataclasses.asdict(limit),
+                    "faults": faults(changed["AP_difference"], moved, limit),
+                }
+            )
+        rungs.append(rung)
+    return rungs
+
+
+def int8_from_groups(groups: Mapping[str, Results]) -> Optional[Dict[str, Any]]:
+    """
+    Whether INT8 is worth it against the same model in float on the same runtime; None where none of INT8_PAIRS was
+    measured. `AP` and `speedup` are estimates (None: not measured), `answer` is 'yes', 'no' or 'cannot tell'.
+    """
+    pair = next((pair for pair in INT8_PAIRS if all(role in groups for role in pair)), None)
+    if pair is None:
+        return None
+    int8, float_ = (groups[role] for role in pair)
+    gain = speedup = None
+    if "accuracy" in int8 and "accuracy" in float_:
+        found = comparison(int8["accuracy"]["numbers"], float_["accuracy"]["numbers"])
+        gain = Estimate(found["AP_difference"], found["low"], found["high"])
+    timed = "latency" in int8 and "latency" in float_
+    if timed and setting_of(int8["latency"]) == setting_of(float_["latency"]):
+        slow, fast = (
+            resampled_percentile(group["latency"]["numbers"]["samples_ms"]["total"], 50, seed)
+            for seed, group in enumerate((float_, int8))
+        )
+        speedup = Estimate(*bounds_of_draws(slow / fast))
+    answer = "cannot tell"
+    if gain is not None and speedup is not None:
+        if speedup.low > 1 and 100 * gain.low >= -INT8_LOSS_POINTS:
+            answer = "yes"
+        elif speedup.high <= 1 or 100 * gain.high < -INT8_LOSS_POINTS:
+            answer = "no"
+    titles = [ROLES[role] for role in pair]
+    return {
+        "titles": titles,
+        "rows": list(pair),
+        "AP": dataclasses.asdict(gain) if gain else None,
+        "speedup": dataclasses.asdict(speedup) if speedup else None,
+        "answer": answer,
+        "sentence": _int8_sentence(titles, gain, speedup, answer),
+    }
+
+
+def _int8_sentence(titles: Sequence[str], gain: Optional[Estimate], speedup: Optional[Estimate], answer: str) -> str:
+    start = {"yes": "Yes: ", "no": "No: ", "cannot tell": "It cannot be told: "}[answer]
+    if gain is None or speedup is None:
+        return f"{start}accuracy and latency of both {titles[0]} and {titles[1]} on one device are needed."
+    return (
+        f"{start}{titles[0]} is {speedup.value:.2f} times as fast as {titles[1]} ({speedup.low:.2f} to "
+        f"{speedup.high:.2f}) and changes AP by {signed_points(gain.value)} points ({signed_points(gain.low)} to "
+        f"{signed_points(gain.high)}); a loss of up to {INT8_LOSS_POINTS:g} is called worth it."
+    )
+
+
+def distillation_from_groups(groups: Mapping[str, Results]) -> Optional[Dict[str, float]]:
+    """`gain` of the distilled student over the one trained alone, with `low` and `high`; None without both."""
+    if any("accuracy" not in groups.get(role, {}) for role in ("baseline", "student")):
+        return None
+    found = comparison(groups["student"]["accuracy"]["numbers"], groups["baseline"]["accuracy"]["numbers"])
+    return {"gain": found["AP_difference"], "low": found["low"], "high": found["high"]}
+
+
+def classes_from_groups(groups: Mapping[str, Results], ship: str) -> List[Dict[str, Any]]:
+    """Per class: `ap` by role, the shipped model's `difference` from the teacher, `lost`, `gained`, its best score."""
+    accuracies = {role: group["accuracy"]["numbers"] for role, group in groups.items() if "accuracy" in group}
+    if not accuracies:
+        return []
+    own, teacher = accuracies.get(ship), accuracies.get("teacher")
+    against = comparison(own, teacher)["per_class"] if own and teacher and own is not teacher else None
+    rows = []
+    for name in next(iter(accuracies.values()))["per_class"]:
+        ap = {role: numbers["per_class"][name] for role, numbers in accuracies.items()}
+        best = own["best_f1_per_class"][name] if own else None
+        known = against is not None and ap[ship] is not None and ap["teacher"] is not None
+        rows.append(
+            {
+                "name": name,
+                "ap": ap,
+                "difference": ap[ship] - ap["teacher"] if known else None,
+                **(against[name] if against else {"lost": None, "gained": None}),
+                "score": best["score"] if best else None,
+            }
+        )
+    return sorted(rows, key=lambda row: (row["difference"] is None, row["difference"] or 0.0))
+
+
+def lineage_from_groups(groups: Mapping[str, Results]) -> List[Dict[str, Any]]:
+    """Per role: its file and hash, the command that made it, its inputs with hashes, and roles if measured here."""
+    models = {role: next(iter(group.values()))["model"] for role, group in groups.items()}
+    roles = {model["sha256"]: role for role, model in models.items()}
+    return [
+        {
+            "role": role,
+            "title": ROLES.get(role, role),
+            "file": model["file"],
+            "sha256": model["sha256"],
+            "command": shell_line(model["command"]),
+            "inputs": [
+                {"name": name, "role": roles.get(entry.get("sha256")), **entry}
+                for name, entry in model["inputs"].items()
+            ],
+        }
+        for role, model in models.items()
+    ]
+
+
+def environments_from_groups(groups: Mapping[str, Results]) -> List[Dict[str, Any]]:
+    """The distinct machines and package versions, each with the results measured there."""
+    found: Dict[str, Dict[str, Any]] = {}
+    for role, group in groups.items():
+        for kind, result in group.items():
+            facts = {key: value for key, value in result["environment"].items() if key not in VARYING}
+            key = json.dumps([facts, result["versions"]], sort_keys=True)
+            entry = found.setdefault(key, {"results": [], "facts": facts, "versions": result["versions"]})
+            entry["results"].append(f"{ROLES.get(role, role)} ({kind})")
+    return list(found.values())
+
+
+def notes_from_groups(
+    groups: Mapping[str, Results], lineage: Sequence[Mapping[str, Any]], distillation: Optional[Mapping[str, float]]
+) -> List[str]:
+    """What a reader must know before trusting the numbers."""
+    notes = []
+    latencies = {role: group["latency"] for role, group in groups.items() if "latency" in group}
+    reasons: Dict[str, List[str]] = {}
+    for role, result in latencies.items():
+        if result["numbers"]["comparable_reasons"]:
+            reasons.setdefault("; ".join(result["numbers"]["comparable_reasons"]), []).append(ROLES.get(role, role))
+    for reason, titles in reasons.items():
+        notes.append(f"Latency not comparable ({', '.join(titles)}): {reason}.".replace("..", "."))
+    for what, values in (
+        ("machines", {setting_of(one)[:4] for one in latencies.values()}),
+        (
+            "thread counts",
+            {one["numbers"]["threads"] for one in latencies.values() if one["model"]["format"] != "engine"},
+        ),
+        ("modes", {(one["numbers"].get("mode"), one["numbers"].get("fps")) for one in latencies.values()}),
+    ):
+        if len(values) > 1:
+            notes.append(f"Latencies were measured with different {what}: the speed-ups compare more than the models.")
+    for role, group in groups.items():
+        for kind in ("accuracy", "latency"):
+            if kind not in group and group[next(iter(group))]["model"]["format"] != "detections":
+                notes.append(f"{ROLES.get(role, role)}: {kind} was not measured.")
+    if distillation is not None and distillation["low"] <= 0:
+        notes.append(
+            f"What distillation gained is not certain: {signed_points(distillation['gain'])} points "
+            f"({signed_points(distillation['low'])} to {signed_points(distillation['high'])})."
+        )
+    for entry in lineage:
+        parent = MADE_FROM.get(entry["role"])
+        if parent is not None and parent in groups and parent not in [one["role"] for one in entry["inputs"]]:
+            notes.append(
+                f"{entry['title']} does not come from the measured {ROLES[parent]}: "
+                "no input in its sidecar has the hash of that file."
+            )
+    return notes
+
+
+def commands_from_groups(groups: Mapping[str, Results]) -> List[str]:
+    """The commands that made the models and measured them, as shell lines, each once, in the order of the table."""
+    commands = []
+    for group in groups.values():
+        commands += [result["model"]["command"] for result in group.values()]
+        commands += [result["command"] for result in group.values()]
+    return list(dict.fromkeys(shell_line(words) for words in commands if words))
+
+
+def report_from_results(
+    paths: Sequence[AnyPath],
+    groups: Mapping[str, Results],
+    detections: Mapping[str, Mapping[int, Boxes]],
+    ship_role: str,
+    allowed: Mapping[str, float],
+) -> Dict[str, Any]:
+    """The report's document: what `report.json` holds and the other two show."""
+    rows = rows_from_groups(groups)
+    ship = next(row for row in rows if row["role"] == ship_role)
+    timed = groups[ship_role].get("latency")
+    limits = judge(ship, allowed, reasons_from_numbers(timed["numbers"]) if timed else ())
+    lineage = lineage_from_groups(groups)
+    distillation = distillation_from_groups(groups)
+    accuracies = [group["accuracy"] for group in groups.values() if "accuracy" in group]
+    ladder = ladder_from_groups(groups, detections)
+    return {
+        "report_version": REPORT_VERSION,
+        **provenance({str(path): path for path in paths}),
+        "verdict": verdict_from_limits(ship, limits),
+        "limits": limits,
+        "notes": notes_from_groups(groups, lineage, distillation),
+        "data": (accuracies or list(next(iter(groups.values())).values()))[0]["data"],
+        "rows": rows,
+        "distillation": distillation,
+        "int8": int8_from_groups(groups),
+        "ladder": ladder,
+        "first_bad_rung": next((rung["role"] for rung in ladder if rung["faults"]), None),
+        "classes": classes_from_groups(groups, ship["role"]),
+        "lineage": lineage,
+        "environments": environments_from_groups(groups),
+        "commands": commands_from_groups(groups),
+        "changes": None,
+    }
