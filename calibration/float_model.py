@@ -7,6 +7,7 @@ from typing import Sequence, Tuple
 from calibration.placement import INTEGER_PRODUCTS, FloatGraph, node_name
 from deploy.contract import ModelContract, load_contract
 from deploy.errors import CalibrationError
+from deploy.files import AnyPath
 from deploy.graphs.graph import check_graph, check_static, load_onnx
 
 SMALLEST_OPSET = 13
@@ -14,7 +15,7 @@ SMALLEST_OPSET = 13
 QUANTIZING_OPS = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", *INTEGER_PRODUCTS)
 
 
-def read_model(path: str, keep_float: Sequence[str]) -> Tuple[FloatGraph, ModelContract]:
+def read_model(path: AnyPath, keep_float: Sequence[str]) -> Tuple[FloatGraph, ModelContract]:
     """
     The float model and its contract, checked.
 

@@ -6,10 +6,12 @@ the loop (`crosskd.distill --quantize int8`) leaves.
 from __future__ import annotations
 
 import dataclasses
-from typing import Tuple
+from typing import Dict, Sequence, Tuple
 
 from calibration.float_model import check_quantizable
 from calibration.placement import PLACEMENTS, FloatGraph, Placement, node_name
+from calibration.qdq import quantize_graph
+from calibration.quantizer import Quantized
 from calibration.ranges import Ranges
 from deploy.contract import read_sidecar
 from deploy.errors import CalibrationError
@@ -35,6 +37,50 @@ class TrainedRanges:
     ranges: Ranges
     """Of each tensor that gets a pair: (-127 scale, 127 scale), or for onnxruntime, with the zero point z,
     (-z scale, (255 - z) scale)."""
+
+
+def int8_from_cache(path: str, target: str, keep_float: Sequence[str], graph: FloatGraph) -> Quantized:
+    """
+    The model quantised with the ranges of a calibration cache of TensorRT.
+
+    Args:
+        keep_float: what of the graph is kept in float as asked.
+
+    Raises:
+        CalibrationError: the file is no cache, or lacks a tensor.
+    """
+    ranges = ranges_from_cache(path, PLACEMENTS[target](graph))
+    return _quantized(graph, ranges, target, keep_float, "calibration cache", {"calibration_cache": path})
+
+
+def int8_from_training(trained: TrainedRanges, model_path: AnyPath, graph: FloatGraph) -> Quantized:
+    """
+    The model quantised with the ranges that a training with INT8 in the loop has learnt.
+
+    Args:
+        model_path: of the float model.
+        graph: of the float model, with nothing kept in float that need not be.
+
+    Raises:
+        CalibrationError: the ranges are of other weights, or of another graph.
+    """
+    check_weights(trained, model_path)
+    graph, ranges = graph_as_trained(trained, graph)
+    return _quantized(graph, ranges, trained.target, trained.keep_float, "trained ranges", {"ranges": trained.path})
+
+
+def _quantized(
+    graph: FloatGraph,
+    ranges: Ranges,
+    target: str,
+    keep_float: Sequence[str],
+    method: str,
+    inputs: Dict[str, AnyPath],
+) -> Quantized:
+    model = quantize_graph(graph, PLACEMENTS[target](graph), ranges, target)
+    details = {"method": method, "ranges": ranges}
+    summary = f"ranges of {', '.join(map(str, inputs.values()))}"
+    return Quantized(model, graph, target, tuple(keep_float), inputs, details, summary)
 
 
 def ranges_from_cache(path: str, placement: Placement) -> Ranges:

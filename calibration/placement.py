@@ -89,6 +89,11 @@ class FloatGraph:
         for node in chosen:
             self.kept.setdefault(node.output[0], FloatReason.ASKED)
 
+    @property
+    def reasons(self) -> Dict[str, FloatReason]:
+        """Name of each convolution in float, in the order of the graph -> why."""
+        return {node_name(node): self.kept[node.output[0]] for node in self.convolutions if node.output[0] in self.kept}
+
     def readers(self, tensor: str) -> List[onnx.NodeProto]:
         """The nodes that read the values of a tensor; Shape does not."""
         return [node for node, _ in self.consumers.get(tensor, []) if node.op_type != "Shape"]

@@ -26,103 +26,28 @@ from __future__ import annotations
 
 import argparse
 import collections
-import dataclasses
 import math
 import re
 import sys
-import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence, Tuple
+from typing import List, Optional
 
-from calibration.collect import statistics_of_images
 from calibration.float_model import read_model
-from calibration.given_ranges import check_weights, graph_as_trained, ranges_from_cache, read_trained_ranges
-from calibration.images import calibration_images, check_no_overlap, choose_images, sha256_of_images
-from calibration.measure import ERROR_IMAGES, OutputError, accuracy_numbers, saved, total_error
-from calibration.messages import warn
-from calibration.placement import PLACEMENTS, FloatGraph, node_name
-from calibration.qdq import quantize_graph
-from calibration.quantizer import (
-    Quantizer,
-    key_of_measurements,
-    tensors_of_any_choice,
-    tensors_of_placement,
-)
-from calibration.ranges import PERCENTILE, RANGE_METHODS, Ranges
-from calibration.search import Journal, journal_path, kept_for_budget, text_of_result
+from calibration.from_images import AUTO, CalibrationData, QuantizeOptions, int8_from_images
+from calibration.given_ranges import int8_from_cache, int8_from_training, read_trained_ranges
+from calibration.placement import PLACEMENTS, node_name
+from calibration.quantizer import Quantized
+from calibration.ranges import PERCENTILE, RANGE_METHODS
+from calibration.search import journal_path
 from deploy.contract import ModelContract, write_sidecar
-from deploy.dataset import SPLITS, CocoImage, CocoSet, check_image_files, load_coco, load_split, split_paths
-from deploy.errors import CalibrationError, ConfigError, command
-from deploy.files import AnyPath, check_writable, read_json, write_json
+from deploy.dataset import SPLITS, CocoSet, load_coco, load_split, split_paths
+from deploy.errors import ConfigError, command
+from deploy.files import AnyPath, check_writable
 from deploy.graphs.calibration_cache import amax_from_quantised, write_cache
 from deploy.graphs.graph import check_graph, save_onnx
-from deploy.int8_format import FloatReason
 
-if TYPE_CHECKING:
-    import onnx
-
-HELD_OUT_IMAGES = 128
-"""Of the calibration split, for `--method auto` to compare methods on; beyond those that are calibrated on."""
 TARGET = "tensorrt"
-NUM_IMAGES = 512
-
-
-@dataclasses.dataclass
-class Quantized:
-    """A quantised model and where its ranges come from, for the sidecar."""
-
-    graph: FloatGraph
-    """The float one, with what is kept in float."""
-    model: onnx.ModelProto
-    inputs: Dict[str, AnyPath]
-    details: Dict[str, Any]
-    source: str
-    """In words, for people."""
-
-
-def int8_from_ranges(
-    graph: FloatGraph, ranges: Ranges, target: str, method: str, inputs: Dict[str, AnyPath]
-) -> Quantized:
-    """
-    The model quantised with ranges that are given.
-
-    Args:
-        method: where they come from, in words.
-        inputs: the file that they are in.
-    """
-    model = quantize_graph(graph, PLACEMENTS[target](graph), ranges, target)
-    files = ", ".join(map(str, inputs.values()))
-    return Quantized(graph, model, inputs, {"method": method, "ranges": ranges}, f"ranges of {files}")
-
-
-def best_method(
-    candidates: Dict[str, onnx.ModelProto], held_out: Sequence[CocoImage], calibration: CocoSet, contract: ModelContract
-) -> Tuple[str, Dict[str, float]]:
-    """
-    The method whose model has the best AP on the held-out images, the first of equals; and the AP of each.
-
-    Args:
-        candidates: method -> quantised model.
-        calibration: the set that the images are of.
-
-    Raises:
-        CalibrationError: an AP cannot be measured.
-    """
-    document = read_json(calibration.annotations_path, CalibrationError, "COCO annotations")
-    ids = {image.image_id for image in held_out}
-    document["images"] = [entry for entry in document["images"] if entry["id"] in ids]
-    document["annotations"] = [entry for entry in document["annotations"] if entry["image_id"] in ids]
-    found = {}
-    with tempfile.TemporaryDirectory() as folder:
-        annotations = Path(folder) / "held_out.json"
-        write_json(annotations, document)
-        for method, model in candidates.items():
-            with saved(model, contract) as path:
-                found[method] = float(accuracy_numbers(path, annotations, calibration.images_dir)["AP"])
-            print(f"{method}: AP {100 * found[method]:.2f} on {len(held_out)} held-out images", file=sys.stderr)
-    if not any(found.values()):
-        warn("no model finds anything in the held-out images, so that their AP says nothing of the methods")
-    return max(found, key=lambda method: found[method]), found
+NUM_IMAGES = QuantizeOptions.num_images
 
 
 def load_calibration_set(arguments: argparse.Namespace) -> CocoSet:
@@ -192,7 +117,7 @@ def parse_arguments(argv: Optional[List[str]]) -> argparse.Namespace:
         help=f"runtime that will run it (default: {TARGET}, or that of --ranges)",
     )
     parser.add_argument(
-        "--method", choices=(*RANGE_METHODS, "auto"), default="max",
+        "--method", choices=(*RANGE_METHODS, AUTO), default="max",
         help="how a range is taken from what was seen; auto: the best of them by AP (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
@@ -240,6 +165,14 @@ def parse_arguments(argv: Optional[List[str]]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def check_target(target: str, calibration_cache: Optional[str]) -> None:
+    """Raises ConfigError if a calibration cache is to be read or written, and is not for the target."""
+    if calibration_cache and target != "tensorrt":
+        raise ConfigError(
+            f"the target is {target}; expected tensorrt with a calibration cache, which has symmetric ranges"
+        )
+
+
 def check_arguments(arguments: argparse.Namespace) -> None:
     """Raises ConfigError if flags do not go together, PipelineError if a file could not be written."""
     output = Path(arguments.output)
@@ -258,7 +191,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         named = ", ".join(f"{flag}: {path}" for flag, path in files.items())
         raise ConfigError(f"two of the files to read and write are one ({named}); expected a file for each")
     if arguments.percentile is not None:
-        if arguments.method not in ("percentile", "auto"):
+        if arguments.method not in ("percentile", AUTO):
             raise ConfigError(
                 f"--percentile is given; expected none with --method {arguments.method}, which has no use"
             )
@@ -298,146 +231,70 @@ def check_arguments(arguments: argparse.Namespace) -> None:
             check_writable(path)
 
 
-def check_target(arguments: argparse.Namespace) -> None:
-    """Raises ConfigError if what is to be read or written is not for the target."""
-    if arguments.target != "tensorrt" and (arguments.calibration_cache or arguments.write_calibration_cache):
-        raise ConfigError(
-            f"the target is {arguments.target}; expected tensorrt with a calibration cache, which has symmetric ranges"
-        )
+def options_from_arguments(arguments: argparse.Namespace) -> QuantizeOptions:
+    """The options that the flags give, which `check_arguments` has seen."""
+    return QuantizeOptions(
+        model=Path(arguments.model),
+        output=Path(arguments.output),
+        target=arguments.target or TARGET,
+        method=arguments.method,
+        percentile=PERCENTILE if arguments.percentile is None else arguments.percentile,
+        bias_correction=arguments.bias_correction,
+        keep_float=tuple(arguments.keep_float),
+        max_ap_drop=arguments.max_ap_drop,
+        num_images=arguments.num_images,
+        seed=arguments.seed,
+        statistics=Path(arguments.statistics) if arguments.statistics else None,
+    )
 
 
-def int8_from_images(arguments: argparse.Namespace, graph: FloatGraph, contract: ModelContract) -> Quantized:
+def data_from_arguments(arguments: argparse.Namespace) -> CalibrationData:
     """
-    The model quantised with ranges over calibration images.
+    The annotation files that the flags name.
 
     Raises:
-        ConfigError: flags do not go together.
-        DataError: the data is missing or not COCO, or an image cannot be read.
-        CalibrationError: an image is in an evaluation set, or activations or statistics will not do.
+        ConfigError: the flags do not go together.
+        DataError: the data is missing or not COCO.
     """
     calibration = load_calibration_set(arguments)
     evaluations = load_evaluation_sets(arguments, calibration)
-    budget = None
-    if arguments.max_ap_drop is not None:
-        budget = load_split(arguments.data, arguments.budget_split or "val")
-        if budget.annotations_path not in [evaluation.annotations_path for evaluation in evaluations]:
-            evaluations.append(budget)
-    images = calibration_images(calibration, arguments.num_images, arguments.seed, evaluations)
-    held_out: List[CocoImage] = []
-    if arguments.method == "auto" or arguments.bias_correction:
-        held_out = choose_held_out(calibration.images, images, arguments.seed)
-    check_image_files(held_out)
-    for evaluation in evaluations:
-        check_no_overlap(held_out, evaluation)
-    if not evaluations:
-        warn("no evaluation set is known, so that no overlap was looked for; name it with --evaluation-annotations")
-
-    percentile = PERCENTILE if arguments.percentile is None else arguments.percentile
-    choose_tensors = tensors_of_placement if budget is None else tensors_of_any_choice
-    file = Path(arguments.statistics) if arguments.statistics else None
-    methods = RANGE_METHODS if arguments.method == "auto" else (arguments.method,)
-    tensors = choose_tensors(graph, arguments.target)
-    statistics = statistics_of_images(graph.model, tensors, images, contract, file, Path(arguments.model), methods)
-    quantizers = {
-        method: Quantizer(graph.model, arguments.target, method, percentile, tuple(arguments.keep_float), statistics)
-        for method in methods
-    }
-    method: str = arguments.method
-    details: Dict[str, Any] = {}
-    if method == "auto":
-        candidates = {name: quantizer.quantize(graph) for name, quantizer in quantizers.items()}
-        method, ap = best_method(candidates, held_out, calibration, contract)
-        details["auto_ap"] = ap
-    if held_out:
-        details["held_out_image_ids"] = [image.image_id for image in held_out]
-    if method == "percentile":
-        details["percentile"] = percentile
-    quantizer = quantizers[method]
-    if arguments.bias_correction:
-        compared_on = choose_images(held_out, ERROR_IMAGES, arguments.seed)
-        quantizer = quantizer.corrected(images, contract)
-        details["bias_correction"] = effect_of_correction(quantizer, Path(arguments.model), compared_on, contract)
-    inputs: Dict[str, AnyPath] = {"annotations": calibration.annotations_path}
-    source = f"method {method}, {len(images)} images of {calibration.annotations_path}, seed {arguments.seed}"
-    if budget is not None:
-        settings = {
-            "target": arguments.target,
-            "method": method,
-            "percentile": percentile,
-            "bias correction": arguments.bias_correction,
-        }
-        key = key_of_measurements(arguments.model, contract, graph, settings, images, budget)
-        journal = Journal(journal_path(arguments.output), key)
-        kept, final, details["budget"] = kept_for_budget(
-            quantizer, arguments.max_ap_drop, Path(arguments.model), budget, contract, journal
-        )
-        graph = quantizer.graph(kept)
-        graph.kept.update(
-            (node.output[0], FloatReason.AP_BUDGET) for node in graph.convolutions if node_name(node) in kept
-        )
-        inputs["budget_annotations"] = budget.annotations_path
-        source += f"\n{text_of_result(final, arguments.max_ap_drop, budget)}"
-    return Quantized(
-        graph,
-        quantizer.quantize(graph),
-        inputs,
-        {
-            "method": method,
-            **details,
-            "seed": arguments.seed,
-            "num_images": len(images),
-            "image_ids": [image.image_id for image in images],
-            "images_sha256": sha256_of_images(images),
-            "evaluation_annotations": [str(evaluation.annotations_path) for evaluation in evaluations],
-            "ranges": {name: (float(one.minimum), float(one.maximum)) for name, one in sorted(statistics.items())},
-        },
-        source,
-    )
+    if arguments.max_ap_drop is None:
+        return CalibrationData(calibration, tuple(evaluations))
+    budget = load_split(arguments.data, arguments.budget_split or "val")
+    if budget.annotations_path not in [evaluation.annotations_path for evaluation in evaluations]:
+        evaluations.append(budget)
+    return CalibrationData(calibration, tuple(evaluations), budget)
 
 
-def effect_of_correction(
-    quantizer: Quantizer, model_path: Path, images: Sequence[CocoImage], contract: ModelContract
-) -> Dict[str, Any]:
+def write_quantized(quantized: Quantized, model_path: AnyPath, contract: ModelContract, output: AnyPath) -> None:
     """
-    `error_without` and `error_with` bias correction, as `OutputError.of` on images that are not calibrated on.
+    Writes the INT8 file with its sidecar.
 
     Args:
-        quantizer: with corrections.
         model_path: of the float model.
+        contract: of both models.
 
     Raises:
-        CalibrationError: the float model detects nothing.
+        ExportError: the graph is not valid, or does not fit in one file.
+        PipelineError: a file cannot be written.
     """
-    errors, found = OutputError(model_path, images), {}
-    for key, tried in (("error_without", dataclasses.replace(quantizer, corrections={})), ("error_with", quantizer)):
-        with saved(tried.quantize(tried.graph()), contract) as path:
-            found[key] = errors.of(path)
-    before, after = (100 * total_error(error) for error in found.values())
-    print(
-        f"bias correction: the error of boxes and scores goes from {before:.2f} % to {after:.2f} % on {len(images)} "
-        "held-out images",
-        file=sys.stderr,
+    check_graph(quantized.model)
+    save_onnx(quantized.model, output)
+    reasons = quantized.graph.reasons
+    write_sidecar(
+        output,
+        {"model": model_path, **quantized.inputs},
+        contract,
+        {
+            "target": quantized.target,
+            **quantized.details,
+            "keep_float": list(quantized.keep_float),
+            "quantized_convolutions": [node_name(node) for node in quantized.graph.quantized],
+            "float_convolutions": {name: reason.text for name, reason in reasons.items()},
+            "float_convolution_codes": {name: reason.code for name, reason in reasons.items()},
+            "op_counts": dict(sorted(collections.Counter(node.op_type for node in quantized.model.graph.node).items())),
+        },
     )
-    if after > before:
-        warn("bias correction does not help here; do without it")
-    return found
-
-
-def choose_held_out(images: Sequence[CocoImage], calibrated: Sequence[CocoImage], seed: int) -> List[CocoImage]:
-    """
-    Up to HELD_OUT_IMAGES of the images that are not calibrated on.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    chosen = {image.image_id for image in calibrated}
-    rest = [image for image in images if image.image_id not in chosen]
-    if not rest:
-        raise ConfigError(
-            "--method auto and --bias-correction compare models on images that are not calibrated on, and --num-images "
-            f"takes all {len(images)} of the split; expected some to be left. Lower --num-images."
-        )
-    return choose_images(rest, HELD_OUT_IMAGES, seed)
 
 
 @command
@@ -446,45 +303,27 @@ def main(argv: Optional[List[str]] = None) -> int:
     arguments = parse_arguments(argv)
     check_arguments(arguments)
     trained = read_trained_ranges(arguments.ranges) if arguments.ranges else None
-    arguments.target = trained.target if trained else arguments.target or TARGET
-    check_target(arguments)
-    graph, contract = read_model(arguments.model, arguments.keep_float)
+    options = options_from_arguments(arguments)
+    target = trained.target if trained else options.target
+    check_target(target, arguments.calibration_cache or arguments.write_calibration_cache)
+    graph, contract = read_model(options.model, options.keep_float)
     if trained:
-        check_weights(trained, arguments.model)
-        graph, ranges = graph_as_trained(trained, graph)
-        quantized = int8_from_ranges(graph, ranges, trained.target, "trained ranges", {"ranges": trained.path})
+        quantized = int8_from_training(trained, options.model, graph)
     elif arguments.calibration_cache:
-        cache = arguments.calibration_cache
-        ranges = ranges_from_cache(cache, PLACEMENTS[arguments.target](graph))
-        quantized = int8_from_ranges(graph, ranges, arguments.target, "calibration cache", {"calibration_cache": cache})
+        quantized = int8_from_cache(arguments.calibration_cache, target, options.keep_float, graph)
     else:
-        quantized = int8_from_images(arguments, graph, contract)
-    graph = quantized.graph
-    check_graph(quantized.model)
-    save_onnx(quantized.model, arguments.output)
+        quantized = int8_from_images(options, data_from_arguments(arguments), graph, contract)
+    write_quantized(quantized, options.model, contract, options.output)
     if arguments.write_calibration_cache:
         write_cache(arguments.write_calibration_cache, amax_from_quantised(quantized.model), arguments.tensorrt_version)
-    kept = {node_name(node): graph.kept[node.output[0]] for node in graph.convolutions if node.output[0] in graph.kept}
-    write_sidecar(
-        arguments.output,
-        {"model": arguments.model, **quantized.inputs},
-        contract,
-        {
-            "target": arguments.target,
-            **quantized.details,
-            "keep_float": list(trained.keep_float) if trained else arguments.keep_float,
-            "quantized_convolutions": [node_name(node) for node in graph.quantized],
-            "float_convolutions": {name: reason.text for name, reason in kept.items()},
-            "float_convolution_codes": {name: reason.code for name, reason in kept.items()},
-            "op_counts": dict(sorted(collections.Counter(node.op_type for node in quantized.model.graph.node).items())),
-        },
-    )
-    if arguments.max_ap_drop is not None:
-        journal_path(arguments.output).unlink(missing_ok=True)  # the sidecar has it now
-    reasons = ", ".join(f"{number} {reason.text}" for reason, number in collections.Counter(kept.values()).items())
+    if options.max_ap_drop is not None:
+        journal_path(options.output).unlink(missing_ok=True)  # the sidecar has it now
+    counts = collections.Counter(quantized.graph.reasons.values())
+    reasons = ", ".join(f"{number} {reason.text}" for reason, number in counts.items())
+    graph = quantized.graph
     print(
-        f"{arguments.output}: {len(graph.quantized)} of {len(graph.convolutions)} convolutions in INT8 for "
-        f"{arguments.target}, the others in float ({reasons}); {quantized.source}"
+        f"{options.output}: {len(graph.quantized)} of {len(graph.convolutions)} convolutions in INT8 for "
+        f"{target}, the others in float ({reasons}); {quantized.summary}"
     )
     return 0
 

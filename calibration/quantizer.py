@@ -153,3 +153,21 @@ def ranges_from_statistics(
             )
         found[name] = range_from_statistics(seen, method, target == "tensorrt", percentile)
     return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantized:
+    """A quantised model, and what its sidecar and people are told of it."""
+
+    model: onnx.ModelProto
+    graph: FloatGraph
+    """The float graph that it was made of, with what is kept in float."""
+    target: str
+    keep_float: Tuple[str, ...]
+    """What was asked to stay in float, as `FloatGraph` takes it."""
+    inputs: Dict[str, AnyPath]
+    """What it was made of besides the model: file by its role."""
+    details: Dict[str, Any]
+    """How its ranges came about, for the sidecar."""
+    summary: str
+    """How its ranges came about, for people."""

@@ -249,7 +249,9 @@ def main(argv: Optional[List[str]] = None) -> int:
                 continue
             if errors is None:
                 errors = OutputError(Path(arguments.model), choose_images(measured.images, ERROR_IMAGES, seed=0))
-                against = _float_result(arguments, measured, Path(folder)) if arguments.metric == "ap" else None
+                against = (
+                    _float_result(Path(arguments.model), measured, Path(folder)) if arguments.metric == "ap" else None
+                )
             row = measured_block(quantizer, block, contract, errors, against)
             rows.append(row)
             _write(output, key, rows, inputs)
@@ -263,11 +265,10 @@ def main(argv: Optional[List[str]] = None) -> int:
     return 0
 
 
-def _float_result(arguments: argparse.Namespace, data: CocoSet, folder: Path) -> Tuple[Path, CocoSet]:
+def _float_result(model_path: Path, data: CocoSet, folder: Path) -> Tuple[Path, CocoSet]:
+    """The accuracy result of the float model, kept in the folder, and the images that it is of."""
     result = folder / "float.result.json"
-    accuracy_numbers(
-        Path(arguments.model), data.annotations_path, data.images_dir, len(data.images), output=result
-    )  # fmt: skip
+    accuracy_numbers(model_path, data.annotations_path, data.images_dir, len(data.images), output=result)
     return result, data
 
 

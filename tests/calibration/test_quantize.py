@@ -13,7 +13,7 @@ import pytest
 from onnx import numpy_helper, parser
 
 from benchmarks import accuracy
-from calibration import quantize, search
+from calibration import from_images, quantize, search
 from calibration.audit import INT8, audit
 from calibration.images import choose_images
 from calibration.quantize import main
@@ -117,11 +117,9 @@ def test_auto_takes_the_method_of_the_best_ap(words, model_path, data_dir, contr
         assert load_contract(path) == contract
         held_out = {image["id"] for image in json.loads(annotations.read_text())["images"]}
         measured.append((held_out, images_dir))
-        return {
-            "AP": dict(zip(RANGE_METHODS, (0.3, 0.5, 0.5, 0.2), strict=True))[list(RANGE_METHODS)[len(measured) - 1]]
-        }
+        return {"AP": (0.3, 0.5, 0.5, 0.2)[len(measured) - 1]}
 
-    monkeypatch.setattr(quantize, "accuracy_numbers", measure)
+    monkeypatch.setattr(from_images, "accuracy_numbers", measure)
     assert main([*words, "--method", "auto"]) == 0
     details = read_sidecar(model_path.with_name("student.int8.onnx"))["details"]
     assert details["method"] == "percentile"
@@ -135,8 +133,8 @@ def test_auto_takes_the_method_of_the_best_ap(words, model_path, data_dir, contr
 
 
 def test_auto_says_where_ap_tells_nothing(words, monkeypatch, capsys):
-    monkeypatch.setattr(quantize, "RANGE_METHODS", ("max", "percentile"))
-    monkeypatch.setattr(quantize, "accuracy_numbers", lambda *paths: {"AP": 0.0})
+    monkeypatch.setattr(from_images, "RANGE_METHODS", ("max", "percentile"))
+    monkeypatch.setattr(from_images, "accuracy_numbers", lambda *paths: {"AP": 0.0})
     assert main([*words, "--method", "auto"]) == 0
     assert "AP says nothing of the methods" in capsys.readouterr().err
 
@@ -151,7 +149,7 @@ def annotate(data_dir, image_ids):
 
 def test_auto_measures_with_the_command_of_the_benchmarks(words, model_path, data_dir, monkeypatch):
     pytest.importorskip("faster_coco_eval")
-    monkeypatch.setattr(quantize, "RANGE_METHODS", ("max", "percentile"))
+    monkeypatch.setattr(from_images, "RANGE_METHODS", ("max", "percentile"))
     annotate(data_dir, range(1, 9))
     assert main([*words, "--method", "auto"]) == 0
     ap = read_sidecar(model_path.with_name("student.int8.onnx"))["details"]["auto_ap"]
@@ -162,7 +160,7 @@ def test_auto_measures_with_the_command_of_the_benchmarks(words, model_path, dat
 def test_an_ap_that_cannot_be_measured_is_an_error(words, data_dir, images, monkeypatch, capsys):
     """No box is annotated in the held-out images."""
     pytest.importorskip("faster_coco_eval")
-    monkeypatch.setattr(quantize, "RANGE_METHODS", ("max",))
+    monkeypatch.setattr(from_images, "RANGE_METHODS", ("max",))
     annotate(data_dir, [image.image_id for image in choose_images(images, 5, seed=0)])
     assert main([*words, "--method", "auto"]) == 2
     assert "the AP could not be measured on" in capsys.readouterr().err
