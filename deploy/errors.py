@@ -18,9 +18,13 @@ A message says what was found (file, key, value), what was expected and what to 
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import functools
+import os
 import sys
-from typing import Callable, List, Optional
+import traceback
+from typing import Any, Callable, Iterator, List, Optional, TextIO
 
 
 class PipelineError(Exception):
@@ -78,6 +82,50 @@ def printable(text: str) -> str:
     )
 
 
+class _Output:
+    """A standard stream whose reader may go away, or whose disk may be full, while the work goes on."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self.fault: Optional[OSError] = None
+
+    def write(self, text: str) -> int:
+        self._attempt(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._attempt(self._stream.flush)
+
+    def _attempt(self, what: Callable[[], Any]) -> None:
+        try:
+            what()
+        except OSError as error:
+            self.fault = self.fault or error
+            with contextlib.suppress(OSError, ValueError):  # what is still in its buffer goes there
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def _lasting_output() -> Iterator[_Output]:
+    """Standard output and error as `_Output`, which also spell out what their encoding lacks; yields the former."""
+    before = sys.stdout, sys.stderr
+    # A stream that was closed before the start is None, and the next file that is opened would get its number.
+    output, errors = (_Output(stream or open(os.devnull, "w", encoding="utf-8")) for stream in before)  # noqa: SIM115
+    for stream in before:
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    sys.stdout, sys.stderr = output, errors
+    try:
+        yield output
+    finally:
+        output.flush()
+        errors.flush()
+        sys.stdout, sys.stderr = before
+
+
 Main = Callable[[Optional[List[str]]], Optional[int]]
 
 
@@ -85,18 +133,33 @@ def command(main: Main) -> Callable[..., int]:
     """
     Wraps a command's `main(argv) -> status`: a PipelineError becomes one message on stderr and status 2.
 
-    Anything else is a bug of ours and keeps its traceback.
+    Anything else is a bug of ours: it keeps its traceback, and the status is 3. Status 1 is a verdict alone. Where
+    nobody reads the output any longer (`| head`) the work goes on; output that a full disk loses is status 2.
     """
 
     @functools.wraps(main)
     def run(argv: Optional[List[str]] = None) -> int:
-        try:
-            return main(argv) or 0
-        except PipelineError as error:
-            print(f"error: {printable(str(error))}", file=sys.stderr)
-            return 2
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            return 130
+        with _lasting_output() as output:
+            status = _status(main, argv)
+            output.flush()
+            if status == 0 and output.fault is not None and output.fault.errno != errno.EPIPE:
+                print(f"error: the work is done, but its output is lost: {output.fault.strerror}", file=sys.stderr)
+                return 2
+            return status
 
     return run
+
+
+def _status(main: Main, argv: Optional[List[str]]) -> int:
+    try:
+        return main(argv) or 0
+    except PipelineError as error:
+        print(f"error: {printable(str(error))}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except Exception:
+        traceback.print_exc()
+        print("error: this is a fault of the program, not of its input; please report it", file=sys.stderr)
+        return 3

@@ -22,17 +22,20 @@ def replacing(path: AnyPath) -> Iterator[Path]:
     """
     Yields a temporary path beside `path`; on success it is flushed and renamed to `path`, on failure removed.
 
+    Where `path` is a link, it stays one: what it leads to is replaced, in its own folder.
     The suffix is that of `path`, since some writers choose the format by it.
 
     Raises:
-        PipelineError: the folder cannot be made or written, or the disk is full.
+        PipelineError: the folder cannot be made or written, `path` is there and no regular file, or the disk is full.
     """
-    path = Path(path)
+    target = Path(os.path.realpath(path))
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.is_dir():
             raise IsADirectoryError(f"{path} is a folder")
-        handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
+        if target.exists() and not target.is_file():  # as root, the rename would put a file in the place of a device
+            raise OSError(f"{path} is a device, a pipe or a socket, not a file")
+        handle, name = tempfile.mkstemp(prefix=f".{target.stem}.", suffix=target.suffix, dir=target.parent)
     except OSError as error:
         raise PipelineError(
             f"cannot write {path}: {error}. Give an output path in a folder that can be written."
@@ -46,7 +49,7 @@ def replacing(path: AnyPath) -> Iterator[Path]:
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)  # mkstemp's 0600 would keep the file from everybody else
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     except OSError as error:
         if error.errno not in DISK_FAULTS:
             raise

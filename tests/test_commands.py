@@ -31,6 +31,8 @@ try:
     importlib.import_module(sys.argv[1]).main(["--help"])
 except SystemExit as end:
     assert end.code == 0, end.code
+import os
+assert os.environ["ORT_DISABLE_TELEMETRY"] == "1"
 print("HEAVY", sorted(set(sys.modules) & set(sys.argv[2:])))
 """
 BAD_INPUT = {

@@ -194,3 +194,17 @@ def test_it_is_closed_with_its_block_even_after_an_error(echo: Callable[[int], E
 def test_an_unknown_suffix_is_refused() -> None:
     with pytest.raises(ContractError, match=r"expected \.onnx or \.engine"):
         Detector("student.pth")
+
+
+def test_no_runtime_writes_to_or_reports_from_home(
+    small_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    for name, value in (("HOME", home), ("XDG_CACHE_HOME", home / "cache"), ("XDG_DATA_HOME", home / "data")):
+        monkeypatch.setenv(name, str(value))
+    for name in ("CI", "ORT_DISABLE_TELEMETRY"):  # either keeps ONNX Runtime silent by itself
+        monkeypatch.delenv(name, raising=False)
+    code = "import sys; from deploy import Detector; Detector(sys.argv[1]).close()"
+    subprocess.run([sys.executable, "-c", code, str(small_file("topk"))], check=True, cwd=ROOT)
+    assert [str(path) for path in home.rglob("*")] == []

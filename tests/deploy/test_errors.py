@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from deploy.errors import DataError, command
@@ -13,3 +18,54 @@ def _main(argv=None):
 def test_a_message_is_never_obeyed_by_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     assert _main() == 2
     assert capsys.readouterr().err == "error: image 'a\\x1b]0;title\\x07\\x9b31m\\r\\u202eb': é, 名\nsecond line\n"
+
+
+COMMAND = """
+import sys
+from deploy.errors import DataError, command
+@command
+def main(argv=None):
+    for number in range(int(sys.argv[1])):
+        print("line é", number, flush=number % 100 == 0)
+    open(sys.argv[2], "w").write("the work is done")
+    if sys.argv[3:]:
+        raise {"bug": ZeroDivisionError, "fault": DataError}[sys.argv[3]]("x")
+sys.exit(main())
+"""
+
+
+def _run(*words: str, end: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    line = f'exec "$0" -c "$CODE" "$@" {end}'
+    return subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {line}" if not end.startswith("|") else f'"$0" -c "$CODE" "$@" {end}',
+         sys.executable, *words],
+        env={**os.environ, "CODE": COMMAND, **environment}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "end", ["| head -n 1; exit ${PIPESTATUS[0]}", ">&-", "2>&1 | head -n 1; exit ${PIPESTATUS[0]}"]
+)
+def test_the_work_goes_on_when_nobody_reads_the_output(tmp_path: Path, end: str) -> None:
+    done = _run("100000", str(tmp_path / "work"), end=end)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "work").read_text() == "the work is done"
+
+
+def test_output_that_is_lost_on_a_full_disk_is_said(tmp_path: Path) -> None:
+    done = _run("1000", str(tmp_path / "work"), end="> /dev/full")
+    assert done.returncode == 2
+    assert done.stderr == "error: the work is done, but its output is lost: No space left on device\n"
+    assert (tmp_path / "work").read_text() == "the work is done"
+
+
+def test_an_encoding_that_lacks_a_letter_is_no_fault(tmp_path: Path) -> None:
+    done = _run("1", str(tmp_path / "work"), PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "line \\xe9 0\n", "")
+
+
+def test_a_fault_of_the_program_is_status_3_and_of_its_input_2(tmp_path: Path) -> None:
+    bug = _run("1", str(tmp_path / "work"), "bug")
+    assert bug.returncode == 3
+    assert "ZeroDivisionError: x" in bug.stderr
+    assert _run("1", str(tmp_path / "work"), "fault").returncode == 2

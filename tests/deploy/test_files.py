@@ -91,3 +91,29 @@ def test_a_full_disk_is_a_pipeline_error_and_leaves_nothing(tmp_path: Path) -> N
     assert os.listdir(tmp_path) == []
     with pytest.raises(FileNotFoundError), replacing(tmp_path / "a"):  # another's fault keeps its own name
         (tmp_path / "missing").read_bytes()
+
+
+def test_a_device_a_pipe_and_a_socket_are_never_replaced(tmp_path: Path) -> None:
+    pipe, link = tmp_path / "pipe", tmp_path / "link"
+    os.mkfifo(pipe)
+    link.symlink_to(pipe)
+    for path in (Path(os.devnull), pipe, link):
+        with pytest.raises(PipelineError, match=f"cannot write {path}: .* is a device, a pipe or a socket, not a file"):
+            check_writable(path)
+    assert pipe.is_fifo()
+    assert link.is_symlink()
+    assert Path(os.devnull).is_char_device()
+    assert sorted(os.listdir(tmp_path)) == ["link", "pipe"]
+
+
+def test_of_a_link_the_target_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    target, link = tmp_path / "there" / "a.json", tmp_path / "link.json"
+    target.write_text("old")
+    link.symlink_to(target)
+    with replacing(link) as temporary:
+        assert temporary.parent == target.parent
+        temporary.write_text("new")
+    assert link.is_symlink()
+    assert target.read_text() == "new"
+    assert os.listdir(target.parent) == ["a.json"]
