@@ -74,14 +74,14 @@ def test_the_plan_goes_from_training_to_the_report(configs: Path) -> None:
 
 
 def test_every_planned_command_is_one_that_its_module_understands(
-    configs: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    configs: Path, capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for stage in _planned(configs / "crosskd_tiny.py", "--target", "tensorrt"):
         module = importlib.import_module(stage.words[0])
         # The paths do not exist, which is an error of its own; an unknown flag would end in SystemExit.
         assert module.main(stage.words[1:]) == 2
-        assert capsys.readouterr().err.startswith("error: ")
+        assert capfd.readouterr().err.startswith("error: ")
 
 
 def test_for_tensorrt_it_builds_two_engines_and_measures_them(configs: Path) -> None:
