@@ -30,6 +30,7 @@ from deploy.contract import ModelContract
 from deploy.dataset import CocoSet
 from deploy.errors import CalibrationError
 from deploy.files import AnyPath, read_json, write_json
+from deploy.freshness import changed_keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +113,7 @@ class Journal:
         try:
             key, float_ap, errors = document["key"], document["float_ap"], dict(document["errors"])
             drops = {frozenset(row.pop("kept")): Drop(**row) for row in document["drops"]}
-            changed = sorted(name for name in {*key, *self._key} if key.get(name) != self._key.get(name))
+            changed = changed_keys(key, self._key)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CalibrationError(f"{self.path} holds something else ({error!r}); expected {what}") from error
         if changed:

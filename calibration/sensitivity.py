@@ -36,6 +36,7 @@ from deploy.contract import ModelContract, provenance
 from deploy.dataset import SPLITS, CocoSet, load_coco, load_split, split_paths
 from deploy.errors import CalibrationError, ConfigError, command
 from deploy.files import check_writable, read_json, replacing, write_json
+from deploy.freshness import changed_keys
 
 METRICS = ("ap", "error")
 SIZES = ("AP_small", "AP_medium", "AP_large")
@@ -97,7 +98,7 @@ def resumed_rows(path: Path, key: Dict[str, Any]) -> List[Row]:
     found = document.get("key") if isinstance(document, dict) else None
     if not isinstance(found, dict) or "blocks" not in document:
         raise CalibrationError(f"{path} is not a file of calibration.sensitivity; name another --output")
-    changed = [name for name in key if found.get(name) != key[name]]
+    changed = changed_keys(found, key)
     if changed:
         raise CalibrationError(
             f"{path} holds the sensitivity of other {', '.join(changed)}; expected those of now, to go on. Delete it, "

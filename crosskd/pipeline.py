@@ -18,14 +18,34 @@ from typing import Any
 
 from crosskd.config import load_config, path_beside
 from deploy.commands import command_line, run_status
-from deploy.contract import RESULT_VERSION, check_seal, read_sidecar
 from deploy.dataset import SPLITS, load_coco, split_paths
 from deploy.errors import ConfigError, PipelineError, command
-from deploy.files import check_writable, read_json, sha256_of, write_json
+from deploy.files import check_writable
+from deploy.freshness import is_made, read_start, start_from, write_start
 from deploy.tensorrt.bindings import load_tensorrt
 from deploy.tensorrt.cuda import load_cuda
 
 TARGETS = ("onnxruntime", "tensorrt")
+
+
+@dataclasses.dataclass(frozen=True)
+class PipelineOptions:
+    """What the whole job is run with."""
+
+    config: str
+    """File of the distillation's config."""
+    data: str
+    """Folder of annotations/instances_{train,val,test}.json and images/."""
+    output: Path
+    """Folder for everything that is made."""
+    teacher_checkpoint: str | None = None
+    """Weights of a teacher that is already trained; None: the config's, or it is trained."""
+    target: str = "onnxruntime"
+    """What the model shall run on: one of TARGETS."""
+    limits: str | None = None
+    """TOML file of limits for the verdict; None: the config's report_limits."""
+    seed: int = 0
+    """Of the trainings."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,18 +73,18 @@ class Stage:
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    arguments = command_parser().parse_args(argv)
-    check_writable(Path(arguments.output) / "report.html")
-    if arguments.target == "tensorrt":  # asked for before hours of training
+    options = PipelineOptions(**vars(command_parser().parse_args(argv)))
+    check_writable(options.output / "report.html")
+    if options.target == "tensorrt":  # asked for before hours of training
         load_tensorrt("--target tensorrt")
         load_cuda("--target tensorrt").close()
-    if arguments.limits and not Path(arguments.limits).is_file():
-        raise ConfigError(f"--limits is {arguments.limits}; expected a TOML file of limits")
+    if options.limits and not Path(options.limits).is_file():
+        raise ConfigError(f"--limits is {options.limits}; expected a TOML file of limits")
     for split in SPLITS:
-        load_coco(*split_paths(arguments.data, split))
-    stages = planned_stages(arguments, load_config(arguments.config))
+        load_coco(*split_paths(options.data, split))
+    stages = planned_stages(options, load_config(options.config))
     status = run_stages(stages)
-    print(f"report: {Path(arguments.output) / 'report.html'}")
+    print(f"report: {options.output / 'report.html'}")
     return status
 
 
@@ -76,7 +96,9 @@ def command_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--data", required=True, metavar="DIR", help="annotations/instances_{train,val,test}.json and images/"
     )
-    parser.add_argument("-o", "--output", required=True, metavar="DIR", help="folder for everything that is made")
+    parser.add_argument(
+        "-o", "--output", required=True, type=Path, metavar="DIR", help="folder for everything that is made"
+    )
     parser.add_argument("--teacher-checkpoint", metavar="FILE", help="weights of a teacher that is already trained")
     parser.add_argument(
         "--target", choices=TARGETS, default="onnxruntime", help="what the model shall run on (default: onnxruntime)"
@@ -87,7 +109,7 @@ def command_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def planned_stages(arguments: argparse.Namespace, config: Any) -> list[Stage]:
+def planned_stages(options: PipelineOptions, config: Any) -> list[Stage]:
     """
     The stages in order.
 
@@ -98,34 +120,34 @@ def planned_stages(arguments: argparse.Namespace, config: Any) -> list[Stage]:
     from crosskd.models.heads import heads_with_decoder
 
     if config.model.type != "CrossKDDetector":
-        raise ConfigError(f"{arguments.config}: model.type is {config.model.type}; expected CrossKDDetector")
+        raise ConfigError(f"{options.config}: model.type is {config.model.type}; expected CrossKDDetector")
     head = config.model.student.bbox_head.type
     if head not in heads_with_decoder():  # said before hours of training
         raise ConfigError(
-            f"{arguments.config}: the student's head is a {head}, which cannot be exported; expected "
+            f"{options.config}: the student's head is a {head}, which cannot be exported; expected "
             f"one of {', '.join(heads_with_decoder())}. To train it, run crosskd.distill."
         )
-    out, data, seed = Path(arguments.output), arguments.data, str(arguments.seed)
+    out, data, seed = options.output, options.data, str(options.seed)
     teacher, baseline, student = out / "teacher", out / "baseline", out / "student"
-    stages = [teacher_stage(arguments, config, teacher)]
+    stages = [teacher_stage(options, config, teacher)]
 
     def add(name: str, artefact: Path, *words: str | Path) -> Path:
         stages.append(Stage(name, [str(word) for word in words], artefact))
         return artefact
 
     training = ("--data", data, "--seed", seed)
-    add("baseline", baseline / "detector.pth", "crosskd.train", arguments.config, *training, "-o", baseline)
+    add("baseline", baseline / "detector.pth", "crosskd.train", options.config, *training, "-o", baseline)
     add(
-        "student", student / "student.pth", "crosskd.distill", arguments.config, *training,
+        "student", student / "student.pth", "crosskd.distill", options.config, *training,
         "--teacher-checkpoint", stages[0].artefact, "-o", student,
     )  # fmt: skip
     onnx = add("export", out / "student.onnx", "deploy.export", student, "-o", out / "student.onnx")
     int8 = add(
         "quantise", out / "student.int8.onnx", "calibration.quantize", onnx, "--data", data,
-        "--target", arguments.target, "-o", out / "student.int8.onnx",
+        "--target", options.target, "-o", out / "student.int8.onnx",
     )  # fmt: skip
     models = {"teacher": teacher, "baseline": baseline, "student": student, "onnx-fp32": onnx, "onnx-int8": int8}
-    if arguments.target == "tensorrt":
+    if options.target == "tensorrt":
         for role, source, flag in (("engine-fp16", onnx, "--fp16"), ("engine-int8", int8, "--int8")):
             models[role] = add(
                 f"build {role}", out / f"{role}.engine", "deploy.build_trt", source, flag, "-o", out / f"{role}.engine"
@@ -133,31 +155,31 @@ def planned_stages(arguments: argparse.Namespace, config: Any) -> list[Stage]:
     results = []
     for role, model in models.items():
         for what in ("accuracy", "latency"):
-            if (role, what, arguments.target) == ("onnx-int8", "latency", "tensorrt"):
+            if (role, what, options.target) == ("onnx-int8", "latency", "tensorrt"):
                 continue  # quantised for the engine: how slow ONNX Runtime is with it says nothing
             result = out / "results" / f"{role}.{what}.result.json"
             results.append(
                 add(f"{what} {role}", result, f"benchmarks.{what}", model, "--data", data, "--role", role, "-o", result)
             )
     limits = (
-        ["--limits", arguments.limits]
-        if arguments.limits
+        ["--limits", options.limits]
+        if options.limits
         else [f"--{name.replace('_', '-')}={value}" for name, value in config.get("report_limits", {}).items()]
     )
     add("report", out / "report.json", "benchmarks.report", *results, *limits, "-o", out / "report.html")
     return stages
 
 
-def teacher_stage(arguments: argparse.Namespace, config: Any, run_dir: Path) -> Stage:
+def teacher_stage(options: PipelineOptions, config: Any, run_dir: Path) -> Stage:
     """The stage that makes the teacher's run directory: trained, or taken in."""
     given = config.model.teacher.get("config")
     if given is None:
-        raise ConfigError(f"{arguments.config}: model.teacher.config is missing; expected the teacher's config file")
-    words = [path_beside(given, arguments.config), "--data", arguments.data, "-o", str(run_dir)]
-    checkpoint = arguments.teacher_checkpoint or config.model.teacher.get("checkpoint")
+        raise ConfigError(f"{options.config}: model.teacher.config is missing; expected the teacher's config file")
+    words = [path_beside(given, options.config), "--data", options.data, "-o", str(run_dir)]
+    checkpoint = options.teacher_checkpoint or config.model.teacher.get("checkpoint")
     if checkpoint:
         return Stage("teacher", ["crosskd.adopt", *words, "--checkpoint", checkpoint], run_dir / "detector.pth")
-    return Stage("teacher", ["crosskd.train", *words, "--seed", str(arguments.seed)], run_dir / "detector.pth")
+    return Stage("teacher", ["crosskd.train", *words, "--seed", str(options.seed)], run_dir / "detector.pth")
 
 
 def run_stages(stages: list[Stage]) -> int:
@@ -196,22 +218,14 @@ def note_start(stage: Stage) -> None:
     run_dir = stage.artefact.parent
     for stale in (stage.artefact, run_dir / "last_checkpoint"):
         stale.unlink(missing_ok=True)
-    write_json(run_dir / "started.json", start_of(stage))
-
-
-def noted_start(stage: Stage) -> dict[str, Any]:
-    """What `note_start` wrote; empty for a run that was made by hand."""
-    try:
-        return dict(read_json(stage.artefact.parent / "started.json", PipelineError, "the start of a run"))
-    except (PipelineError, TypeError, ValueError):
-        return {}
+    write_start(run_dir, start_of(stage))
 
 
 def start_of(stage: Stage) -> dict[str, Any]:
+    """What a run directory is made from: command, files with their hashes, the values of the config."""
     data = Path(stage.words[stage.words.index("--data") + 1])
     annotations = [str(data / "annotations" / f"instances_{split}.json") for split in ("train", "val")]
-    files = {word: sha256_of(word) for word in [*stage.words[2:], *annotations] if Path(word).is_file()}
-    return {"command": stage.command, "files": files, "config_sha256": config_sha256(stage)}
+    return start_from(stage.words, [*stage.words[2:], *annotations], config_sha256=config_sha256(stage))
 
 
 def config_sha256(stage: Stage) -> str:
@@ -222,27 +236,15 @@ def config_sha256(stage: Stage) -> str:
 def can_resume(stage: Stage) -> bool:
     """Whether an interrupted training of the very same command and files left a checkpoint to go on from."""
     left_one = not stage.artefact.exists() and (stage.artefact.parent / "last_checkpoint").exists()
-    return stage.is_training and left_one and noted_start(stage) == start_of(stage)
+    return stage.is_training and left_one and read_start(stage.artefact.parent) == start_of(stage)
 
 
 def is_up_to_date(stage: Stage) -> bool:
     """Whether the artefact is there, as recorded, made by this very command from inputs that are still the same."""
-    try:
-        if stage.artefact.suffix == ".json":  # a result file is its own sidecar
-            record = read_json(stage.artefact, PipelineError, "a result file")
-            check_seal(record, stage.artefact)
-            if stage.words[0] != "benchmarks.report" and record["result_version"] != RESULT_VERSION:
-                return False
-        else:
-            record = read_sidecar(stage.artefact)
-        made_by = [word for word in record["command"] if word != "--resume"]
-        inputs = record["inputs"].values()
-        same = made_by == stage.command and all(sha256_of(one["file"]) == one["sha256"] for one in inputs)
-        kept = record.get("detections")  # beside an accuracy result
-        same = same and (kept is None or sha256_of(stage.artefact.with_name(kept["file"])) == kept["sha256"])
-    except (PipelineError, OSError, KeyError, TypeError, AttributeError):
+    if not is_made(stage.artefact, stage.words):
         return False
-    return same and (not stage.makes_run or noted_start(stage).get("config_sha256") in (None, config_sha256(stage)))
+    noted = read_start(stage.artefact.parent).get("config_sha256") if stage.makes_run else None
+    return noted is None or noted == config_sha256(stage)
 
 
 if __name__ == "__main__":

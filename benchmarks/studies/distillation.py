@@ -33,6 +33,7 @@ from deploy.contract import provenance, read_sidecar, sidecar_path
 from deploy.dataset import SPLITS, split_paths
 from deploy.errors import ConfigError, MeasurementError, command
 from deploy.files import read_json, sha256_of, write_json
+from deploy.freshness import changed_inputs, made_by, read_start, start_from, write_start
 
 METRICS = {
     "AP": "AP", "AP50": "AP50", "AP75": "AP75",
@@ -125,10 +126,10 @@ class Run:
 
     @property
     def files(self) -> List[str]:
-        """The files that its command names and that are there: config, teacher, annotations."""
+        """What its command names that may be files, config and teacher, and the annotations."""
         data = Path(self.words[self.words.index("--data") + 1])
         annotations = [str(data / "annotations" / f"instances_{split}.json") for split in SPLITS]
-        return [word for word in [*self.words[1:], *annotations] if Path(word).is_file()]
+        return [*self.words[1:], *annotations]
 
 
 Record = Dict[str, Any]
@@ -300,17 +301,15 @@ def finished_run(run: Run, data: Path) -> Optional[Record]:
 
 
 def _check_made_by(run: Run, sidecar: Mapping[str, Any]) -> None:
-    made_by = [word for word in sidecar["command"] if word != "--resume"]
-    if made_by != run.command:
+    if made_by(sidecar) != run.command:
         raise ConfigError(
-            f"{run.folder} was made by `{shell_line(made_by)}`; expected `{shell_line(run.command)}`. Give another "
-            "--runs-dir, or delete the folder"
+            f"{run.folder} was made by `{shell_line(made_by(sidecar))}`; expected `{shell_line(run.command)}`. Give "
+            "another --runs-dir, or delete the folder"
         )
-    for one in sidecar["inputs"].values():
-        if not Path(one["file"]).is_file() or sha256_of(one["file"]) != one["sha256"]:
-            raise ConfigError(
-                f"{one['file']} is not what {run.folder} was made from, or is gone. Bring it back, or delete the folder"
-            )
+    for name in changed_inputs(sidecar):
+        raise ConfigError(
+            f"{name} is not what {run.folder} was made from, or is gone. Bring it back, or delete the folder"
+        )
 
 
 def complete_run(run: Run, data: Path, processes: Processes, jobs: int, alone: bool = False) -> Record:
@@ -336,14 +335,14 @@ def complete_run(run: Run, data: Path, processes: Processes, jobs: int, alone: b
 
 
 def _train(run: Run, processes: Processes, jobs: int, alone: bool, lock: int) -> None:
-    started = {"command": run.command, "files": {name: sha256_of(name) for name in run.files}}
+    started = start_from(run.words, run.files)
     left = run.folder / "last_checkpoint"
-    resume = left.is_file() and _json_or_empty(run.folder / "started.json") == started
+    resume = left.is_file() and read_start(run.folder) == started
     if left.is_file() and not resume:
         print(f"{run.folder}: begun by another command or from other files; it starts anew", flush=True)
         left.unlink()
     (run.folder / "timing.json").unlink(missing_ok=True)
-    write_json(run.folder / "started.json", started)
+    write_start(run.folder, started)
     words = [*run.words, "--resume"] if resume else run.words
     print(command_line(*words), flush=True)
     began = time.monotonic()

@@ -20,10 +20,9 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, TypeVar
 
 from benchmarks.measuring.environment import read_environment
+from deploy import freshness
 from deploy.commands import command_line, last_message, process_words, run_captured
-from deploy.contract import sidecar_path
 from deploy.errors import MeasurementError, PipelineError
-from deploy.files import read_json, sha256_of
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -177,30 +176,12 @@ def tail_of(log: Path) -> str:
 
 def is_made(artefact: Path, words: Sequence[str]) -> bool:
     """Whether `python -m <words>` has made the artefact, and it is current."""
-    return is_current(artefact) and _read_record(artefact)["command"] == ["python", "-m", *words]
+    return freshness.is_made(artefact, words, _this_cpu())
 
 
 def is_current(artefact: Path) -> bool:
     """Whether the artefact is as it was made, from files that are still the same and, a result, on this processor."""
-    record = _record_path(artefact)
-    if not (artefact.is_file() and record.is_file()):
-        return False
-    document = _read_record(artefact)
-    if record != artefact and document["artefact"]["sha256"] != sha256_of(artefact):
-        return False
-    if "environment" in document and document["environment"]["cpu"] != _this_cpu():
-        return False
-    return all(
-        Path(one["file"]).is_file() and sha256_of(one["file"]) == one["sha256"] for one in document["inputs"].values()
-    )
-
-
-def _record_path(artefact: Path) -> Path:
-    return artefact if artefact.suffix == ".json" else sidecar_path(artefact)  # a result is its own sidecar
-
-
-def _read_record(artefact: Path) -> Dict[str, Any]:
-    return dict(read_json(_record_path(artefact), MeasurementError, "what an earlier run left; delete it"))
+    return freshness.is_current(artefact, _this_cpu())
 
 
 @functools.lru_cache(maxsize=None)

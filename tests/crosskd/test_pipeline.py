@@ -40,7 +40,7 @@ sys.exit(int(content) if content.isdigit() else 0)
 
 def _planned(config: Path, *flags: str) -> list[Stage]:
     arguments = pipeline.command_parser().parse_args([str(config), "--data", "D", "--output", "O", *flags])
-    return planned_stages(arguments, load_config(config))
+    return planned_stages(pipeline.PipelineOptions(**vars(arguments)), load_config(config))
 
 
 def _command(stages: list[Stage], name: str) -> str:
