@@ -36,10 +36,11 @@ from benchmarks.measuring.subject import (
 from benchmarks.reporting.operating_point import best_f1, comparison, found_scores
 from benchmarks.reporting.wording import between_points, points, signed_points
 from deploy.commands import run_relayed
-from deploy.dataset import CocoImage, CocoSet, read_image
+from deploy.dataset import CocoImage, CocoSet
 from deploy.detector import open_session
 from deploy.errors import ConfigError, DataError, MeasurementError, command
 from deploy.files import check_writable, read_json
+from deploy.images import read_image
 from deploy.progress import progress
 from deploy.runtime.postprocess import Detections, postprocess
 from deploy.runtime.preprocess import preprocess

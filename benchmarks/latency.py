@@ -38,8 +38,9 @@ from benchmarks.measuring.subject import (
 )
 from benchmarks.measuring.throughput import sweep
 from benchmarks.measuring.timing import LatencyOptions, device_memory_used_mib, measure, read_samples
-from deploy.dataset import CocoSet, read_image
+from deploy.dataset import CocoSet
 from deploy.errors import MeasurementError, command
+from deploy.images import read_image
 
 IMAGES = 8
 """Images of the data that are detected in, in turn."""

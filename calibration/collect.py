@@ -16,10 +16,11 @@ import numpy as np
 
 from calibration.activation_statistics import Collected, Seen, Statistics, load_statistics, save_statistics
 from deploy.contract import ModelContract
-from deploy.dataset import CocoImage, read_image
+from deploy.dataset import CocoImage
 from deploy.errors import CalibrationError, MissingDependencyError
 from deploy.files import sha256_of
 from deploy.graphs.graph import producers, with_outputs
+from deploy.images import read_image
 from deploy.progress import progress
 from deploy.runtime.preprocess import preprocess
 

@@ -18,8 +18,9 @@ from calibration.collect import runtime_session
 from calibration.placement import FloatGraph, Placement
 from calibration.qdq import QUANTIZATION_FROM_RANGE
 from deploy.contract import ModelContract
-from deploy.dataset import CocoImage, read_image
+from deploy.dataset import CocoImage
 from deploy.graphs.graph import remove_unused
+from deploy.images import read_image
 from deploy.int8_format import rounded_weight, weight_scales
 from deploy.progress import progress
 from deploy.runtime.preprocess import preprocess

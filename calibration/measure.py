@@ -15,10 +15,11 @@ import numpy as np
 
 from deploy.commands import run_captured
 from deploy.contract import ModelContract, load_contract, write_sidecar
-from deploy.dataset import CocoImage, read_image
+from deploy.dataset import CocoImage
 from deploy.errors import CalibrationError, MeasurementError
 from deploy.files import read_json
 from deploy.graphs.graph import save_onnx
+from deploy.images import read_image
 from deploy.runtime.postprocess import Detections, postprocess
 from deploy.runtime.preprocess import preprocess
 from deploy.runtime.session import OrtSession

@@ -40,11 +40,12 @@ from calibration.quantizer import Quantized
 from calibration.ranges import PERCENTILE, RANGE_METHODS
 from calibration.search import journal_path
 from deploy.contract import ModelContract, write_sidecar
-from deploy.dataset import SPLITS, CocoSet, load_coco, load_split, split_paths
+from deploy.dataset import CocoSet, load_coco, load_split
 from deploy.errors import ConfigError, command
 from deploy.files import AnyPath, check_writable
 from deploy.graphs.calibration_cache import amax_from_quantised, write_cache
 from deploy.graphs.graph import check_graph, save_onnx
+from deploy.layouts import SPLITS, split_paths
 
 TARGET = "tensorrt"
 NUM_IMAGES = QuantizeOptions.num_images

@@ -33,10 +33,11 @@ from calibration.quantizer import Quantizer, key_of_measurements, tensors_of_any
 from calibration.ranges import PERCENTILE, RANGE_METHODS
 from calibration.search import Drop, points
 from deploy.contract import ModelContract, provenance
-from deploy.dataset import SPLITS, CocoSet, load_coco, load_split, split_paths
+from deploy.dataset import CocoSet, load_coco, load_split
 from deploy.errors import CalibrationError, ConfigError, command
 from deploy.files import check_writable, read_json, replacing, write_json
 from deploy.freshness import changed_keys
+from deploy.layouts import SPLITS, split_paths
 
 METRICS = ("ap", "error")
 SIZES = ("AP_small", "AP_medium", "AP_large")

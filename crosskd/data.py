@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from deploy.dataset import CocoSet, load_coco, split_paths
+from deploy.dataset import CocoSet, coco_document, load_coco, renumbered
 from deploy.errors import ConfigError, DataError
 from deploy.files import write_json
+from deploy.layouts import split_paths
 
 if TYPE_CHECKING:
     from mmengine.config import Config
@@ -77,7 +78,7 @@ def set_data(config: Config, data: TrainingData, folder: Path, write: bool = Tru
     """
     files = {split: folder / f"annotations_{split}.json" for split in ("train", "val")}
     for split, path in files.items() if write else ():
-        write_json(path, coco_document_from_set(getattr(data, split)))
+        write_json(path, coco_document(renumbered(getattr(data, split))))
     for split, loader in (
         ("train", config.train_dataloader),
         ("val", config.val_dataloader),
@@ -97,38 +98,3 @@ def set_data(config: Config, data: TrainingData, folder: Path, write: bool = Tru
             dataset["filter_cfg"] = dict(filter_empty_gt=False, min_size=0)  # images without boxes are data too
     for evaluator in (config.val_evaluator, config.test_evaluator):
         evaluator.ann_file = str(files["val"].resolve())
-
-
-def coco_document_from_set(coco: CocoSet) -> dict[str, Any]:
-    """A COCO detection document of a checked set; `area` is that of the box."""
-    annotations: list[dict[str, Any]] = []
-    for image in coco.images:
-        for (x1, y1, x2, y2), label, crowd in zip(
-            image.boxes_xyxy.tolist(), image.labels.tolist(), image.crowd.tolist(), strict=True
-        ):
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": image.image_id,
-                    "category_id": coco.category_ids[label],
-                    "bbox": [x1, y1, x2 - x1, y2 - y1],
-                    "area": (x2 - x1) * (y2 - y1),
-                    "iscrowd": int(crowd),
-                }
-            )
-    return {
-        "images": [
-            {
-                "id": image.image_id,
-                "file_name": image.path.relative_to(coco.images_dir).as_posix(),
-                "width": image.width_px,
-                "height": image.height_px,
-            }
-            for image in coco.images
-        ],
-        "annotations": annotations,
-        "categories": [
-            {"id": category_id, "name": name}
-            for category_id, name in zip(coco.category_ids, coco.class_names, strict=True)
-        ],
-    }

@@ -18,10 +18,11 @@ from typing import Any
 
 from crosskd.config import load_config, path_beside
 from deploy.commands import command_line, run_status
-from deploy.dataset import SPLITS, load_coco, split_paths
+from deploy.dataset import load_coco
 from deploy.errors import ConfigError, PipelineError, command
 from deploy.files import check_writable
 from deploy.freshness import is_made, read_start, start_from, write_start
+from deploy.layouts import SPLITS, split_paths
 from deploy.tensorrt.bindings import load_tensorrt
 from deploy.tensorrt.cuda import load_cuda
 

@@ -21,9 +21,9 @@ from typing import Any
 import cv2
 import numpy as np
 
-from deploy.dataset import SPLITS
 from deploy.errors import ConfigError, command
 from deploy.files import read_json, write_json
+from deploy.layouts import SPLITS
 from deploy.progress import progress
 
 VERSION = 1

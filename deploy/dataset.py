@@ -1,34 +1,35 @@
-"""
-COCO-format data: read, checked, clipped. numpy and OpenCV only.
-
-A data folder has `annotations/instances_{train,val,test}.json` and `images/`. The format is that of
-https://cocodataset.org/#format-data, "object detection"; masks, areas and licences are not looked at.
-"""
+"""COCO-format data sets: read, checked, compared with their images. numpy and OpenCV only."""
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-import os
 import sys
-from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, Dict, Iterable, List, Optional, Tuple
+from pathlib import Path
+from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
 
-import cv2
 import numpy as np
 
+from deploy.coco_file import (
+    COMMAND,
+    ERROR,
+    EXAMPLES,
+    LEFT_OUT,
+    NOTE,
+    CocoFile,
+    Fault,
+    coco_file_from_document,
+    first_error,
+    no_garbage_collection,
+    read_document,
+)
 from deploy.errors import ConfigError, DataError
-from deploy.files import AnyPath, read_json
+from deploy.files import AnyPath
+from deploy.images import ImageHeader, read_header, shown_size_px, used_bits, words_of_empty_bits
+from deploy.layouts import split_paths
 
-SPLITS = ("train", "val", "test")
-TAIL_BYTES = 4096
-"""The end of an image file is looked for in this many last bytes, so that checking a file costs two small reads."""
-ROUNDING_PX = 0.01
-"""A box that leaves its image by no more was rounded, and is not counted as clipped."""
-LARGEST_IMAGE_PX = 1 << 28
-"""Larger images are not decoded: 768 MiB of pixels, more than cameras take (2026: 200 megapixels), while a file of few
-bytes may claim any size."""
-FRAME_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-"""Second bytes of the JPEG markers that a picture's size follows."""
+IMAGES_OF_16_BITS = 16
+"""So many are decoded to see whether their upper bits are in use."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +46,12 @@ class CocoImage:
     """(n,), int64, index into the set's class_names."""
     crowd: np.ndarray
     """(n,), bool: COCO's iscrowd, ignored by the evaluation."""
+    ignored: np.ndarray
+    """(n,), bool: `ignore`, not trained on, but counted by the evaluation."""
+    annotated_xywh: np.ndarray
+    """(n, 4), float64, pixels: the boxes as the file has them."""
+    areas: np.ndarray
+    """(n,), float64, square pixels: of the mask where the file has it, else of the annotated box."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,77 +68,33 @@ class CocoSet:
     """How many boxes of the file stuck out of their image and were clipped."""
 
 
-def split_paths(data_dir: AnyPath, split: str) -> Tuple[Path, Path]:
+def load_coco(annotations: AnyPath, images_dir: AnyPath, check_files: bool = True, strict: bool = False) -> CocoSet:
     """
-    (annotation file, image folder) of a split of a data folder.
-
-    Raises:
-        DataError: the folder, the file or the image folder is not there.
-    """
-    folder = Path(data_dir)
-    annotations, images_dir = folder / "annotations" / f"instances_{split}.json", folder / "images"
-    for path in (folder, annotations, images_dir):
-        if not path.exists():
-            raise DataError(
-                f"no such file or folder: {path}. Expected a folder with annotations/instances_{split}.json, images/"
-            )
-    return annotations, images_dir
-
-
-def load_coco(annotations: AnyPath, images_dir: AnyPath, check_files: bool = True) -> CocoSet:
-    """
-    The checked content of a COCO detection file.
+    The checked content of a COCO detection file. What was left out of it, or is good to know, is said on stderr.
 
     Args:
-        check_files: also look at every image file: it is there, is a JPEG, PNG or BMP, and ends where such a file ends.
+        check_files: also look at every image file, as `check_image_files`.
+        strict: refuse boxes of no use, which are left out otherwise where they are few.
 
     Raises:
         DataError: what is wrong, where, and what was expected.
     """
     annotations, images_dir = Path(annotations), Path(images_dir)
-    document = read_json(annotations, DataError, "a COCO detection file")
-    if not isinstance(document, dict):
-        raise DataError(f"{annotations} holds a {type(document).__name__}; expected an object: a COCO detection file")
-    categories = _entries(document, "categories", annotations)
-    image_entries = _entries(document, "images", annotations)
-    annotation_entries = _entries(document, "annotations", annotations)
-
-    names = [_name(entry, where) for where, entry in categories]
-    for index, (where, _) in enumerate(categories):
-        if names[index] in names[:index]:
-            raise DataError(f"{where}: the name {names[index]!r} was used before; expected one category per name")
-    label_of_category = _index_of_id(categories)
-    index_of_image = _index_of_id(image_entries)
-    _index_of_id(annotation_entries)
-    sizes = [(_size_px(entry, "width", where), _size_px(entry, "height", where)) for where, entry in image_entries]
-    paths = [_image_path(entry, images_dir, where) for where, entry in image_entries]
-
-    rows: List[List[int]] = [[] for _ in image_entries]
-    boxes = np.zeros((len(annotation_entries), 4), np.float64)
-    labels = np.zeros(len(annotation_entries), np.int64)
-    crowd = np.zeros(len(annotation_entries), bool)
-    limits = np.zeros((len(annotation_entries), 2), np.float64)
-    for row, (where, entry) in enumerate(annotation_entries):
-        image_index = _referred(entry, "image_id", index_of_image, "images", where)
-        labels[row] = _referred(entry, "category_id", label_of_category, "categories", where)
-        boxes[row] = _box_xywh(entry, where)
-        crowd[row] = bool(entry.get("iscrowd", 0))
-        limits[row] = sizes[image_index]
-        rows[image_index].append(row)
-
-    boxes[:, 2:] += boxes[:, :2]  # x1 y1 x2 y2
-    inside = _clipped(boxes, limits, annotation_entries)
-    images = [
-        CocoImage(entry["id"], path, *size, inside[chosen], labels[chosen], crowd[chosen])
-        for (_, entry), path, size, chosen in zip(image_entries, paths, sizes, (np.array(r, np.int64) for r in rows))
-    ]
+    with no_garbage_collection():
+        file = coco_file_from_document(read_document(annotations), annotations, images_dir)
+        error = first_error(file.faults, strict)
+        if error:
+            raise DataError(f"{annotations}: {error.text}")
+        coco = coco_set_from_file(file, images_dir)
+    for fault in file.faults:
+        verb = {LEFT_OUT: f"{fault.count} of {fault.count + len(file.rows)} boxes left out, the first: "}
+        print(f"{annotations}: {verb.get(fault.severity, '')}{fault.text}", file=sys.stderr)
     if check_files:
-        check_image_files(images)
-    clipped = int((np.abs(inside - boxes) > ROUNDING_PX).any(axis=1).sum())
-    return CocoSet(annotations, images_dir, images, tuple(names), tuple(label_of_category), clipped)
+        check_image_files(coco.images)
+    return coco
 
 
-def load_split(data_dir: AnyPath, split: str, limit: Optional[int] = None) -> CocoSet:
+def load_split(data_dir: AnyPath, split: str, limit: Optional[int] = None, strict: bool = False) -> CocoSet:
     """
     `load_coco` of a split of a data folder; the first `limit` images of it.
 
@@ -141,201 +104,263 @@ def load_split(data_dir: AnyPath, split: str, limit: Optional[int] = None) -> Co
     """
     if limit is not None and limit < 1:
         raise ConfigError(f"the number of images is {limit}; expected at least 1")
-    coco = load_coco(*split_paths(data_dir, split), check_files=False)
+    coco = load_coco(*split_paths(data_dir, split), check_files=False, strict=strict)
     coco = dataclasses.replace(coco, images=coco.images[:limit])
     check_image_files(coco.images)
     return coco
 
 
+def coco_set_from_file(file: CocoFile, images_dir: Path) -> CocoSet:
+    """The images of a file without errors, each with its boxes."""
+    order = np.argsort(file.image_index, kind="stable")
+    ends = np.cumsum(np.bincount(file.image_index, minlength=len(file.image_ids)))
+    bounds = list(zip([0, *ends[:-1].tolist()], ends.tolist()))
+    columns = [
+        column[order]
+        for column in (file.inside_xyxy, file.labels, file.crowd, file.ignored, file.boxes_xywh, file.areas)
+    ]
+    images = [
+        CocoImage(image_id, images_dir / name, width, height, *(column[start:end] for column in columns))
+        for image_id, name, (width, height), (start, end) in zip(
+            file.image_ids, file.file_names, file.sizes_px.tolist(), bounds
+        )
+    ]
+    return CocoSet(file.path, images_dir, images, file.class_names, file.category_ids, file.clipped)
+
+
+def with_classes(coco: CocoSet, class_names: Sequence[str], category_ids: Sequence[int], whose: str) -> CocoSet:
+    """
+    A set with its labels in the order of other classes: the one rule by which classes are compared.
+
+    Each of those classes must be there, by its name and with its category id; further classes may be there if no box
+    is of them, and are left out.
+
+    Args:
+        whose: what has those classes, for the message.
+
+    Raises:
+        DataError: the classes differ.
+    """
+    wanted, here = dict(zip(class_names, category_ids)), dict(zip(coco.class_names, coco.category_ids))
+    labels = np.concatenate([np.zeros(0, np.int64), *(image.labels for image in coco.images)])
+    counts = np.bincount(labels, minlength=len(here))
+    used = {name: here[name] for name, count in zip(here, counts) if name in wanted or count}
+    if used != wanted:
+        differences = [f"{name!r} (id {wanted[name]}) is missing" for name in wanted if name not in here]
+        differences += [f"{name!r} (id {used[name]}) is there besides" for name in used if name not in wanted]
+        differences += [
+            f"{name!r} has the id {used[name]} in place of {wanted[name]}"
+            for name in used if name in wanted and used[name] != wanted[name]
+        ]  # fmt: skip
+        raise DataError(
+            f"the classes of {coco.annotations_path} differ from those of {whose}: {', '.join(differences[:10])}; "
+            f"expected the same names with the same ids, {wanted}. Write the same categories into all files"
+        )
+    if tuple(wanted) == coco.class_names:
+        return coco
+    new_label = np.array([list(wanted).index(name) if name in wanted else -1 for name in here], np.int64)
+    images = [dataclasses.replace(image, labels=new_label[image.labels]) for image in coco.images]
+    return dataclasses.replace(coco, images=images, class_names=tuple(wanted), category_ids=tuple(wanted.values()))
+
+
+def renumbered(coco: CocoSet) -> CocoSet:
+    """
+    A set whose images and categories have new ids, from 1 in their order.
+
+    Ids are of any size; libraries that keep them in arrays, pycocotools for one, take those beyond 2^53 for each other.
+    """
+    images = [dataclasses.replace(image, image_id=number) for number, image in enumerate(coco.images, start=1)]
+    return dataclasses.replace(coco, images=images, category_ids=tuple(range(1, 1 + len(coco.class_names))))
+
+
+def coco_document(coco: CocoSet, as_annotated: bool = False) -> Dict[str, Any]:
+    """
+    A COCO detection document of a checked set: every field that COCO asks for, of the right type.
+
+    Args:
+        as_annotated: boxes as the file has them; else clipped to their image.
+    """
+    annotations: List[Dict[str, Any]] = []
+    for image in coco.images:
+        boxes = image.annotated_xywh
+        if not as_annotated:
+            boxes = np.concatenate([image.boxes_xyxy[:, :2], image.boxes_xyxy[:, 2:] - image.boxes_xyxy[:, :2]], axis=1)
+        columns = (column.tolist() for column in (boxes, image.labels, image.areas, image.crowd, image.ignored))
+        for box, label, area, crowd, ignored in zip(*columns):
+            annotations.append(
+                {
+                    "id": 1 + len(annotations),
+                    "image_id": image.image_id,
+                    "category_id": coco.category_ids[label],
+                    "bbox": box,
+                    "area": area,
+                    "iscrowd": int(crowd),
+                    **({"ignore": 1} if ignored else {}),
+                }
+            )
+    images = [
+        {
+            "id": image.image_id,
+            "file_name": image.path.relative_to(coco.images_dir).as_posix(),
+            "width": image.width_px,
+            "height": image.height_px,
+        }
+        for image in coco.images
+    ]
+    categories = [{"id": category_id, "name": name} for category_id, name in zip(coco.category_ids, coco.class_names)]
+    return {"images": images, "annotations": annotations, "categories": categories}
+
+
 def check_image_files(images: Iterable[CocoImage]) -> None:
     """
-    Looks at the first and last bytes of each image file; nothing is decoded.
+    Compares the images of a set with their files: each is there, whole, and of the size that the annotations are for.
+
+    Only the first and last bytes are read. What is good to know is said on stderr.
 
     Raises:
-        DataError: a file is missing, is not an image of a known format, or does not end where such a file ends.
+        DataError: a file is missing, is no image that OpenCV reads, does not end where such a file ends, or has another
+            size than the annotations say.
     """
-    for image in images:
-        try:
-            with image.path.open("rb") as file:
-                fault = _image_fault(file)
-        except OSError as error:
-            raise DataError(f"cannot read {image.path} ({error.strerror}), image id {image.image_id}") from error
-        if fault:
-            raise DataError(f"{image.path}, image id {image.image_id}: {fault}. Bring the file again or drop the image")
+    images = list(images)
+    faults = faults_of_files(images, [file_of_image(image) for image in images])
+    error = first_error(faults, strict=False)
+    if error:
+        raise DataError(error.text)
+    for fault in faults:
+        print(fault.text, file=sys.stderr)
 
 
-def read_image(path: AnyPath) -> np.ndarray:
-    """
-    (height, width, 3), uint8, blue-green-red, EXIF orientation applied.
+@dataclasses.dataclass(frozen=True)
+class ImageFile:
+    """What was found where an image should be."""
 
-    As mmcv's `imread` gives it: grey is repeated, alpha is dropped, of 16 bits the upper 8 are left.
+    header: ImageHeader
+    shown_wh_px: Tuple[int, int]
+    """As the picture is read, after turning; (0, 0): not known."""
+    missing: str = ""
+    """Why it cannot be opened, or nothing."""
 
-    Raises:
-        DataError: the file is missing, truncated, not an image, or larger than LARGEST_IMAGE_PX.
-    """
+
+def file_of_image(image: CocoImage) -> ImageFile:
+    """What the first and last bytes of an image's file say."""
     try:
-        with Path(path).open("rb") as file:
-            fault = _image_fault(file)
-            file.seek(0)
-            content = file.read()
+        header = read_header(image.path)
+        if header.fault:
+            return ImageFile(header, (0, 0))
+        return ImageFile(header, shown_size_px(image.path, header))
     except OSError as error:
-        raise DataError(f"cannot read the image {path} ({error.strerror})") from error
-    if fault:
-        raise DataError(f"{path}: {fault}")
-    width, height = _size_in_header_px(content)
-    if width * height > LARGEST_IMAGE_PX:
-        raise DataError(
-            f"{path} says that it has {width} x {height} pixels; expected at most {LARGEST_IMAGE_PX / 1e6:.0f} "
-            "megapixels. Scale it down or cut it into tiles"
+        return ImageFile(ImageHeader(""), (0, 0), error.strerror or str(error))
+    except DataError as error:
+        return ImageFile(ImageHeader("", fault=str(error)), (0, 0))
+
+
+def scale_of(image: CocoImage, file: ImageFile) -> Tuple[float, float]:
+    """Pixels of the file per pixel of the annotations, along x and y."""
+    return file.shown_wh_px[0] / image.width_px, file.shown_wh_px[1] / image.height_px
+
+
+def size_fault(image: CocoImage, file: ImageFile) -> str:
+    """
+    What became of an image after its annotations were made: 'turned' (by EXIF), 'exchanged' (width and height, without
+    EXIF), 'scaled', 'another_size', 'rounded' (by one pixel), or nothing.
+    """
+    annotated, (width, height) = (image.width_px, image.height_px), file.shown_wh_px
+    if annotated == (width, height) or not width:
+        return ""
+    if annotated == (height, width):
+        return "turned" if file.header.orientation > 4 else "exchanged"
+    if abs(annotated[0] - width) <= 1 and abs(annotated[1] - height) <= 1:
+        return "rounded"
+    factor = scale_of(image, file)[0]
+    # Sizes are whole pixels, so that the two factors are equal up to rounding.
+    return "scaled" if abs(image.height_px * factor - height) <= max(1.0, factor) else "another_size"
+
+
+FILE_FAULTS = {
+    "missing": (ERROR, "are missing", "Bring the files, or name the folder that they are in"),
+    "unreadable": (ERROR, "cannot be used", "Bring the files again or drop the images"),
+    "turned": (
+        ERROR,
+        "are annotated as they are stored, but turned by their EXIF orientation when they are read, so that the boxes "
+        "would lie elsewhere",
+        f"{COMMAND} turns the boxes",
+    ),
+    "exchanged": (
+        ERROR,
+        "have width and height exchanged in the annotations, or were turned since",
+        "Bring the images that were annotated, or correct width, height and boxes",
+    ),
+    "scaled": (
+        ERROR,
+        "were scaled after they were annotated, so that the boxes would lie elsewhere",
+        f"{COMMAND} scales the boxes",
+    ),
+    "another_size": (
+        ERROR,
+        "have other sizes than the annotations say, by different factors along x and y: they were stretched or "
+        "cropped, or are other pictures",
+        "Bring the images that were annotated, or annotate these",
+    ),
+    "rounded": (NOTE, "differ by one pixel from the size in the annotations", "That shifts no box by more"),
+    "turned_unseen": (
+        NOTE,
+        "are turned or mirrored by EXIF in a way that their size does not show",
+        "Their boxes must be for the picture as it is shown",
+    ),
+}
+"""Code -> severity, what is wrong with the images, what to do. In the order in which they are told."""
+
+
+def faults_of_files(images: Sequence[CocoImage], files: Sequence[ImageFile]) -> List[Fault]:
+    """Everything that is wrong with the files of some images, the errors first."""
+    indices_of: Dict[str, List[int]] = collections.defaultdict(list)
+    for index, (image, file) in enumerate(zip(images, files)):
+        code = "missing" if file.missing else "unreadable" if file.header.fault else size_fault(image, file)
+        indices_of[code].append(index)
+        if file.header.orientation > 1 and (file.header.orientation < 5 or image.width_px == image.height_px):
+            indices_of["turned_unseen"].append(index)
+    faults = []
+    for code, (severity, sentence, remedy) in FILE_FAULTS.items():
+        indices = indices_of[code]
+        if not indices:
+            continue
+        if code == "missing":
+            remedy = _hint_for_missing([images[index] for index in indices[:EXAMPLES]]) + remedy
+        examples = "; ".join(_words_of_file(images[index], files[index]) for index in indices[:EXAMPLES])
+        text = f"{len(indices)} of {len(images)} images {sentence}: {examples}. {remedy}"
+        faults.append(Fault(code, severity, len(indices), text))
+    deep = [image for image, file in zip(images, files) if file.header.bits == 16]
+    tried = deep[:IMAGES_OF_16_BITS]
+    bits = max((used_bits(image.path) for image in tried), default=16)
+    if bits < 16:
+        text = (
+            f"{len(deep)} of {len(images)} images have 16 bits, such as {deep[0].path}; each of the first {len(tried)} "
+            f"{words_of_empty_bits(bits)}"
         )
-    try:
-        image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
-    except cv2.error as error:  # a size beyond OpenCV's limits, for one
-        raise DataError(f"{path}: OpenCV cannot decode the image: {error}") from error
-    if image is None:
-        raise DataError(f"{path}: OpenCV cannot decode the image; expected a JPEG, PNG or BMP")
-    return image
+        faults.append(Fault("empty_bits", NOTE, len(deep), text))
+    return faults
 
 
-def _entries(document: Dict[str, Any], key: str, path: Path) -> List[Tuple[str, Dict[str, Any]]]:
-    """(where it stands, entry) of each entry of a list of the file, none of which may be empty."""
-    if key not in document:
-        raise DataError(f"{path} has no key {key!r}; expected a COCO file: images, annotations, categories")
-    entries = document[key]
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise DataError(f"{path}: {key!r} is not a list of objects; expected a COCO detection file")
-    if not entries:
-        raise DataError(f"{path} has no {key} at all: there is nothing to learn or to measure. Is it the right file?")
-    return [(f"{path}: {key}[{index}] (id {entry.get('id')!r})", entry) for index, entry in enumerate(entries)]
+def _words_of_file(image: CocoImage, file: ImageFile) -> str:
+    """An image with what was found, for a message."""
+    if file.missing:
+        return f"cannot read {image.path} ({file.missing}), image id {image.image_id}"
+    named = f"{image.path}, image id {image.image_id}"
+    if file.header.fault:
+        return f"{named}: {file.header.fault}"
+    (width, height), by = file.shown_wh_px, ""
+    if size_fault(image, file) == "scaled":
+        by = f", scaled by {scale_of(image, file)[0]:.4g}"
+    return f"{named}, {image.width_px} x {image.height_px} in the annotations, {width} x {height} as it is read{by}"
 
 
-def _clipped(boxes_xyxy: np.ndarray, limits_wh: np.ndarray, entries: List[Tuple[str, Dict[str, Any]]]) -> np.ndarray:
-    """The boxes as far as they are in their images, (n, 4), float32; raises where nothing of one is."""
-    inside = np.clip(boxes_xyxy, 0, np.tile(limits_wh, 2)).astype(np.float32)
-    outside = np.flatnonzero((inside[:, 2:] <= inside[:, :2]).any(axis=1))
-    if outside.size:
-        where, entry = entries[outside[0]]
-        width, height = limits_wh[outside[0]].astype(int)
-        raise DataError(
-            f"{where}: bbox {entry['bbox']} lies wholly outside its image of {width} x {height} pixels; expected "
-            "[x, y, width, height] in pixels, some of it in the image. Correct or remove it"
-        )
-    return inside
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _index_of_id(entries: List[Tuple[str, Dict[str, Any]]]) -> Dict[int, int]:
-    """id -> position in the list, in the order of the list."""
-    index_of: Dict[int, int] = {}
-    for index, (where, entry) in enumerate(entries):
-        if not _is_integer(entry.get("id")):
-            raise DataError(f"{where}: the id is no integer; expected an integer, different for each entry")
-        first = index_of.setdefault(entry["id"], index)
-        if first != index:
-            raise DataError(f"{where}: entry [{first}] has the same id; expected a different one for each")
-    return index_of
-
-
-def _name(entry: Dict[str, Any], where: str) -> str:
-    name = entry.get("name")
-    if not isinstance(name, str) or not name:
-        raise DataError(f"{where}: name is {name!r}; expected the name of the class. Add it")
-    return name
-
-
-def _size_px(entry: Dict[str, Any], key: str, where: str) -> int:
-    value: Any = entry.get(key)
-    if not _is_integer(value) or value <= 0:
-        raise DataError(f"{where}: {key} is {value!r}; expected a positive integer, in pixels")
-    return int(value)
-
-
-def _image_path(entry: Dict[str, Any], images_dir: Path, where: str) -> Path:
-    name = entry.get("file_name")
-    if not isinstance(name, str) or not name:
-        raise DataError(f"{where}: file_name is {name!r}; expected the image's path inside {images_dir}")
-    parts = PurePosixPath(name)
-    if parts.is_absolute() or ".." in parts.parts:
-        raise DataError(f"{where}: file_name {name!r} leaves the image folder; expected a path inside {images_dir}")
-    return images_dir / name
-
-
-def _referred(entry: Dict[str, Any], key: str, index_of: Dict[int, int], target: str, where: str) -> int:
-    value: Any = entry.get(key)
-    if not _is_integer(value) or value not in index_of:
-        raise DataError(f"{where}: {key} is {value!r}; expected the id of an entry of {target!r}. Correct or remove it")
-    return index_of[value]
-
-
-def _box_xywh(entry: Dict[str, Any], where: str) -> List[float]:
-    box: Any = entry.get("bbox")
-    # JSON's true is an int here, NaN is below nothing, and an integer may be too long for a float.
-    if (
-        not isinstance(box, list)
-        or not all(type(v) in (int, float) and abs(v) < sys.float_info.max for v in box)
-        or len(box) != 4
-    ):
-        raise DataError(f"{where}: bbox is {box!r}; expected four finite numbers [x, y, width, height], in pixels")
-    if box[2] <= 0 or box[3] <= 0:
-        raise DataError(f"{where}: bbox is {box!r}, of no size; expected positive width and height. Remove it")
-    return [float(value) for value in box]
-
-
-def _image_fault(file: BinaryIO) -> str:
-    """What is wrong with an image file, or nothing; found without decoding it."""
-    head = file.read(8)
-    size = file.seek(0, os.SEEK_END)
-    file.seek(max(0, size - TAIL_BYTES))
-    tail = file.read()
-    if head.startswith(b"\xff\xd8\xff"):
-        if b"\xff\xd9" in tail:
-            return ""
-        file.seek(0)
-        # Phones append previews and films of any length to a JPEG: then the end is further ahead.
-        return "" if _has_jpeg_end(file.read()) else "a truncated JPEG (it has no end-of-image marker)"
-    if head == b"\x89PNG\r\n\x1a\n":
-        return "" if b"IEND" in tail else "a truncated PNG (it has no IEND chunk)"
-    if head.startswith(b"BM"):
-        return "" if size >= int.from_bytes(head[2:6], "little") else "a truncated BMP (its header says more)"
-    return f"not an image: it begins with {head!r}; expected a JPEG, PNG or BMP"
-
-
-def _has_jpeg_end(content: bytes) -> bool:
-    """
-    Whether an end-of-image marker follows the image data. Those of thumbnails stand before it, in header segments.
-
-    Markers and segments: ITU-T T.81, annex B.
-    """
-    position, marker = 2, 0
-    while marker != 0xDA:  # start of scan: image data from here on, where 0xFF is followed by 0 or a restart marker
-        if position + 4 > len(content) or content[position] != 0xFF:
-            return False
-        marker = content[position + 1]
-        position += 2 + int.from_bytes(content[position + 2 : position + 4], "big")
-    return b"\xff\xd9" in content[position:]
-
-
-def _size_in_header_px(content: bytes) -> Tuple[int, int]:
-    """
-    Width and height that a JPEG, PNG or BMP claims; (0, 0) where none is found, which decoding then stumbles over.
-
-    Layouts: PNG specification 11.2.1 (IHDR); BITMAPINFOHEADER, and BITMAPCOREHEADER of 12 bytes; ITU-T T.81, B.2.2.
-    """
-    if content.startswith(b"\x89PNG"):
-        return int.from_bytes(content[16:20], "big"), int.from_bytes(content[20:24], "big")
-    if content.startswith(b"BM"):
-        side = 2 if content[14:18] == b"\x0c\0\0\0" else 4
-        width, height = content[18 : 18 + side], content[18 + side : 18 + 2 * side]
-        # Negative heights stand for rows from top to bottom.
-        return abs(int.from_bytes(width, "little", signed=True)), abs(int.from_bytes(height, "little", signed=True))
-    position = 2
-    while position + 9 <= len(content) and content[position] == 0xFF:
-        marker = content[position + 1]
-        if marker in FRAME_MARKERS:
-            height, width = content[position + 5 : position + 7], content[position + 7 : position + 9]
-            return int.from_bytes(width, "big"), int.from_bytes(height, "big")
-        position += 2 + int.from_bytes(content[position + 2 : position + 4], "big")
-    return 0, 0
+def _hint_for_missing(images: Sequence[CocoImage]) -> str:
+    """What may be wrong with file names that lead nowhere, as far as the names show it."""
+    for image in images:
+        if "\\" in image.path.name:
+            return f"The name has the back-slashes of Windows: {COMMAND} makes slashes of them. "
+        parts = image.path.parts
+        for index in range(1, len(parts) - 1):
+            if Path(*parts[:index], *parts[index + 1 :]).is_file():
+                return f"It is there without the folder {parts[index]}/ in the name: {COMMAND} takes it off. "
+    return ""

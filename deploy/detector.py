@@ -18,9 +18,9 @@ from typing import List, Optional, Sequence, Tuple, Type, Union
 import numpy as np
 
 from deploy.contract import ModelContract
-from deploy.dataset import read_image
 from deploy.errors import ConfigError, DataError
 from deploy.files import AnyPath
+from deploy.images import read_image
 from deploy.runtime.postprocess import Detections, postprocess
 from deploy.runtime.preprocess import preprocess
 from deploy.runtime.session import Session

@@ -95,7 +95,7 @@ def read_json(path: AnyPath, error_type: Type[PipelineError], what: str) -> Any:
         error_type: the file is missing, unreadable or not JSON; `what` says what it should have been.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_bytes())  # UTF-8, with a byte order mark or without, or UTF-16
     except OSError as error:
         raise error_type(f"cannot read {path} ({error.strerror}); expected {what}") from error
     except ValueError as error:

@@ -9,9 +9,10 @@ from typing import Any, Dict, List, Sequence, TypeVar
 
 from benchmarks.measuring.environment import read_environment
 from deploy.contract import ModelContract, read_sidecar, weights_of_run
-from deploy.dataset import CocoSet, load_coco, split_paths
+from deploy.dataset import CocoSet, load_coco
 from deploy.errors import ConfigError, MeasurementError, MissingDependencyError
 from deploy.files import check_writable, sha256_of
+from deploy.layouts import split_paths
 
 T = TypeVar("T")
 ROLES = {

@@ -39,8 +39,8 @@ from benchmarks.measuring.result import (
     summarize,
 )
 from benchmarks.measuring.subject import Subject
-from deploy.dataset import read_image
 from deploy.errors import ConfigError
+from deploy.images import read_image
 from deploy.progress import progress
 
 WARMUP_WINDOW = 5

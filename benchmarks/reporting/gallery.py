@@ -11,8 +11,8 @@ import cv2
 import numpy as np
 
 from benchmarks.measuring.detections import NO_BOXES, Boxes, pairs
-from deploy.dataset import read_image
 from deploy.errors import DataError
+from deploy.images import read_image
 
 GALLERY_IMAGES = 8
 GALLERY_SIDE_PX = 480

@@ -30,8 +30,8 @@ from benchmarks.studies.calibration_training import run_int8_aware
 from benchmarks.studies.jobs import Processes, end_as_by_ctrl_c
 from benchmarks.studies.tables import check_tables
 from deploy.contract import read_sidecar, weights_of_run
-from deploy.dataset import SPLITS, split_paths
 from deploy.errors import ConfigError, command
+from deploy.layouts import SPLITS, split_paths
 
 
 @command

@@ -29,10 +29,12 @@ from benchmarks.studies.jobs import Make, Processes, is_current, is_made, locked
 from benchmarks.studies.tables import disturbed, interval, points, table, write_tables
 from deploy.commands import shell_line
 from deploy.contract import provenance, read_sidecar
-from deploy.dataset import SPLITS, load_coco, read_image, split_paths
+from deploy.dataset import load_coco
 from deploy.detector import open_session
 from deploy.errors import ConfigError, MeasurementError, PipelineError
 from deploy.files import read_json, sha256_of, write_json
+from deploy.images import read_image
+from deploy.layouts import SPLITS, split_paths
 from deploy.runtime.preprocess import preprocess
 from deploy.runtime.session import Session
 

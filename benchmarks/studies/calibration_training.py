@@ -25,8 +25,8 @@ from benchmarks.studies.jobs import Make, Processes, is_current, locked, make, w
 from benchmarks.studies.tables import interval, points, table, write_tables
 from deploy.commands import shell_line
 from deploy.contract import provenance, read_sidecar, sidecar_path, weights_of_run
-from deploy.dataset import split_paths
 from deploy.errors import MeasurementError
+from deploy.layouts import split_paths
 
 INT8_AWARE, FINE_TUNED = "INT8-aware", "fine-tuned, then INT8"
 STILL_NORMS = "custom_hooks=[{'type':'FreezeHeadNormsHook','begin':0.0,'whole_detector':True}]"

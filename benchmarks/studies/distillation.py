@@ -30,10 +30,10 @@ from benchmarks.studies.jobs import Processes, end_as_by_ctrl_c, locked, tail_of
 from benchmarks.studies.tables import check_tables, table, write_tables
 from deploy.commands import command_line, shell_line
 from deploy.contract import provenance, read_sidecar, sidecar_path
-from deploy.dataset import SPLITS, split_paths
 from deploy.errors import ConfigError, MeasurementError, command
 from deploy.files import read_json, sha256_of, write_json
 from deploy.freshness import changed_inputs, made_by, read_start, start_from, write_start
+from deploy.layouts import SPLITS, split_paths
 
 METRICS = {
     "AP": "AP", "AP50": "AP50", "AP75": "AP75",

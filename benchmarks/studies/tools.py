@@ -43,10 +43,11 @@ from benchmarks.studies.jobs import end, end_as_by_ctrl_c, printed_json
 from benchmarks.studies.tables import check_tables, disturbed, points, table, write_tables
 from deploy.commands import last_message, process_words, shell_line
 from deploy.contract import load_contract, package_versions, provenance, sidecar_path, write_sidecar
-from deploy.dataset import SPLITS, check_image_files, load_coco, split_paths
+from deploy.dataset import check_image_files, load_coco
 from deploy.errors import ConfigError, MeasurementError, command
 from deploy.files import read_json, sha256_of, write_json
 from deploy.int8_format import FloatReason
+from deploy.layouts import SPLITS, split_paths
 
 KIND = "calibration_tools"
 PLAIN, OURS, ONNX_RUNTIME, MODELOPT = "plain inference", "ours", "ONNX Runtime", "ModelOpt"

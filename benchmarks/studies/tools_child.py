@@ -19,9 +19,10 @@ from typing import Callable, Dict, List, Optional, Sequence, Set
 import numpy as np
 
 from deploy.contract import load_contract
-from deploy.dataset import load_coco, read_image
+from deploy.dataset import load_coco
 from deploy.errors import CalibrationError, ConfigError, command
 from deploy.files import check_writable
+from deploy.images import read_image
 from deploy.runtime.preprocess import preprocess
 from deploy.runtime.session import OrtSession
 

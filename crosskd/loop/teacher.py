@@ -24,8 +24,8 @@ from mmengine.logging import MMLogger
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from crosskd.data import TrainingData, coco_document_from_set
-from deploy.dataset import CocoSet
+from crosskd.data import TrainingData
+from deploy.dataset import CocoSet, coco_document, renumbered
 from deploy.errors import ConfigError
 from deploy.progress import progress
 
@@ -83,14 +83,14 @@ def check_teacher(
 
 def _points_of_teacher(config: Any, detector: Any, coco: CocoSet) -> tuple[float | None, float | None]:
     """AP and AP50 in points; None if there are no boxes to find."""
-    detected = list(_detected(config, detector, coco))
+    detected = [{**found, "img_id": number} for number, found in enumerate(_detected(config, detector, coco), start=1)]
     with (
         tempfile.TemporaryDirectory() as folder,
         contextlib.redirect_stdout(io.StringIO()),  # pycocotools tells how long each part took
         _quiet_logger(),
     ):
         annotations = Path(folder) / "annotations.json"
-        annotations.write_text(json.dumps(coco_document_from_set(coco)))
+        annotations.write_text(json.dumps(coco_document(renumbered(coco))))
         metric = CocoMetric(ann_file=str(annotations), metric="bbox")
         metric.dataset_meta = {"classes": coco.class_names}
         metric.process({}, detected)

@@ -21,8 +21,8 @@ from collections.abc import Callable
 from typing import Any
 
 from deploy.contract import weights_of_run
-from deploy.dataset import read_image
 from deploy.errors import ConfigError, command
+from deploy.images import read_image
 
 
 @command

@@ -13,9 +13,9 @@ import cv2
 import numpy as np
 
 from deploy.contract import ModelContract
-from deploy.dataset import read_image
 from deploy.errors import DataError, PipelineError
 from deploy.files import replacing
+from deploy.images import read_image
 from deploy.progress import progress
 from deploy.runtime.draw import draw
 from deploy.runtime.postprocess import Detections

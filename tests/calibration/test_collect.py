@@ -16,9 +16,10 @@ from calibration.collect import (
     empty_statistics,
     extend_statistics,
 )
-from deploy.dataset import load_split, read_image
+from deploy.dataset import load_split
 from deploy.errors import CalibrationError
 from deploy.files import sha256_of
+from deploy.images import read_image
 from deploy.runtime.preprocess import preprocess
 
 TENSORS = ["image", "stem_relu", "merged", "prediction_4"]

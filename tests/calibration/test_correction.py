@@ -10,8 +10,8 @@ from onnx import numpy_helper
 
 from calibration.correction import with_corrected_biases
 from calibration.placement import FloatGraph, node_name
-from deploy.dataset import read_image
 from deploy.graphs.graph import constants
+from deploy.images import read_image
 from deploy.runtime.preprocess import preprocess
 
 

@@ -7,8 +7,9 @@ import onnx
 import onnxruntime
 from onnx import TensorProto, numpy_helper
 
-from deploy.dataset import load_split, read_image
+from deploy.dataset import load_split
 from deploy.graphs.graph import check_graph, count_parameters, initializers, producers
+from deploy.images import read_image
 from deploy.runtime.preprocess import preprocess
 
 PREDICTIONS = ["prediction_3", "prediction_4"]

@@ -20,10 +20,10 @@ from calibration.quantize import main
 from calibration.ranges import RANGE_METHODS
 from calibration.search import journal_path
 from deploy.contract import load_contract, read_sidecar, sidecar_path, write_sidecar
-from deploy.dataset import read_image
 from deploy.files import sha256_of
 from deploy.graphs.calibration_cache import amax_from_quantised
 from deploy.graphs.graph import initializers, load_onnx, save_onnx
+from deploy.images import read_image
 from deploy.runtime.postprocess import postprocess
 from deploy.runtime.preprocess import preprocess
 from deploy.runtime.session import OrtSession

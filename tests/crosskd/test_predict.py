@@ -9,7 +9,8 @@ import pytest
 
 from crosskd import predict
 from crosskd.run_dir import load_run
-from deploy.dataset import load_coco, split_paths
+from deploy.dataset import load_coco
+from deploy.layouts import split_paths
 
 
 def _words(run_dir: Path, shapes_dir: Path, output: Path) -> list[str]:

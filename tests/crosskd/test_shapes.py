@@ -11,7 +11,9 @@ import pytest
 
 from crosskd import shapes
 from crosskd.shapes import CLASS_NAMES, LEAST_VISIBLE_SHARE, draw_image, main
-from deploy.dataset import SPLITS, load_split, read_image
+from deploy.dataset import load_split
+from deploy.images import read_image
+from deploy.layouts import SPLITS
 
 
 def _files(folder: Path) -> dict[str, bytes]:

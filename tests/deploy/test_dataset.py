@@ -10,8 +10,10 @@ import cv2
 import numpy as np
 import pytest
 
-from deploy.dataset import SPLITS, load_coco, load_split, read_image, split_paths
+from deploy.dataset import load_coco, load_split
 from deploy.errors import ConfigError, DataError
+from deploy.images import read_image
+from deploy.layouts import SPLITS, split_paths
 
 Document = Dict[str, Any]
 GOOD: Document = {
@@ -211,6 +213,72 @@ def test_a_grey_image_is_read_with_three_channels(tmp_path: Path) -> None:
     grey = np.random.randint(0, 255, (5, 7), np.uint8)
     cv2.imwrite(str(tmp_path / "grey.png"), grey)
     np.testing.assert_array_equal(read_image(tmp_path / "grey.png"), np.repeat(grey[..., None], 3, axis=2))
+
+
+def _resaved(data_dir: Path, name: str, width: int, height: int) -> None:
+    assert cv2.imwrite(str(data_dir / "images" / name), np.zeros((height, width, 3), np.uint8))
+
+
+def test_a_photo_that_exif_turns_is_refused_if_it_was_annotated_before_turning(data_dir: Path) -> None:
+    path = data_dir / "images/a.jpg"
+    exif = b"Exif\0\0MM\0*" + struct.pack(">IHHHIHHI", 8, 1, 0x112, 3, 1, 6, 0, 0)
+    content = path.read_bytes()
+    path.write_bytes(content[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + content[2:])
+    with pytest.raises(DataError, match=r"1 of 3 images .*turned by their EXIF.*a\.jpg.*40 x 30 .*30 x 40"):
+        load_split(data_dir, "train")
+    document = copy.deepcopy(GOOD)
+    document["images"][0].update(width=30, height=40)  # annotated as it is shown
+    _write(data_dir, document)
+    assert load_split(data_dir, "train").images[0].width_px == 30
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "message"),
+    [
+        (20, 15, r"1 of 3 images were scaled.*40 x 30 in the annotations, 20 x 15 as it is read, scaled by 0\.5"),
+        (80, 61, r"1 of 3 images were scaled.*scaled by 2"),
+        (64, 64, "1 of 3 images have other sizes.*stretched or cropped"),
+        (30, 40, "1 of 3 images have width and height exchanged"),
+    ],
+)
+def test_an_image_of_another_size_than_annotated_is_refused(
+    data_dir: Path, width: int, height: int, message: str
+) -> None:
+    _resaved(data_dir, "a.jpg", width, height)
+    with pytest.raises(DataError, match=message):
+        load_split(data_dir, "train")
+    load_coco(*split_paths(data_dir, "train"), check_files=False)
+
+
+def test_a_size_that_is_a_pixel_off_is_said(data_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _resaved(data_dir, "a.jpg", 41, 30)
+    load_split(data_dir, "train")
+    assert "1 of 3 images differ by one pixel" in capsys.readouterr().err
+
+
+def test_images_of_sixteen_bits_that_turn_black_are_said(data_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cv2.imwrite(str(data_dir / "images/sub/b.png"), np.full((50, 20), 4000, np.uint16))
+    load_split(data_dir, "train")
+    assert "1 of 3 images have 16 bits" in (told := capsys.readouterr().err)
+    assert "uses 12 of its 16 bits" in told
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"), [("sub\\b.png", "back-slashes of Windows"), ("images/sub/b.png", "without the folder images/")]
+)
+def test_what_is_wrong_with_a_file_name_is_recognised(data_dir: Path, name: str, hint: str) -> None:
+    document = copy.deepcopy(GOOD)
+    document["images"][1]["file_name"] = name
+    _write(data_dir, document)
+    with pytest.raises(DataError, match=rf"1 of 3 images are missing.*{hint}.*check_data"):
+        load_split(data_dir, "train")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_file_of_windows_is_read(data_dir: Path, encoding: str) -> None:
+    path = _write(data_dir, GOOD)
+    path.write_text(path.read_text(), encoding=encoding)
+    assert len(load_split(data_dir, "train").images) == 3
 
 
 @pytest.mark.shared

@@ -13,8 +13,8 @@ import pytest
 import deploy.detector
 from deploy import Detector
 from deploy.contract import ModelContract
-from deploy.dataset import read_image
 from deploy.errors import ConfigError, ContractError, DataError
+from deploy.images import read_image
 from deploy.runtime.postprocess import Detections, postprocess
 from deploy.runtime.preprocess import preprocess
 from deploy.runtime.session import OrtSession, Session

@@ -25,8 +25,9 @@ from crosskd.config import load_config, set_classes
 from crosskd.data import TrainingData, set_data
 from crosskd.loop.guard import accept_single_values, guard_training
 from crosskd.models.detector import detector_from_config
-from deploy.dataset import load_coco, split_paths
+from deploy.dataset import load_coco
 from deploy.errors import TrainingError
+from deploy.layouts import split_paths
 
 ROOT = Path(__file__).parents[3]
 

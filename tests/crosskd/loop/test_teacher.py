@@ -21,8 +21,9 @@ from crosskd.loop.teacher import check_teacher
 from crosskd.models.checkpoint import load_detector_weights
 from crosskd.models.detector import detector_from_config
 from crosskd.predict import predictor
-from deploy.dataset import load_coco, split_paths
+from deploy.dataset import load_coco
 from deploy.errors import ConfigError
+from deploy.layouts import split_paths
 
 
 @pytest.fixture

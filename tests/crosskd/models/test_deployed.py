@@ -27,10 +27,12 @@ from crosskd.models.heads import FAMILIES, heads_with_decoder  # noqa: E402
 from crosskd.predict import predictor  # noqa: E402
 from crosskd.shapes import write_shapes  # noqa: E402
 from deploy.contract import DYNAMIC, load_contract, write_sidecar  # noqa: E402
-from deploy.dataset import CocoImage, load_coco, read_image, split_paths  # noqa: E402
+from deploy.dataset import CocoImage, load_coco  # noqa: E402
 from deploy.errors import ExportError  # noqa: E402
 from deploy.graphs.graph import count_parameters, load_onnx  # noqa: E402
 from deploy.graphs.operators import check_operators  # noqa: E402
+from deploy.images import read_image  # noqa: E402
+from deploy.layouts import split_paths  # noqa: E402
 from deploy.runtime.postprocess import postprocess  # noqa: E402
 from deploy.runtime.preprocess import preprocess  # noqa: E402
 from deploy.runtime.session import OrtSession  # noqa: E402

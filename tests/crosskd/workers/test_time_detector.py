@@ -13,7 +13,8 @@ import torch
 from crosskd.predict import predictor
 from crosskd.run_dir import load_run
 from crosskd.workers import time_detector
-from deploy.dataset import load_coco, split_paths
+from deploy.dataset import load_coco
+from deploy.layouts import split_paths
 
 CPU_STAGES = {"preprocess", "inference", "postprocess", "total"}
 

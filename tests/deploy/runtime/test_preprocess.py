@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from deploy.contract import ModelContract, write_sidecar
-from deploy.dataset import LARGEST_IMAGE_PX, CocoImage, read_image
+from deploy.dataset import CocoImage
 from deploy.detector import Detector
 from deploy.errors import DataError
+from deploy.images import LARGEST_IMAGE_PX, read_image
 from deploy.runtime.preprocess import preprocess
 
 CONFIGS = Path(__file__).parents[2] / "crosskd" / "configs"
@@ -303,7 +304,7 @@ def test_files_give_the_detections_that_mmdet_gives(
     with Detector(tmp_path / "tiny.onnx") as detect:
         for name, path in files.items():
             found = detect(path)
-            image = CocoImage(0, path, 1, 1, np.zeros((0, 4), np.float32), np.zeros(0, np.int64), np.zeros(0, bool))
+            image = CocoImage(0, path, 1, 1, *[np.zeros(0)] * 6)  # without boxes
             boxes, scores, labels = (np.array(values) for values in predict(image))
             tolerance_px = 0.05 / min(preprocess(read_image(path), contract).scale_xy)
             np.testing.assert_allclose(found.scores, scores, rtol=0, atol=1e-4, err_msg=name)
