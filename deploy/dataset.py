@@ -68,13 +68,16 @@ class CocoSet:
     """How many boxes of the file stuck out of their image and were clipped."""
 
 
-def load_coco(annotations: AnyPath, images_dir: AnyPath, check_files: bool = True, strict: bool = False) -> CocoSet:
+def load_coco(
+    annotations: AnyPath, images_dir: AnyPath, check_files: bool = True, strict: bool = False, by_class: bool = False
+) -> CocoSet:
     """
     The checked content of a COCO detection file. What was left out of it, or is good to know, is said on stderr.
 
     Args:
         check_files: also look at every image file, as `check_image_files`.
         strict: refuse boxes of no use, which are left out otherwise where they are few.
+        by_class: say also which classes have no box, for those who learn or measure by class.
 
     Raises:
         DataError: what is wrong, where, and what was expected.
@@ -87,8 +90,9 @@ def load_coco(annotations: AnyPath, images_dir: AnyPath, check_files: bool = Tru
             raise DataError(f"{annotations}: {error.text}")
         coco = coco_set_from_file(file, images_dir)
     for fault in file.faults:
-        verb = {LEFT_OUT: f"{fault.count} of {fault.count + len(file.rows)} boxes left out, the first: "}
-        print(f"{annotations}: {verb.get(fault.severity, '')}{fault.text}", file=sys.stderr)
+        if by_class or fault.code != "empty_classes":
+            number = f"{fault.count} boxes left out: " if fault.severity == LEFT_OUT else ""
+            print(f"{annotations}: {number}{fault.text}", file=sys.stderr)
     if check_files:
         check_image_files(coco.images)
     return coco
@@ -153,8 +157,8 @@ def with_classes(coco: CocoSet, class_names: Sequence[str], category_ids: Sequen
             for name in used if name in wanted and used[name] != wanted[name]
         ]  # fmt: skip
         raise DataError(
-            f"the classes of {coco.annotations_path} differ from those of {whose}: {', '.join(differences[:10])}; "
-            f"expected the same names with the same ids, {wanted}. Write the same categories into all files"
+            f"{whose} has the classes {list(wanted)}, {coco.annotations_path} has the classes {list(here)}: "
+            f"{', '.join(differences[:10])}; expected the same names with the same ids in all files"
         )
     if tuple(wanted) == coco.class_names:
         return coco

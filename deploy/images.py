@@ -90,7 +90,8 @@ def read_header(path: AnyPath) -> ImageHeader:
             return _other_header(path, content)
         header = parse(content)
     if not header.fault and not header.width_px * header.height_px:
-        return dataclasses.replace(header, fault=f"OpenCV cannot decode it: no size in this {header.format}'s header")
+        fault = f"not an image: OpenCV cannot decode it, a {header.format} without a size ({content.head[:8]!r}...)"
+        return dataclasses.replace(header, fault=fault)
     if not header.fault and header.format not in ("JPEG", "PNG", "BMP") and not _is_built_in(header.format, path):
         return dataclasses.replace(header, fault=f"OpenCV {cv2.__version__} was built without {header.format}")
     return header
@@ -293,8 +294,9 @@ def _jpeg2000(content: _Bytes) -> ImageHeader:
 
 def _gif(content: _Bytes) -> ImageHeader:
     """GIF89a, 18: the logical screen. The trailer is its last byte, but for what others append."""
-    fault = "" if b";" in content.tail() else "a truncated GIF (it has no trailer)"
-    return ImageHeader("GIF", content.number(6, 2, "little"), content.number(8, 2, "little"), fault=fault)
+    width, height = content.number(6, 2, "little"), content.number(8, 2, "little")
+    fault = "" if b";" in content.tail() or not width else "a truncated GIF (it has no trailer)"
+    return ImageHeader("GIF", width, height, fault=fault)
 
 
 PARSERS: Dict[bytes, Callable[[_Bytes], ImageHeader]] = {

@@ -34,13 +34,14 @@ def split_paths(data_dir: AnyPath, split: str) -> Tuple[Path, Path]:
     """
     folder = Path(data_dir)
     if not folder.is_dir():
-        raise DataError(f"no such folder: {folder}. Expected one with {_expected(split)}")
+        raise DataError(f"no such file or folder: {folder}. Expected one with {_expected(split)}")
     annotations = annotations_path(folder, split)
     if annotations is None:
         there = sorted(path.relative_to(folder).as_posix() for path in folder.glob("*/*.json"))[:10]
+        ours = folder / "annotations" / f"instances_{split}.json"
         raise DataError(
-            f"no such file: {folder / 'annotations' / f'instances_{split}.json'}. Expected {_expected(split)} in "
-            f"{folder}; it has {', '.join(there) if there else 'no JSON file in a folder'}"
+            f"no such file or folder: {ours}. Expected {_expected(split)} in {folder}; it has "
+            f"{', '.join(there) if there else 'no JSON file in a folder'}"
         )
     return annotations, _images_dir(folder, split, annotations)
 
@@ -89,7 +90,7 @@ def _images_dir(folder: Path, split: str, annotations: Path) -> Path:
     expected = [folder / "images", *(folder / "images" / name for name in names), *(folder / name for name in names)]
     there = [path for path in dict.fromkeys(expected) if path.is_dir()]
     if not there:
-        raise DataError(f"no such folder: {folder / 'images'}. Expected {_expected(split)} in {folder}")
+        raise DataError(f"no such file or folder: {folder / 'images'}. Expected {_expected(split)} in {folder}")
     if len(there) > 1:
         first = _first_file_name(annotations)
         there.sort(key=lambda path: not (path / first).is_file())  # a stable sort: else the first of them

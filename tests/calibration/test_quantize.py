@@ -588,7 +588,12 @@ def test_no_images_are_an_error(model_path, data_dir, capsys):
 
 
 def test_images_of_other_sizes_and_types_are_prepared_as_in_deployment(words, data_dir, model_path):
-    images = data_dir / "images"
+    images, annotations = data_dir / "images", data_dir / "annotations" / "instances_train.json"
+    document = json.loads(annotations.read_text())
+    for entry, (width, height) in zip(document["images"], [(31, 90), (8, 8)], strict=False):
+        entry.update(width=width, height=height)
+    document["annotations"] = [dict(entry, bbox=[1, 1, 5, 5]) for entry in document["annotations"]]
+    annotations.write_text(json.dumps(document))
     cv2.imwrite(str(images / "00.png"), np.full((90, 31), 200, np.uint8))  # grey, upright, larger
     cv2.imwrite(str(images / "01.png"), np.full((8, 8, 4), 65535, np.uint16))  # alpha, 16 bits
     assert main([*words, "--num-images", "8"]) == 0

@@ -84,7 +84,8 @@ def test_a_bad_box_among_many_is_left_out_and_said(
     coco = _load(document, tmp_path)
     assert sum(len(image.labels) for image in coco.images) == 198
     told = capsys.readouterr().err
-    assert "2 of 200 boxes left out" in told
+    assert "2 boxes left out" in told
+    assert "2 of 200 entries" in told
     assert "annotations[7] (id 8)" in told
     assert "annotations[150] (id 151)" in told
     with pytest.raises(DataError, match=r"annotations\[7\] \(id 8\)"):
@@ -256,6 +257,8 @@ def test_classes_without_boxes_and_the_name_of_a_group_are_said(
         {"id": 3, "name": "rivet", "supercategory": "parts"},
     ]
     _load(document, tmp_path)
+    assert capsys.readouterr().err == ""
+    _load(document, tmp_path, by_class=True)
     told = capsys.readouterr().err
     assert "2 of 4 classes have no box to learn from: 'parts', 'rivet'" in told
     assert "'parts' looks like a name of the group" in told
@@ -285,7 +288,9 @@ DIFFERENT = {
 @pytest.mark.parametrize("case", DIFFERENT)
 def test_other_classes_are_refused_by_name(case: str, tmp_path: Path) -> None:
     names, ids, message = DIFFERENT[case]
-    with pytest.raises(DataError, match=rf"a\.json differ from those of train\.json: {message}"):
+    with pytest.raises(
+        DataError, match=rf"train\.json has the classes .*a\.json has the classes \['nut', 'bolt'\]: {message}"
+    ):
         with_classes(_load(_document(), tmp_path), names, ids, "train.json")
 
 
