@@ -144,7 +144,7 @@ def test_mmdets_standard_pipeline_gives_the_same_detections(tmp_path: Path) -> N
     for index, (width, height) in enumerate([(192, 128), (60, 40), (96, 64)]):
         path = tmp_path / f"{index}.png"
         cv2.imwrite(str(path), np.random.randint(0, 256, (height, width, 3), np.uint8))
-        images.append(CocoImage(index, path, width, height, np.zeros((0, 4)), np.zeros(0), np.zeros(0, bool)))
+        images.append(CocoImage(index, path, width, height, *[np.zeros(0)] * 6))
     assert _assert_same_detections(tmp_path / "x.onnx", predictor(config, detector), images) > 20 * len(images)
 
 
