@@ -31,18 +31,18 @@ BINS_LOG2 = 12
 BINS = 2**BINS_LOG2
 """Bins on each side of 0; at least half of them lie below the largest absolute value."""
 SMALLEST_EXPONENT = -148 - BINS_LOG2
-"""Of the width of a bin that the smallest positive float32, 2**-149, needs."""
+"""log2 of the narrowest width of a bin: that which the smallest positive float32, 2**-149, needs."""
 SCHEMA_VERSION = 1
 PREPROCESSING = (
     "input_name", "input_shape", "input_type", "channel_order", "mean", "std", "pad_value", "resize",
     "resize_wh_px",
 )  # fmt: skip
-"""What of a contract changes the input of the network, and so the statistics."""
+"""Fields of a contract that change the input of the network, and so the statistics."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Seen:
-    """What one image, or several, show of one tensor."""
+    """The values of one tensor that one image, or several, give: extremes and a sample."""
 
     smallest: float
     largest: float
@@ -62,7 +62,7 @@ class Seen:
 
     @classmethod
     def joined(cls, parts: Sequence[Seen]) -> Seen:
-        """What several images show together."""
+        """The extremes and samples of several images together."""
         return cls(
             min(part.smallest for part in parts),
             max(part.largest for part in parts),
@@ -71,7 +71,7 @@ class Seen:
 
     @property
     def is_finite(self) -> bool:
-        """Whether all values are, those outside the sample too."""
+        """Whether all values are finite, those outside the sample too."""
         return math.isfinite(self.smallest) and math.isfinite(self.largest)
 
     def rectified(self, slope: float) -> Seen:
@@ -89,7 +89,7 @@ class Seen:
 
 @dataclasses.dataclass(eq=False)
 class Statistics:
-    """What has been seen of one tensor so far; made empty, then updated image by image."""
+    """Extremes, histogram and moments of one tensor so far; made empty, then updated image by image."""
 
     minimum: float = float("inf")
     maximum: float = float("-inf")
@@ -126,7 +126,7 @@ class Statistics:
 
     @property
     def zero_share(self) -> float:
-        """Of the values counted; NaN if there are none."""
+        """Share of zeros among the values counted; NaN if there are none."""
         return self.zeros / self.count if self.count else float("nan")
 
     def share_outside(self, lowest: float, highest: float) -> float:
@@ -144,7 +144,7 @@ class Statistics:
 
     @property
     def mean(self) -> float:
-        """Of the values counted; NaN if there are none."""
+        """Mean of the values counted; NaN if there are none."""
         return math.fsum(self.sums) / self.count if self.count else float("nan")
 
     @property
@@ -203,7 +203,7 @@ class Collected:
     """Statistics, and the images that they are of."""
 
     statistics: Dict[str, Statistics]
-    """By the tensor's name in the float graph, which is the same for every target."""
+    """Name of a tensor in the float graph, which is the same for every target -> its statistics."""
     image_ids: Dict[str, int] = dataclasses.field(default_factory=dict)
     """SHA-256 of an image file -> its id in the annotation file that it was chosen from."""
 
@@ -307,10 +307,10 @@ def _read(path: AnyPath) -> Tuple[Dict[str, Any], Dict[str, np.ndarray]]:
 
 
 def _check_same_network(header: Dict[str, Any], path: AnyPath, model: AnyPath, contract: ModelContract) -> None:
-    found, expected = header["model_sha256"], sha256_of(model)
-    if found != expected:
+    held, expected = header["model_sha256"], sha256_of(model)
+    if held != expected:
         raise CalibrationError(
-            f"{path} holds statistics of another model (SHA-256 {found[:12]}...); expected those of {model} "
+            f"{path} holds statistics of another model (SHA-256 {held[:12]}...); expected those of {model} "
             f"({expected[:12]}...). Name another file with --statistics, and they are collected for this model."
         )
     wanted = json.loads(json.dumps(_preprocessing(contract)))  # tuples become lists, as in the file

@@ -53,28 +53,28 @@ INT8, WEIGHT_ONLY, FLOAT = "INT8", "weight-only", "float"
 
 @dataclasses.dataclass(frozen=True)
 class Convolution:
-    """What became of one convolution."""
+    """One convolution of a quantised graph: what it is computed in, and why."""
 
     name: str
     state: str
     """INT8, WEIGHT_ONLY or FLOAT."""
     why: str
-    """Of what is not INT8, for people."""
+    """Why it is not INT8, for people; empty where it is."""
     code: str
-    """Of what is in float, for programs: that of a `FloatReason`, or empty where the sidecar has another reason."""
+    """Why it is in float, for programs: that of a `FloatReason`; empty where the sidecar has another reason."""
     multiplications: Optional[int]
-    """For one image; None where the graph's shapes do not say."""
+    """Multiplications for one image; None where the graph's shapes do not say."""
     input_scale: Optional[float]
-    """Of its quantised input."""
+    """Scale of its quantised input."""
     weight: str
     """The name of its weight: the levels of a head share one."""
     fault: str
-    """What is wrong with it, or nothing."""
+    """What is wrong with it, for people; empty where nothing is."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Audit:
-    """What a quantised graph does."""
+    """Every convolution of a quantised graph, and what of them can cost accuracy or time."""
 
     convolutions: List[Convolution]
     int8_share: Optional[float]
@@ -86,6 +86,7 @@ class Audit:
 
     @property
     def faults(self) -> List[str]:
+        """What is wrong, convolution by convolution, for people."""
         return [f"{entry.name}: {entry.fault}" for entry in self.convolutions if entry.fault]
 
 
@@ -122,7 +123,7 @@ class _Tables:
 
     def neighbours(self, tensors: Iterable[str], forward: bool) -> Set[str]:
         """Outputs of the nearest convolutions behind or before some tensors, no other convolution between."""
-        pending, seen, found = list(tensors), set(), set()
+        pending, seen, convolutions = list(tensors), set(), set()
         while pending:
             name = pending.pop()
             if name in seen:
@@ -133,10 +134,10 @@ class _Tables:
                 if node is None or node.op_type == "Shape":
                     continue
                 if node.op_type == "Conv":
-                    found.add(node.output[0])
+                    convolutions.add(node.output[0])
                 else:
                     pending.extend(node.output if forward else node.input)
-        return found
+        return convolutions
 
 
 def audit(model: onnx.ModelProto, details: Optional[Mapping[str, Any]] = None) -> Audit:
@@ -160,17 +161,17 @@ def audit(model: onnx.ModelProto, details: Optional[Mapping[str, Any]] = None) -
     if "DequantizeLinear" not in operators:
         raise CalibrationError("the graph has no DequantizeLinear; expected a quantised model, of calibration.quantize")
     tables = _Tables(model)
-    found = {
+    convolutions = {
         node.output[0]: _convolution(tables, node, details or {}) for node in tables.nodes if node.op_type == "Conv"
     }
     shared: Dict[str, List[Tuple[str, float]]] = {}
-    for entry in found.values():
+    for entry in convolutions.values():
         if entry.state == INT8 and entry.input_scale is not None:
             shared.setdefault(entry.weight, []).append((entry.name, entry.input_scale))
     return Audit(
-        list(found.values()),
-        _int8_share(tables, found),
-        _norm_sandwiches(tables, found),
+        list(convolutions.values()),
+        _int8_share(tables, convolutions),
+        _norm_sandwiches(tables, convolutions),
         {weight: levels for weight, levels in shared.items() if len(levels) > 1},
     )
 
@@ -216,22 +217,23 @@ def _rounded_after(tables: _Tables, tensor: str) -> str:
     return ""
 
 
-def _norm_sandwiches(tables: _Tables, found: Dict[str, Convolution]) -> List[Dict[str, str]]:
+def _norm_sandwiches(tables: _Tables, convolutions: Dict[str, Convolution]) -> List[Dict[str, str]]:
+    def nearest_int8(tensors: Iterable[str], forward: bool) -> List[str]:
+        near = (convolutions[name] for name in tables.neighbours(tensors, forward))
+        return sorted(convolution.name for convolution in near if convolution.state == INT8)
+
     sandwiches = []
     for node in tables.nodes:
         if node.op_type in NORMS:
-            before, after = (
-                sorted(found[name].name for name in tables.neighbours(tensors, forward) if found[name].state == INT8)
-                for tensors, forward in (([node.input[0]], False), (node.output, True))
-            )
+            before, after = nearest_int8([node.input[0]], forward=False), nearest_int8(node.output, forward=True)
             if before and after:
                 sandwiches.append({"norm": node_name(node), "before": before[0], "after": after[0]})
     return sandwiches
 
 
-def _int8_share(tables: _Tables, found: Dict[str, Convolution]) -> Optional[float]:
+def _int8_share(tables: _Tables, convolutions: Dict[str, Convolution]) -> Optional[float]:
     counts = [
-        (found[node.output[0]].state if node.op_type == "Conv" else FLOAT, _multiplications(tables, node))
+        (convolutions[node.output[0]].state if node.op_type == "Conv" else FLOAT, _multiplications(tables, node))
         for node in tables.nodes
         if node.op_type in PRODUCTS
     ]
@@ -266,13 +268,13 @@ def _shapes(model: onnx.ModelProto) -> Dict[str, Tuple[int, ...]]:
     from onnx import shape_inference
 
     graph = shape_inference.infer_shapes(model, data_prop=True).graph
-    found: Dict[str, Tuple[int, ...]] = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+    shapes: Dict[str, Tuple[int, ...]] = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
     batch = {value.type.tensor_type.shape.dim[0].dim_param for value in graph.input} - {""}
     for value in (*graph.value_info, *graph.input, *graph.output):
         sizes = [1 if size.dim_param in batch else size.dim_value for size in value.type.tensor_type.shape.dim]
         if all(sizes):
-            found[value.name] = tuple(sizes)
-    return found
+            shapes[value.name] = tuple(sizes)
+    return shapes
 
 
 def table_from_audit(result: Audit) -> str:

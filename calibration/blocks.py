@@ -33,9 +33,9 @@ class Block:
 
     name: str
     convolutions: Tuple[str, ...]
-    """Their names, in the order of the graph."""
+    """Names of the convolutions, in the order of the graph."""
     multiplications: int
-    """Of them all, for one image."""
+    """Multiplications of all convolutions in the block, for one image."""
 
 
 def count_multiplications(graph: FloatGraph, contract: ModelContract) -> Dict[str, int]:
@@ -125,16 +125,16 @@ def runs_of_graph(graph: FloatGraph) -> Dict[str, str]:
         by_weight.setdefault(graph.constants[node.input[1]].name, []).append(node_name(node))
     shared = {name: names[0] for names in by_weight.values() if len(names) > 1 for name in names}
     runs_at: Dict[str, Set[str]] = {}  # tensor -> first convolutions of the runs that come to it
-    found: Dict[str, str] = {}
+    first_of: Dict[str, str] = {}
     to_quantize = {node.output[0] for node in graph.quantized}
 
     for node in graph.nodes:
         arriving = set().union(*(runs_at.get(name, set()) for name in node.input))
         if node.output[0] in to_quantize and node_name(node) not in shared:
-            first = min(arriving, key=list(found).index) if arriving else node_name(node)
-            found[node_name(node)] = first
+            first = min(arriving, key=list(first_of).index) if arriving else node_name(node)
+            first_of[node_name(node)] = first
             arriving = {first}
         elif node.op_type == "Conv" or node.op_type in MEETING_OPS:
             arriving = set()
         runs_at.update((name, arriving) for name in node.output)
-    return {**found, **shared}
+    return {**first_of, **shared}

@@ -30,16 +30,16 @@ if TYPE_CHECKING:
 
 
 IMAGES_PER_COUNT = 8
-"""Whose samples are counted together: numpy's calls, and going through the bins, cost as much as the values do."""
+"""How many images' samples are counted together: numpy's calls, and the way through the bins, cost time."""
 SLOPES = {"Relu": 0.0, "LeakyRelu": 0.01}
 """Operator -> slope of negative values where no attribute says it."""
 LARGEST_GROUP_BYTES = 512 * 2**20
-"""Of the activations that one run keeps."""
+"""The most bytes of activations that one run keeps."""
 GROWING_OPS = (
     "Conv", "ConvTranspose", "Gemm", "MatMul", "Add", "Mul",
     "InstanceNormalization", "GroupNormalization", "LayerNormalization",
 )  # fmt: skip
-"""Their outputs can be larger than their inputs: where FP16 may overflow, which the sidecar's `ranges` tell."""
+"""Operators whose outputs can be larger than their inputs: where FP16 may overflow, which a sidecar's `ranges` tell."""
 
 
 def tensors_that_may_grow(model: onnx.ModelProto) -> List[str]:
@@ -190,14 +190,14 @@ def _rectified(model: onnx.ModelProto, tensors: Iterable[str]) -> Dict[str, Dict
     What the outputs show follows from what the inputs show: they need not leave the graph.
     """
     wanted = set(tensors)
-    found: Dict[str, Dict[str, float]] = {}
+    rectified: Dict[str, Dict[str, float]] = {}
     for node in model.graph.node:
         if node.op_type in SLOPES and wanted.issuperset([node.input[0], node.output[0]]):
             slope = next((field.f for field in node.attribute if field.name == "alpha"), SLOPES[node.op_type])
             if 0 <= slope <= 1:
-                found.setdefault(node.input[0], {})[node.output[0]] = slope
+                rectified.setdefault(node.input[0], {})[node.output[0]] = slope
                 wanted.remove(node.output[0])
-    return found
+    return rectified
 
 
 def runtime_session(model: onnx.ModelProto, needed_for: str, quiet: bool = False) -> onnxruntime.InferenceSession:

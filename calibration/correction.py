@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING, Dict, List, Sequence, Tuple
 import numpy as np
 
 from calibration.collect import runtime_session
-from calibration.placement import FloatGraph, Placement
-from calibration.qdq import QUANTIZATION_FROM_RANGE
+from calibration.placement import FloatGraph, Placement, has_signed_activations
 from deploy.contract import ModelContract
 from deploy.dataset import CocoImage
 from deploy.graphs.graph import remove_unused
 from deploy.images import read_image
-from deploy.int8_format import rounded_weight, weight_scales
+from deploy.int8_format import quantization_from_range, rounded_weight, weight_scales
 from deploy.progress import progress
 from deploy.runtime.preprocess import preprocess
 
@@ -51,8 +50,8 @@ def bias_corrections(
     session = runtime_session(_with_errors(graph, placement, ranges, target), "bias correction")
     sums = [np.zeros(0)] * len(graph.quantized)
     for image in progress(images, len(images), "bias correction"):
-        one = preprocess(read_image(image.path), contract).input
-        batch = np.repeat(one, max(1, contract.input_shape[0]), axis=0)
+        network_input = preprocess(read_image(image.path), contract).input
+        batch = np.repeat(network_input, max(1, contract.input_shape[0]), axis=0)
         errors = session.run(None, {contract.input_name: batch})
         sums = [total + error[0, :, 0, 0] if total.size else error[0, :, 0, 0].astype(np.float64)
                 for total, error in zip(sums, errors)]  # fmt: skip
@@ -75,7 +74,7 @@ def _with_errors(
         source = node.input[0]
         while source not in placement.pairs:  # a pair before a MaxPool rounds as one behind it
             source = graph.producers[source].input[0]
-        quantization = QUANTIZATION_FROM_RANGE[target](*ranges[placement.pairs[source]])
+        quantization = quantization_from_range(*ranges[placement.pairs[source]], has_signed_activations(target))
         weight = numpy_helper.to_array(graph.constants[node.input[1]])
         tensors += [
             numpy_helper.from_array(np.array(quantization.scale, np.float32), f"{name}_scale"),

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 AUTO = "auto"
 """In place of a range method: the one whose model has the best AP on held-out images."""
 HELD_OUT_IMAGES = 128
-"""Of the calibration split, to compare models on; beyond those that are calibrated on."""
+"""How many images of the calibration split models are compared on, beyond those that are calibrated on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ class QuantizeOptions:
     target: str
     """The runtime that will run it, of `PLACEMENTS`."""
     method: str = "max"
-    """Of `RANGE_METHODS`, or AUTO."""
+    """How a range is taken from what was seen: a name of `RANGE_METHODS`, or AUTO."""
     percentile: float = PERCENTILE
     """How many values in a hundred the method of that name does not clip."""
     bias_correction: bool = False
@@ -64,7 +64,7 @@ class QuantizeOptions:
     num_images: int = 512
     """How many images to calibrate on, at most."""
     seed: int = 0
-    """Of the choice of images."""
+    """Seed of the choice of images."""
     statistics: Optional[Path] = None
     """File that keeps what was seen of the activations; None: it is not kept."""
 
@@ -79,11 +79,11 @@ class CalibrationData:
     """The annotation files whose images a model is calibrated and measured on."""
 
     calibration: CocoSet
-    """What calibration images are chosen from."""
+    """The set that calibration images are chosen from."""
     evaluations: Tuple[CocoSet, ...]
-    """What no calibration image may be in."""
+    """The sets that no calibration image may be in."""
     budget: Optional[CocoSet] = None
-    """What the drop of AP is measured on: one of the evaluations; None without a budget."""
+    """The set that the drop of AP is measured on, one of the evaluations; None without a budget."""
 
     @property
     def files(self) -> Dict[str, AnyPath]:
@@ -136,7 +136,7 @@ def details_of_images(
     held_out: Sequence[CocoImage],
     statistics: Dict[str, Statistics],
 ) -> Dict[str, Any]:
-    """What the sidecar says of the images, and of the values that were seen for them."""
+    """Details for the sidecar: the images, and the extremes of each activation over them."""
     details = {
         "seed": options.seed,
         "num_images": len(images),
@@ -195,7 +195,7 @@ def statistics_to_use(
     images: Sequence[CocoImage],
     contract: ModelContract,
 ) -> Dict[str, Statistics]:
-    """Tensor -> statistics over the images, of all that the methods and the search may ask; raises as that."""
+    """Tensor -> statistics over the images, of every tensor whose range the methods and the search may ask."""
     choose_tensors = tensors_of_placement if data.budget is None else tensors_of_any_choice
     tensors = choose_tensors(graph, options.target)
     return statistics_of_images(
@@ -211,7 +211,7 @@ def quantizer_to_use(
     held_out: Sequence[CocoImage],
     contract: ModelContract,
 ) -> Tuple[Quantizer, Dict[str, Any]]:
-    """What quantises by the method that was asked for, or by the best of all; and what the sidecar says of that."""
+    """The quantizer of the method that was asked for, or of the best of all; and details of that for the sidecar."""
     quantizers = {
         method: Quantizer(graph.model, options.target, method, options.percentile, options.keep_float, statistics)
         for method in options.methods
@@ -263,7 +263,7 @@ def with_bias_correction(
     held_out: Sequence[CocoImage],
     contract: ModelContract,
 ) -> Tuple[Quantizer, Dict[str, Any]]:
-    """The quantizer with bias corrections where they are asked for; and what the sidecar says of their effect."""
+    """The quantizer, with bias corrections where they are asked for; and details of their effect for the sidecar."""
     if not options.bias_correction:
         return quantizer, {}
     compared_on = choose_images(held_out, ERROR_IMAGES, options.seed)

@@ -19,24 +19,23 @@ from deploy.files import AnyPath, read_json
 from deploy.graphs.calibration_cache import read_cache
 
 LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
-"""Beyond it a scale could not be written."""
+"""The largest float32: a larger scale could not be written."""
 NORMALISING_OPS = ("Cast", "Transpose", "Sub", "Add", "Mul", "Div")
-"""With constants: by which a graph of uint8 input makes of pixels what the training had as its input."""
+"""Operators that, with constants, make of a graph's uint8 pixels the input that the training had."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainedRanges:
-    """What a training with INT8 in the loop leaves of it: a file that `crosskd.distill --quantize int8` writes."""
+    """The ranges that a training with INT8 in the loop has learnt: a file of `crosskd.distill --quantize int8`."""
 
     path: str
     target: str
     keep_float: Tuple[str, ...]
-    """Names of convolutions."""
+    """Names of the convolutions that were in float."""
     weights_sha256: str
-    """Of the weights that were trained."""
+    """SHA-256 of the weights that were trained."""
     ranges: Ranges
-    """Of each tensor that gets a pair: (-127 scale, 127 scale), or for onnxruntime, with the zero point z,
-    (-z scale, (255 - z) scale)."""
+    """Range of each tensor that gets a pair, as `deploy.int8_format.Quantization.range` has it."""
 
 
 def int8_from_cache(path: str, target: str, keep_float: Sequence[str], graph: FloatGraph) -> Quantized:
@@ -121,12 +120,12 @@ def read_trained_ranges(path: str) -> TrainedRanges:
         raise CalibrationError(f"{path}: keep_float is {keep_float!r}; expected a list of names of convolutions")
     if not isinstance(ranges, dict):
         raise CalibrationError(f"{path}: ranges is {ranges!r}; expected an object, tensor -> [smallest, largest]")
-    for name, one in ranges.items():
-        numbers = isinstance(one, list) and all(type(end) in (int, float) for end in one)  # JSON's true is an int
-        if not numbers or len(one) != 2 or not -LARGEST_FLOAT32 <= one[0] < one[1] <= LARGEST_FLOAT32:
+    for name, ends in ranges.items():
+        numbers = isinstance(ends, list) and all(type(end) in (int, float) for end in ends)  # JSON's true is an int
+        if not numbers or len(ends) != 2 or not -LARGEST_FLOAT32 <= ends[0] < ends[1] <= LARGEST_FLOAT32:
             raise CalibrationError(
-                f"{path}: the range of the tensor {name} is {one!r}; expected [smallest, largest], two finite numbers, "
-                "the first below the second. The training may have diverged: look at its losses."
+                f"{path}: the range of the tensor {name} is {ends!r}; expected [smallest, largest], two finite "
+                "numbers, the first below the second. The training may have diverged: look at its losses."
             )
     ranges = {name: (float(low), float(high)) for name, (low, high) in ranges.items()}
     return TrainedRanges(path, target, tuple(keep_float), str(document["weights_sha256"]), ranges)
@@ -165,7 +164,7 @@ def graph_as_trained(trained: TrainedRanges, graph: FloatGraph) -> Tuple[FloatGr
     check_quantizable(graph)
     tensors = set(PLACEMENTS[trained.target](graph).pairs.values())
     image = graph.model.graph.input[0].name
-    ranges = {_normalised_image(graph) if name == image else name: one for name, one in trained.ranges.items()}
+    ranges = {_normalised_image(graph) if name == image else name: limits for name, limits in trained.ranges.items()}
     missing, needless = sorted(tensors - set(ranges)), sorted(set(ranges) - tensors)
     if missing:
         raise CalibrationError(

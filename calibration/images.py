@@ -12,7 +12,7 @@ from deploy.errors import CalibrationError, ConfigError, DataError
 from deploy.files import sha256_of
 
 FEWEST_IMAGES = 300
-"""Below it ranges vary from sample to sample; a warning, not an error."""
+"""The fewest images without a warning: with fewer, ranges vary from choice to choice."""
 
 
 def choose_images(images: Sequence[CocoImage], number: int, seed: int) -> List[CocoImage]:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import onnx
 
 ERROR_IMAGES = 16
-"""Of the images that AP is measured on, by seed 0: those on which `OutputError` compares detections."""
+"""How many of the images that AP is measured on, by seed 0, `OutputError` compares detections on."""
 
 
 @contextlib.contextmanager
@@ -96,7 +96,7 @@ class OutputError:
         contract = load_contract(model)
         self._prepared = [preprocess(read_image(image.path), contract) for image in images]
         self._reference = self._detections(model)
-        if not any(len(found.scores) for found in self._reference):
+        if not any(len(detections.scores) for detections in self._reference):
             raise CalibrationError(
                 f"{model} detects nothing in {len(images)} images above the score {contract.score_threshold}; expected "
                 "detections, to see how INT8 moves them. Is the model trained, and are these images for it?"
@@ -105,18 +105,18 @@ class OutputError:
     def of(self, model: Path) -> Dict[str, float]:
         """`boxes` and `scores`, both 0 to 1, of the model in a file."""
         rows: List[Tuple[float, float, float]] = []  # weight, error of the box, error of the score
-        for reference, found in zip(self._reference, self._detections(model)):
-            rows += _errors(reference, found) + _errors(found, reference)
+        for reference, detections in zip(self._reference, self._detections(model)):
+            rows += _errors(reference, detections) + _errors(detections, reference)
         weights, boxes, scores = np.array(rows, np.float64).T
         return {"boxes": float(weights @ boxes / weights.sum()), "scores": float(weights @ scores / weights.sum())}
 
     def _detections(self, model: Path) -> List[Detections]:
         with OrtSession(model) as session:
-            contract, found = session.contract, []
+            contract, detections = session.contract, []
             for prepared in self._prepared:
                 batch = np.repeat(prepared.input, max(1, contract.input_shape[0]), axis=0)
-                found.append(postprocess(session.infer({contract.input_name: batch}), contract, prepared))
-        return found
+                detections.append(postprocess(session.infer({contract.input_name: batch}), contract, prepared))
+        return detections
 
 
 def total_error(error: Dict[str, float]) -> float:

@@ -28,16 +28,17 @@ from typing import TYPE_CHECKING, Callable, Dict, List, Sequence, Set, Tuple
 from deploy.errors import ConfigError
 from deploy.graphs.graph import constants, consumers, producers
 from deploy.int8_format import FloatReason
+from deploy.targets import TARGETS
 
 if TYPE_CHECKING:
     import onnx
 
 MOVING_OPS = ("Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Split")
-"""Their outputs are values of the first input, in other places: one scale fits both."""
+"""Operators whose outputs are values of the first input, in other places: one scale fits both."""
 INTEGER_PRODUCTS = ("QLinearConv", "ConvInteger", "QLinearMatMul", "MatMulInteger")
 """Operators of a graph that was quantised to another format than Q/DQ pairs."""
 INTEGER_OPS = ("Add", "Mul", "Concat", "LeakyRelu", "Sigmoid", "AveragePool", "GlobalAveragePool")
-"""Those with kernels for uint8 in ONNX Runtime's CPU provider: docs/ContribOperators.md of version 1.31, QLinear*."""
+"""Operators with uint8 kernels in ONNX Runtime's CPU provider: docs/ContribOperators.md of version 1.31, QLinear*."""
 
 
 class FloatGraph:
@@ -116,7 +117,7 @@ def final_convolutions(model: onnx.ModelProto) -> Set[str]:
     Paths through Shape do not count: they carry no values.
     """
     made_by = producers(model)
-    pending, seen, found = [value.name for value in model.graph.output], set(), set()
+    pending, seen, final = [value.name for value in model.graph.output], set(), set()
     while pending:
         name = pending.pop()
         node = made_by.get(name)
@@ -124,10 +125,10 @@ def final_convolutions(model: onnx.ModelProto) -> Set[str]:
             continue
         seen.add(name)
         if node.op_type == "Conv":
-            found.add(name)
+            final.add(name)
         else:
             pending.extend(node.input)
-    return found
+    return final
 
 
 @dataclasses.dataclass
@@ -137,7 +138,7 @@ class Placement:
     pairs: Dict[str, str] = dataclasses.field(default_factory=dict)
     """Tensor that has a pair -> tensor whose range it takes: itself, or where its values come from."""
     edges: Set[Tuple[str, int]] = dataclasses.field(default_factory=set)
-    """What reads the pair, not the float tensor: (first output of the node, index of its input)."""
+    """Readers of a pair rather than of the float tensor: (first output of the node, index of its input)."""
 
 
 def place_for_tensorrt(graph: FloatGraph) -> Placement:
@@ -182,6 +183,12 @@ PLACEMENTS: Dict[str, Callable[[FloatGraph], Placement]] = {
     "onnxruntime": place_for_onnxruntime,
 }
 """Target -> where its pairs go."""
+DEFAULT_TARGET = "tensorrt"
+
+
+def has_signed_activations(target: str) -> bool:
+    """Whether the target's graphs have activations in int8, symmetric about 0, rather than in uint8."""
+    return bool(TARGETS[target].signed)
 
 
 def only_moves(node: onnx.NodeProto) -> bool:
@@ -203,14 +210,14 @@ def _skip_branches(graph: FloatGraph) -> List[Tuple[onnx.NodeProto, int]]:
     """
     from_convolution = {node.output[0] for node in graph.quantized if len(graph.readers(node.output[0])) == 1}
     depths = _depths(graph)
-    found = []
+    branches = []
     for node in graph.nodes:
         if node.op_type == "Add" and not any(name in graph.constants for name in node.input):
             fusable = [index for index, name in enumerate(node.input) if name in from_convolution]
             if fusable:
                 fused = max(fusable, key=lambda index: depths[node.input[index]])
-                found.append((node, 1 - fused))
-    return found
+                branches.append((node, 1 - fused))
+    return branches
 
 
 def _depths(graph: FloatGraph) -> Dict[str, int]:

@@ -6,14 +6,13 @@ from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Tuple
 
 import numpy as np
 
-from calibration.placement import FloatGraph, Placement
+from calibration.placement import FloatGraph, Placement, has_signed_activations
 from deploy.graphs.graph import remove_unused
 from deploy.int8_format import (
     SCALE_SUFFIX,
     Quantization,
     int8_from_weight,
-    signed_from_range,
-    unsigned_from_range,
+    quantization_from_range,
     weight_scales,
 )
 
@@ -21,9 +20,7 @@ if TYPE_CHECKING:
     import onnx
 
 LARGEST_BIAS = 2.0**30
-"""Of an int32 bias: half of what it can hold, since accumulated products are added to it."""
-QUANTIZATION_FROM_RANGE = {"tensorrt": signed_from_range, "onnxruntime": unsigned_from_range}
-"""Target -> the number format of its activations."""
+"""The largest int32 of a bias: half of what it can hold, since accumulated products are added to it."""
 
 
 class _Writer:
@@ -94,7 +91,8 @@ def quantize_graph(
     result.CopyFrom(graph.model)
     writer = _Writer()
     weights = {node.output[0]: graph.constants[node.input[1]] for node in graph.quantized}
-    quantizations = {name: QUANTIZATION_FROM_RANGE[target](*ranges[name]) for name in placement.pairs.values()}
+    signed = has_signed_activations(target)
+    quantizations = {name: quantization_from_range(*ranges[name], signed) for name in placement.pairs.values()}
 
     def array(name: str) -> np.ndarray:
         return numpy_helper.to_array(graph.constants[name])

@@ -35,7 +35,7 @@ from typing import List, Optional
 from calibration.float_model import read_model
 from calibration.from_images import AUTO, CalibrationData, QuantizeOptions, int8_from_images
 from calibration.given_ranges import int8_from_cache, int8_from_training, read_trained_ranges
-from calibration.placement import PLACEMENTS, node_name
+from calibration.placement import DEFAULT_TARGET, PLACEMENTS, node_name
 from calibration.quantizer import Quantized
 from calibration.ranges import PERCENTILE, RANGE_METHODS
 from calibration.search import journal_path
@@ -47,7 +47,6 @@ from deploy.graphs.calibration_cache import amax_from_quantised, write_cache
 from deploy.graphs.graph import check_graph, save_onnx
 from deploy.layouts import SPLITS, split_paths
 
-TARGET = "tensorrt"
 NUM_IMAGES = QuantizeOptions.num_images
 
 
@@ -115,7 +114,7 @@ def parse_arguments(argv: Optional[List[str]]) -> argparse.Namespace:
     parser.add_argument(
         "--target",
         choices=sorted(PLACEMENTS),
-        help=f"runtime that will run it (default: {TARGET}, or that of --ranges)",
+        help=f"runtime that will run it (default: {DEFAULT_TARGET}, or that of --ranges)",
     )
     parser.add_argument(
         "--method", choices=(*RANGE_METHODS, AUTO), default="max",
@@ -237,7 +236,7 @@ def options_from_arguments(arguments: argparse.Namespace) -> QuantizeOptions:
     return QuantizeOptions(
         model=Path(arguments.model),
         output=Path(arguments.output),
-        target=arguments.target or TARGET,
+        target=arguments.target or DEFAULT_TARGET,
         method=arguments.method,
         percentile=PERCENTILE if arguments.percentile is None else arguments.percentile,
         bias_correction=arguments.bias_correction,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Sequence, Set, Tuple
 from calibration.activation_statistics import Statistics
 from calibration.correction import Corrections, bias_corrections, with_corrected_biases
 from calibration.images import sha256_of_images
-from calibration.placement import PLACEMENTS, FloatGraph, Placement, node_name
+from calibration.placement import PLACEMENTS, FloatGraph, Placement, has_signed_activations, node_name
 from calibration.qdq import quantize_graph
 from calibration.ranges import PERCENTILE, Ranges, range_from_statistics
 from deploy.contract import ModelContract, package_versions
@@ -34,11 +34,11 @@ class Quantizer:
     method: str
     percentile: float
     keep_float: Tuple[str, ...]
-    """What stays in float in any case, as `FloatGraph` takes it."""
+    """Convolutions or blocks that stay in float in any case, as `FloatGraph` takes them."""
     statistics: Dict[str, Statistics]
-    """Of `tensors_of_any_choice`, or of `tensors_of_placement` where no other choice is tried."""
+    """Tensor -> statistics: `tensors_of_any_choice`, or `tensors_of_placement` where no other choice is tried."""
     corrections: Corrections = dataclasses.field(default_factory=dict)
-    """To the biases of all convolutions that may be quantised, or of none."""
+    """Corrections to the biases of all convolutions that may be quantised, or of none."""
 
     def graph(self, kept: Sequence[str] = ()) -> FloatGraph:
         """The float graph with these convolutions, by name, kept in float too."""
@@ -91,12 +91,12 @@ def tensors_of_any_choice(graph: FloatGraph, target: str) -> List[str]:
     """
     names = [node_name(node) for node in graph.quantized]
     always = [node_name(node) for node in graph.convolutions if node.output[0] in graph.kept]
-    found: Set[str] = set()
+    tensors: Set[str] = set()
     for alone in (None, *names):
         kept = [name for name in names if alone is not None and name != alone]
         pairs = PLACEMENTS[target](FloatGraph(graph.model, [*always, *kept])).pairs
-        found.update(pairs, pairs.values())
-    return sorted(found)
+        tensors.update(pairs, pairs.values())
+    return sorted(tensors)
 
 
 def key_of_measurements(
@@ -142,7 +142,7 @@ def ranges_from_statistics(
     Raises:
         CalibrationError: a tensor has one value only.
     """
-    found = {}
+    ranges = {}
     for name in sorted(set(placement.pairs.values())):
         seen = statistics[name]
         if seen.minimum == seen.maximum:
@@ -151,8 +151,8 @@ def ranges_from_statistics(
                 "that varies. Are they images that the model is for? If this part of it is dead for good, keep the "
                 "convolutions beside it in float with --keep-float."
             )
-        found[name] = range_from_statistics(seen, method, target == "tensorrt", percentile)
-    return found
+        ranges[name] = range_from_statistics(seen, method, has_signed_activations(target), percentile)
+    return ranges
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,9 +164,9 @@ class Quantized:
     """The float graph that it was made of, with what is kept in float."""
     target: str
     keep_float: Tuple[str, ...]
-    """What was asked to stay in float, as `FloatGraph` takes it."""
+    """Convolutions or blocks that were asked to stay in float, as `FloatGraph` takes them."""
     inputs: Dict[str, AnyPath]
-    """What it was made of besides the model: file by its role."""
+    """Files that it was made of besides the model, by their role."""
     details: Dict[str, Any]
     """How its ranges came about, for the sidecar."""
     summary: str

@@ -39,10 +39,10 @@ OCTAVES = 10
 CLIPS = [2 ** (-step / STEPS_PER_OCTAVE) for step in range(STEPS_PER_OCTAVE * OCTAVES + 1)]
 """Clips that are tried, as shares of the largest value: 1, 0.958, ... 1/1024."""
 MOST_CLIPPED = 0.01
-"""By the method entropy: the divergence does not see how far values are moved by clipping; of a tensor without small
-values it is 0 where all are clipped."""
+"""The largest share of values that the method entropy clips: the divergence does not see how far clipping moves them;
+for a tensor without small values it is 0 where all are clipped."""
 SMALLEST_SHARE = 1e-4
-"""Of a value, in a bin that quantisation leaves empty: so that the divergence is finite. ONNX Runtime's is the same."""
+"""The least share of a value in a bin that quantisation leaves empty, so that the divergence is finite."""
 
 
 def range_from_statistics(

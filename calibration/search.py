@@ -35,18 +35,19 @@ from deploy.freshness import changed_keys
 
 @dataclasses.dataclass(frozen=True)
 class Drop:
-    """What a model has less of AP than the float one, as fractions; negative: it has more."""
+    """The AP of a model, and how much lower it is than that of the float model; fractions of 1."""
 
     ap: float
-    """Of the model itself."""
+    """AP of the model itself."""
     drop: float
+    """AP of the float model less that of this one; negative where it is higher."""
     low: float
     high: float
     """The 95 % interval of the drop: paired bootstrap over images."""
 
     @classmethod
     def from_numbers(cls, numbers: Mapping[str, Any]) -> Drop:
-        """Of the `numbers` of an accuracy result that was measured against the float model's."""
+        """The drop that the `numbers` of an accuracy result tell, measured against the float model's."""
         against = numbers["against"]
         return cls(numbers["AP"], -against["AP_difference"], -against["high"], -against["low"])
 
@@ -60,11 +61,11 @@ class Step:
     """One set of blocks that was tried."""
 
     change: str
-    """From what was held before, in words."""
+    """The change from the set before, for people."""
     kept: Tuple[str, ...]
     """Names of the blocks in float."""
     float_share: float
-    """Of the multiplications of all blocks."""
+    """Share of the multiplications of all blocks that is in float."""
     drop: Drop
     holds: bool
     """Whether the drop is within the budget."""
@@ -96,7 +97,7 @@ class Journal:
             self._read()
 
     def drop(self, kept: Sequence[Block]) -> Optional[Drop]:
-        """That of the model with these blocks in float, if it is known."""
+        """The drop of the model with these blocks in float, if it is known."""
         return self._drops.get(frozenset(block.name for block in kept))
 
     def add_drop(self, kept: Sequence[Block], drop: Drop) -> None:
@@ -182,21 +183,21 @@ def blocks_to_keep(
         if step.holds:
             break
     if not step.holds:
-        best = min(steps, key=lambda one: one.drop.drop)
+        best = min(steps, key=lambda step: step.drop.drop)
         raise CalibrationError(
             f"the budget of {100 * budget:g} points of AP cannot be met: the best of {len(steps)} models, with "
             f"{len(best.kept)} of {len(blocks)} blocks in float, has {best.drop}. Allow a larger --max-ap-drop, try "
             "another --method or more calibration images, or measure on more images: on few, single boxes decide."
         )
-    for block in sorted(kept[:-1], key=lambda one: one.multiplications, reverse=True):  # the last one was needed
-        without = [one for one in kept if one is not block]
+    for block in sorted(kept[:-1], key=lambda block: block.multiplications, reverse=True):  # the last one was needed
+        without = [other for other in kept if other is not block]
         if tried(without, f"{block.name} back in INT8").holds:
             kept = without
     return kept, steps
 
 
 def text_of_result(final: Step, budget_points: float, data: CocoSet) -> str:
-    """What a search came to, for people, and how far it can be relied on."""
+    """The result of a search, for people, and how far it can be relied on."""
     text = f"{final.drop}, on {len(data.images)} images of {data.annotations_path}"
     if 100 * final.drop.high > budget_points:
         text += f"\nthe interval reaches beyond the budget of {budget_points:g}: on more images it may not hold"

@@ -28,7 +28,7 @@ from calibration.collect import statistics_of_images
 from calibration.float_model import read_model
 from calibration.images import calibration_images, choose_images
 from calibration.measure import ERROR_IMAGES, OutputError, accuracy_numbers, saved, total_error
-from calibration.placement import PLACEMENTS
+from calibration.placement import DEFAULT_TARGET, PLACEMENTS
 from calibration.quantizer import Quantizer, key_of_measurements, tensors_of_any_choice
 from calibration.ranges import PERCENTILE, RANGE_METHODS
 from calibration.search import Drop, points
@@ -82,7 +82,7 @@ def measured_block(
 
 
 def cost(row: Row) -> float:
-    """What rows are ranked by: the drop of AP where it was measured, else the error of the output."""
+    """The cost that rows are ranked by: the drop of AP where it was measured, else the error of the output."""
     return float(row["AP_drop"]) if "AP_drop" in row else total_error(row["error"])
 
 
@@ -96,10 +96,10 @@ def resumed_rows(path: Path, key: Dict[str, Any]) -> List[Row]:
     if not path.is_file():
         return []
     document = read_json(path, CalibrationError, "the sensitivity of an earlier run; delete it to begin anew")
-    found = document.get("key") if isinstance(document, dict) else None
-    if not isinstance(found, dict) or "blocks" not in document:
+    earlier_key = document.get("key") if isinstance(document, dict) else None
+    if not isinstance(earlier_key, dict) or "blocks" not in document:
         raise CalibrationError(f"{path} is not a file of calibration.sensitivity; name another --output")
-    changed = changed_keys(found, key)
+    changed = changed_keys(earlier_key, key)
     if changed:
         raise CalibrationError(
             f"{path} holds the sensitivity of other {', '.join(changed)}; expected those of now, to go on. Delete it, "
@@ -177,7 +177,7 @@ def _parser() -> argparse.ArgumentParser:
         help="folder with annotations/instances_{train,val,test}.json and images/; calibrated on train",
     )  # fmt: skip
     parser.add_argument(
-        "--target", choices=sorted(PLACEMENTS), default="tensorrt", help="runtime that will run it (%(default)s)"
+        "--target", choices=sorted(PLACEMENTS), default=DEFAULT_TARGET, help="runtime that will run it (%(default)s)"
     )
     parser.add_argument("--split", choices=SPLITS, default="val", help="split to measure on (default: %(default)s)")
     parser.add_argument("--limit", type=int, metavar="N", help="only its first N images (default: all)")

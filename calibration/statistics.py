@@ -13,6 +13,7 @@ import sys
 from typing import List, Optional
 
 from calibration.activation_statistics import Collected, read_statistics
+from calibration.placement import DEFAULT_TARGET, PLACEMENTS, has_signed_activations
 from calibration.ranges import RANGE_METHODS, range_from_statistics
 from deploy.errors import command
 
@@ -31,12 +32,12 @@ def table_from_statistics(collected: Collected, target: str) -> str:
         f"{len(collected.image_ids)} images; clipped, for {target}, by {', '.join(methods)}:",
         f"{'tensor':{width}}{''.join(f'{column:>12}' for column in columns)}",
     ]
-    for name, one in collected.statistics.items():
-        line = f"{name:{width}}{one.minimum:12.4g}{one.maximum:12.4g}"
-        if one.has_histogram:
-            ranges = [range_from_statistics(one, method, target == "tensorrt") for method in methods]
-            shares = [one.zero_share, *(one.share_outside(*limits) for limits in ranges)]
-            line += f"{one.mean:12.4g}{one.std:12.4g}{''.join(f'{share:12.3%}' for share in shares)}"
+    for name, seen in collected.statistics.items():
+        line = f"{name:{width}}{seen.minimum:12.4g}{seen.maximum:12.4g}"
+        if seen.has_histogram:
+            ranges = [range_from_statistics(seen, method, has_signed_activations(target)) for method in methods]
+            shares = [seen.zero_share, *(seen.share_outside(*limits) for limits in ranges)]
+            line += f"{seen.mean:12.4g}{seen.std:12.4g}{''.join(f'{share:12.3%}' for share in shares)}"
         lines.append(line)
     return "\n".join(lines)
 
@@ -49,7 +50,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     )
     parser.add_argument("file", help="file of calibration.quantize --statistics")
     parser.add_argument(
-        "--target", choices=("onnxruntime", "tensorrt"), default="tensorrt",
+        "--target", choices=sorted(PLACEMENTS), default=DEFAULT_TARGET,
         help="runtime that the ranges are for (default: %(default)s)",
     )  # fmt: skip
     arguments = parser.parse_args(argv)

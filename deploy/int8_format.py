@@ -66,6 +66,11 @@ def unsigned_from_range(minimum: float, maximum: float) -> Quantization:
     return Quantization(scale, np.uint8(round(-minimum / scale)))
 
 
+def quantization_from_range(minimum: float, maximum: float, signed: bool) -> Quantization:
+    """The format of an activation that is to hold a range, signed and symmetric or unsigned."""
+    return signed_from_range(minimum, maximum) if signed else unsigned_from_range(minimum, maximum)
+
+
 def weight_scales(weight: np.ndarray) -> np.ndarray:
     """
     The symmetric int8 scale of each output channel of a weight: (output channels,), float32.
