@@ -7,39 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from mmdet.registry import MODELS
-from mmengine.config import ConfigDict
 
 from crosskd.models.families.ddod import DDODFamily
 from crosskd.models.heads import rows_of_maps
-
-
-def _head() -> Any:
-    config = ConfigDict(
-        type="DDODHead",
-        num_classes=6,
-        in_channels=16,
-        feat_channels=16,
-        stacked_convs=2,
-        norm_cfg=dict(type="GN", num_groups=4),
-        anchor_generator=dict(
-            type="AnchorGenerator", ratios=[1.0], octave_base_scale=8, scales_per_octave=1, strides=[8, 16, 32, 64, 128]
-        ),
-        bbox_coder=dict(type="DeltaXYWHBBoxCoder", target_stds=[0.1, 0.1, 0.2, 0.2]),
-        loss_cls=dict(type="FocalLoss", use_sigmoid=True),
-        loss_bbox=dict(type="GIoULoss"),
-        train_cfg=dict(
-            assigner=dict(type="ATSSAssigner", topk=9, alpha=0.8),
-            reg_assigner=dict(type="ATSSAssigner", topk=9, alpha=0.5),
-            allowed_border=-1,
-            pos_weight=-1,
-        ),
-    )
-    return MODELS.build(config).train()
+from tests.stand_ins.heads import small_head
 
 
 def test_the_recorded_assignment_is_that_of_the_classification(make_batch: Callable[..., Any]) -> None:
-    head = _head()
+    head = small_head("DDODHead", 5, 2)
     plain = copy.deepcopy(head)
     _, samples = make_batch([3, 0])
     pyramid = tuple(torch.randn(2, 16, max(8 >> level, 1), max(12 >> level, 1)) for level in range(5))

@@ -7,27 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from mmdet.registry import MODELS
-from mmengine.config import ConfigDict
 
 from crosskd.models.families.vfnet import VFNetFamily
+from tests.stand_ins.heads import small_head
 
 
 def _head(**settings: Any) -> Any:
     torch.manual_seed(0)
-    config = ConfigDict(
-        type="VFNetHead",
-        num_classes=6,
-        in_channels=16,
-        feat_channels=16,
-        stacked_convs=2,
-        strides=[8, 16, 32, 64, 128],
-        dcn_on_last_conv=False,
-        norm_cfg=dict(type="GN", num_groups=4),
-        train_cfg=dict(assigner=dict(type="ATSSAssigner", topk=9), allowed_border=-1, pos_weight=-1),
-        **settings,
-    )
-    return MODELS.build(config).train()
+    return small_head("VFNetHead", 5, 2, dcn_on_last_conv=False, **settings)
 
 
 def _pyramid() -> tuple[torch.Tensor, ...]:
