@@ -60,8 +60,15 @@ def small_config(name: str, levels: int, layers: int, **head: Any) -> Any:
     config.model.update(train_cfg=published.get("train_cfg"), test_cfg=published.test_cfg)
     changed = {key: value for key, value in {**changed, **head}.items() if value is not None}
     config.merge_from_dict({"model.bbox_head": changed})
-    config.model.neck.update(start_level=1, num_outs=levels, norm_cfg=None)
+    config.model.neck.update(start_level=1, num_outs=levels)
     return config
+
+
+def small_model(name: str, levels: int, layers: int, **head: Any) -> Any:
+    """The model of `small_config`, without norms in its neck: BatchNorm cannot be trained on a level of one place."""
+    model = small_config(name, levels, layers, **head).model
+    model.neck.norm_cfg = None
+    return model
 
 
 def small_head(name: str, levels: int, layers: int, **head: Any) -> Any:

@@ -17,7 +17,7 @@ from crosskd.models.detector import CrossKDDetector
 from crosskd.models.families.paa import call_by_level, skm
 from crosskd.models.heads import FAMILIES, family_of, priors_of_maps
 from deploy.errors import ConfigError
-from tests.stand_ins.heads import CLASSES, HEADS, small_config
+from tests.stand_ins.heads import CLASSES, HEADS, small_model
 
 LAYERS = 3
 BATCH_NORMS = "GFLHead, batch norms"
@@ -49,7 +49,7 @@ def _first_epoch() -> Iterator[None]:
 def _model(name: str, classes: int = CLASSES) -> Any:
     levels = 3 if name.startswith("RTMDet") else 5  # BatchNorm cannot be trained on a level of one place
     head, changes = CHANGED.get(name, (name, {}))
-    return small_config(head, levels, LAYERS, num_classes=classes, **changes).model
+    return small_model(head, levels, LAYERS, num_classes=classes, **changes)
 
 
 def _detector(name: str, **distill: Any) -> CrossKDDetector:
