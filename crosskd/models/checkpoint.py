@@ -6,15 +6,15 @@ import os
 import pickle
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from crosskd.download import fetched_checkpoint
+from crosskd.models.allowed_globals import allowed_globals
 from crosskd.models.heads import FAMILIES
 from deploy.errors import CheckpointError
 from deploy.files import AnyPath, replacing
@@ -23,26 +23,16 @@ from deploy.files import AnyPath, replacing
 # whoever made the file. torch reads this variable at each load and then refuses instead.
 os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
 
+OPTIONAL = "integral.project"
+"""The end of a name: a constant that mmdet registers as a buffer in some versions and not in others."""
+EMA_PREFIX = "ema_"
+"""Before the names of averages, which mmdet 2 keeps beside the weights."""
+START_FROM = (
+    "To start a training from such weights, give load_from='FILE' in the config: all but what belongs to other classes "
+    "is taken."
+)
 UNKNOWN_CLASS_BIAS = -20.0
 """A logit: the probability is 2e-9."""
-
-
-def _allowed_globals() -> list[Any]:
-    """
-    What mmengine's own checkpoints hold besides tensors: message buffers and numpy scalars. Nothing of it runs code.
-    """
-    from mmengine.logging.history_buffer import HistoryBuffer
-
-    def method_of_history(owner: Any, name: str) -> Any:
-        """In place of `getattr`, by which pickle writes a buffer's methods and a forger would reach anything."""
-        if owner is not HistoryBuffer or name not in ("min", "max", "mean", "current"):
-            raise pickle.UnpicklingError(f"it asks for the attribute {name} of {owner}")
-        return getattr(HistoryBuffer, name)
-
-    core = np._core.multiarray  # type: ignore[attr-defined]
-    dtypes = [type(np.dtype(name)) for name in ("float32", "float64", "int32", "int64", "uint32")]
-    own = [core._reconstruct, core.scalar, np.ndarray, np.dtype, *dtypes, HistoryBuffer]
-    return [*own, (method_of_history, "builtins.getattr")]
 
 
 def read_checkpoint(path: AnyPath) -> dict[str, Any]:
@@ -56,12 +46,17 @@ def read_checkpoint(path: AnyPath) -> dict[str, Any]:
     if source.startswith(("http://", "https://")):
         source = str(fetched_checkpoint(source))
     try:
-        with torch.serialization.safe_globals(_allowed_globals()), warnings.catch_warnings():
+        with torch.serialization.safe_globals(allowed_globals()), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of an unusual pickle protocol, before it refuses the file
             checkpoint = torch.load(source, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise CheckpointError(f"no such checkpoint: {source}") from error
     except pickle.UnpicklingError as error:
+        if "Unsupported operand" in str(error):
+            raise CheckpointError(
+                f"{source} was written with a newer pickle protocol than torch.save's own, which cannot be read "
+                "without running code; expected protocol 2. Save it again without pickle_protocol."
+            ) from error
         asked_for = re.search(r"GLOBAL [\w.]+|it asks for .*", str(error))  # the rest of torch's message is advice
         raise CheckpointError(
             f"{source} is not a plain checkpoint: reading it would run code or build objects that are not weights"
@@ -96,6 +91,119 @@ def state_of_checkpoint(path: AnyPath, checkpoint: dict[str, Any] | None = None)
     if not isinstance(state, dict) or not any(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(f"{path} has no state_dict of tensors; found the keys {sorted(map(str, checkpoint))[:8]}")
     return {key.removeprefix("module."): value for key, value in state.items()}
+
+
+class DetectorWeights(NamedTuple):
+    """One set of a detector's weights in a checkpoint."""
+
+    place: str
+    """The keys that lead to its dict, such as 'state_dict'; '' for the checkpoint itself."""
+    prefix: str
+    """What the names of its tensors begin with, before the detector's own names."""
+    keys: dict[str, str]
+    """The detector's name -> name in that dict."""
+    tensors: dict[str, Tensor]
+    """All of that dict."""
+
+    def __str__(self) -> str:
+        place = self.place or "the file itself"
+        return f"{place} with names that begin with {self.prefix!r}" if self.prefix else place
+
+
+def detector_weights_in(checkpoint: dict[str, Any], names: Collection[str]) -> list[DetectorWeights]:
+    """All sets of tensors in a checkpoint that are called like some of `names`, but for what is before the name."""
+    flat = {name.replace(".", "_"): name for name in names}
+
+    def own_names(key: str) -> Iterator[tuple[str, str]]:
+        """(prefix, name) for each way to read a key; mmdet 2 writes the average of a.b as ema_a_b."""
+        if key.startswith(EMA_PREFIX):
+            yield EMA_PREFIX, flat.get(key[len(EMA_PREFIX) :], key[len(EMA_PREFIX) :])
+        for start in (0, *(place.end() for place in re.finditer(r"\.", key))):
+            yield key[:start], key[start:]
+
+    found = []
+    for place, tensors in _dicts_of_tensors(checkpoint):
+        by_prefix: dict[str, dict[str, str]] = {}
+        for key in tensors:
+            for prefix, name in own_names(key):
+                if name in names:
+                    by_prefix.setdefault(prefix, {})[name] = key
+        found += [DetectorWeights(place, prefix, keys, tensors) for prefix, keys in by_prefix.items()]
+    return found
+
+
+def _dicts_of_tensors(
+    content: dict[Any, Any], place: str = "", depth: int = 0
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """(place, name -> tensor) of the dict and of those in it, two levels deep; an optimiser's lie deeper."""
+    tensors = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
+    if tensors:
+        yield place, tensors
+    for key, value in content.items():
+        if isinstance(value, dict) and depth < 2:
+            yield from _dicts_of_tensors(value, f"{place}.{key}" if place else str(key), depth + 1)
+
+
+def state_for_detector(path: AnyPath, checkpoint: dict[str, Any], names: Collection[str]) -> dict[str, Tensor]:
+    """
+    The weights of a detector with these parameter names, under these names, and what else lies among them.
+
+    Names may have a prefix (`module.`, `student.`, `_orig_mod.`, ...), and the dict another name than state_dict; a
+    line then says what was taken. mmengine and mmdet 2 keep two sets, of which the plain one is what they evaluate.
+
+    Args:
+        path: for messages. names: of the detector's own state_dict.
+
+    Raises:
+        CheckpointError: there are no tensors, several sets that differ, or values that are no numbers.
+    """
+    found = detector_weights_in(checkpoint, names)
+    if not found:
+        return state_of_checkpoint(path, checkpoint)
+    needed = {name for name in names if not name.endswith(OPTIONAL)}
+    whole = [one for one in found if needed <= one.keys.keys()]
+    plain = next((one for one in whole if one.place in ("", "state_dict") and not one.prefix), None)
+    meant = [one for one in whole if one is plain or plain is None or not _kept_beside(one, plain)]
+    if any(not _same(meant[0], one) for one in meant[1:]):
+        raise CheckpointError(
+            f"{path} holds {len(meant)} sets of weights for this detector: {'; '.join(map(str, meant))}. Expected one: "
+            "save the one that you mean alone, as state_dict, beside the same meta, and give that file."
+        )
+    chosen = plain or (meant[0] if meant else max(found, key=lambda one: len(one.keys)))
+    known = set(chosen.keys.values())
+    averages = {key for one in found if one.prefix == EMA_PREFIX for key in one.keys.values()}
+    among = [key for key in chosen.tensors if key.startswith(chosen.prefix) and key not in known | averages]
+    state = {name: chosen.tensors[key] for name, key in chosen.keys.items()}
+    state.update((key[len(chosen.prefix) :], chosen.tensors[key]) for key in among)
+    left_out = [key for key in chosen.tensors if key not in known and key not in among]
+    left_out += [one.place for one in whole if one.place != chosen.place]
+    if whole and (chosen.prefix or left_out or chosen.place not in ("", "state_dict")):
+        others = f"; left out {len(left_out)} more, such as {left_out[0]}" if left_out else ""
+        print(f"{path}: took the weights in {chosen}{others}")
+    _check_finite(path, {chosen.keys.get(name, name): value for name, value in state.items()})
+    return state
+
+
+def _kept_beside(one: DetectorWeights, plain: DetectorWeights) -> bool:
+    """Whether mmengine's or mmdet 2's EMA hook wrote this set beside the plain one, which holds what they evaluate."""
+    mmengine = one.place == "ema_state_dict" and plain.place == "state_dict" and "steps" in one.tensors
+    return mmengine or (one.place == plain.place and one.prefix == EMA_PREFIX)
+
+
+def _same(one: DetectorWeights, other: DetectorWeights) -> bool:
+    pairs = [(one.tensors[one.keys[name]], other.tensors[other.keys[name]]) for name in one.keys.keys() & other.keys]
+    return all(first.shape == second.shape and bool((first == second).all()) for first, second in pairs)
+
+
+def _check_finite(path: AnyPath, state: dict[str, Tensor]) -> None:
+    wrong = [key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
+    if wrong:
+        values = state[wrong[0]]
+        raise CheckpointError(
+            f"{path}: {wrong[0]} has {int((~values.isfinite()).sum())} of {values.numel()} values that are NaN or "
+            f"infinite{f', as have {len(wrong) - 1} more tensors' if wrong[1:] else ''}; expected numbers. The "
+            "training that wrote it diverged, or the file is damaged: give an earlier checkpoint."
+        )
 
 
 def classes_of_checkpoint(checkpoint: dict[str, Any]) -> tuple[str, ...] | None:
@@ -145,11 +253,11 @@ def load_detector_weights(
         allow_missing_classes: classes that the checkpoint does not know are then never detected.
 
     Raises:
-        CheckpointError: as `state_of_checkpoint`; keys are missing or unexpected, or shapes differ (another
-            architecture, another number of classes); classes are missing.
+        CheckpointError: as `read_checkpoint` and `state_for_detector`; keys are missing or unexpected, or shapes
+            differ (another architecture, another number of classes); classes are missing.
     """
     checkpoint, own = read_checkpoint(path), detector.state_dict()
-    state = state_of_checkpoint(path, checkpoint)
+    state = state_for_detector(path, checkpoint, own.keys())
     known = classes_of_checkpoint(checkpoint)
     head = getattr(detector, "bbox_head", None)
     predictor = getattr(FAMILIES.get(type(head).__name__), "predictor", None)
@@ -166,11 +274,10 @@ def load_detector_weights(
             found = len(state[key]) * head.num_classes // len(own[key])  # several anchors a point have a class each
             raise CheckpointError(
                 f"{path} was trained with {found} classes ({key}), the data has {head.num_classes}. Give "
-                "a checkpoint that was trained on these classes."
+                f"a checkpoint that was trained on these classes. {START_FROM}"
             )
-    # `integral.project` is a constant that mmdet registers as a buffer in some versions and not in others.
-    missing = sorted(key for key in own.keys() - state.keys() if not key.endswith("integral.project"))
-    unexpected = sorted(key for key in state.keys() - own.keys() if not key.endswith("integral.project"))
+    missing = sorted(key for key in own.keys() - state.keys() if not key.endswith(OPTIONAL))
+    unexpected = sorted(key for key in state.keys() - own.keys() if not key.endswith(OPTIONAL))
     differing = sorted(key for key in own.keys() & state.keys() if own[key].shape != state[key].shape)
     if missing or unexpected or differing:
         parts = [
@@ -184,7 +291,7 @@ def load_detector_weights(
         ]
         raise CheckpointError(
             f"{path} is not a checkpoint of this {type(detector).__name__}: {', '.join(parts)}. Give the config "
-            f"that it was trained with."
+            f"that it was trained with.{f' {START_FROM}' if differing and not missing and not unexpected else ''}"
         )
     detector.load_state_dict(state, strict=False)
 
