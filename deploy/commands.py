@@ -49,7 +49,6 @@ NEEDS: Dict[str, Tuple[str, ...]] = {
     "benchmarks.latency MODEL.engine": ("numpy", "opencv", *ENGINE),
     "benchmarks.report": ("numpy", "opencv", "jinja2"),
     "benchmarks.fleet": ("numpy", "asyncssh"),
-    "benchmarks.session_overhead": ("numpy", "onnxruntime"),
     "benchmarks.studies.calibration methods": ("numpy", "opencv", "onnx", "onnxruntime", "faster-coco-eval"),
     "benchmarks.studies.calibration int8-aware": (*TRAINING, "onnx", "onnxruntime", "faster-coco-eval"),
     "benchmarks.studies.distillation": (*TRAINING, "faster-coco-eval"),

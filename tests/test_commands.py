@@ -73,7 +73,6 @@ BAD_INPUT = {
     "benchmarks.studies.distillation": ["bccd", "--data", "nope", "-o", "out"],
     "benchmarks.latency": ["nope.onnx", "--data", "nope", "-o", "out.result.json"],
     "benchmarks.report": ["nope.result.json", "-o", "out.html"],
-    "benchmarks.session_overhead": ["nope.onnx", "-o", "out.json"],
     "benchmarks.studies.training_step": ["nope.py", "-o", "out.json"],
 }
 WITHOUT_INPUT = ("deploy.doctor",)

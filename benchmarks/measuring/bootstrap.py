@@ -40,41 +40,19 @@ class Interval:
     images: int
 
 
-def paired_ap_difference(
-    annotations: Mapping[str, Any],
-    pairs: Sequence[Tuple[Detections, Detections]],
-    image_ids: Sequence[int],
-    resamples: int = 1000,
-    seed: int = 0,
-    confidence: float = 0.95,
-) -> Interval:
+def interval_from_aps(aps: Sequence[Tuple[np.ndarray, np.ndarray]], images: int, confidence: float = 0.95) -> Interval:
     """
     AP of the first minus AP of the second of each pair, averaged over the pairs, with its bootstrap interval.
 
     Args:
-        annotations: the content of a COCO detection file, already checked by `deploy.dataset.load_coco`.
-        pairs: COCO results of two detectors; several where both were trained several times. All are weighed with the
-            same draws.
-        image_ids: the images that count.
-        seed: of the draws.
+        aps: pairs of what `resampled_ap` returns, all with one seed; several where both were trained several times.
+        images: how many images they are of.
 
     Raises:
-        MeasurementError: no pair, or as `resampled_ap`.
+        MeasurementError: no pair.
     """
-    if not pairs:
+    if not aps:
         raise MeasurementError("there is no pair of detections to compare; expected at least one")
-    aps = [
-        (
-            resampled_ap(annotations, first, image_ids, resamples, seed),
-            resampled_ap(annotations, second, image_ids, resamples, seed),
-        )
-        for first, second in pairs
-    ]
-    return interval_from_aps(aps, len(image_ids), confidence)
-
-
-def interval_from_aps(aps: Sequence[Tuple[np.ndarray, np.ndarray]], images: int, confidence: float = 0.95) -> Interval:
-    """`paired_ap_difference` from what `resampled_ap` returned, with the same seed, for both of each pair."""
     differences = np.mean([first - second for first, second in aps], axis=0)
     drawn = int(np.isfinite(differences[1:]).sum())
     return Interval(*bounds_of_draws(differences, confidence), confidence, drawn, images)

@@ -65,7 +65,7 @@ class Method:
 class Experiment:
     name: str
     data_set: str
-    """Its configs are `configs/bench/<data set>_teacher.py` and `_crosskd.py`."""
+    """Its configs are `configs/studies/<data set>_teacher.py` and `_crosskd.py`."""
     seeds: Tuple[int, ...]
     methods: Tuple[Method, ...]
 
@@ -184,7 +184,7 @@ def _check_arguments(arguments: argparse.Namespace, experiment: Experiment) -> N
 
 
 def config_of(experiment: Experiment, what: str) -> str:
-    return f"configs/bench/{experiment.data_set}_{what}.py"
+    return f"configs/studies/{experiment.data_set}_{what}.py"
 
 
 def run_experiment(experiment: Experiment, arguments: argparse.Namespace, processes: Processes) -> None:

@@ -9,8 +9,8 @@ import pytest
 from benchmarks.measuring.bootstrap import (
     ap_by_threshold,
     bounds_of_draws,
+    interval_from_aps,
     matches_by_class,
-    paired_ap_difference,
     resampled_ap,
     resampled_percentile,
 )
@@ -101,9 +101,15 @@ def test_only_the_named_images_count_in_whatever_order():
     assert np.array_equal(aps, resampled_ap(annotations, found, sorted(chosen), resamples=20), equal_nan=True)
 
 
+def paired_difference(annotations, pairs, image_ids, resamples=1000, confidence=0.95):
+    """`interval_from_aps` of pairs of COCO results."""
+    aps = [tuple(resampled_ap(annotations, one, image_ids, resamples) for one in pair) for pair in pairs]
+    return interval_from_aps(aps, len(image_ids), confidence)
+
+
 def test_a_detector_compared_with_itself_has_no_difference_and_no_doubt():
     annotations, detections = random_set(0)
-    interval = paired_ap_difference(annotations, [(detections, detections)], ids_of(annotations), resamples=50)
+    interval = paired_difference(annotations, [(detections, detections)], ids_of(annotations), resamples=50)
     assert (interval.difference, interval.low, interval.high) == (0, 0, 0)
     assert (interval.images, interval.resamples, interval.confidence) == (12, 50, 0.95)
 
@@ -112,14 +118,14 @@ def test_the_interval_holds_the_difference_and_turns_with_the_pair():
     annotations, worse = random_set(0, images=40, noise=0.15)
     _, better = random_set(0, images=40, noise=0.05)  # the same boxes, better placed
     ids = ids_of(annotations)
-    interval = paired_ap_difference(annotations, [(better, worse)], ids, resamples=300)
+    interval = paired_difference(annotations, [(better, worse)], ids, resamples=300)
     first, second = evaluate(annotations, better, ids)["AP"], evaluate(annotations, worse, ids)["AP"]
     assert interval.difference == pytest.approx(first - second, abs=1e-9)
     assert 0 < interval.low < interval.difference < interval.high
-    turned = paired_ap_difference(annotations, [(worse, better)], ids, resamples=300)
+    turned = paired_difference(annotations, [(worse, better)], ids, resamples=300)
     assert (turned.low, turned.high) == pytest.approx((-interval.high, -interval.low), abs=1e-12)
-    assert paired_ap_difference(annotations, [(better, worse)], ids, resamples=300) == interval
-    narrower = paired_ap_difference(annotations, [(better, worse)], ids, resamples=300, confidence=0.5)
+    assert paired_difference(annotations, [(better, worse)], ids, resamples=300) == interval
+    narrower = paired_difference(annotations, [(better, worse)], ids, resamples=300, confidence=0.5)
     assert interval.low < narrower.low < narrower.high < interval.high
 
 
@@ -127,10 +133,10 @@ def test_several_pairs_are_averaged_over_the_same_draws():
     annotations, worse = random_set(0, noise=0.15)
     _, better = random_set(0, noise=0.05)
     ids = ids_of(annotations)
-    once = paired_ap_difference(annotations, [(better, worse)], ids, resamples=100)
-    thrice = paired_ap_difference(annotations, [(better, worse)] * 3, ids, resamples=100)
+    once = paired_difference(annotations, [(better, worse)], ids, resamples=100)
+    thrice = paired_difference(annotations, [(better, worse)] * 3, ids, resamples=100)
     assert dataclasses.astuple(thrice) == pytest.approx(dataclasses.astuple(once))
-    both = paired_ap_difference(annotations, [(better, worse), (worse, better)], ids, resamples=100)
+    both = paired_difference(annotations, [(better, worse), (worse, better)], ids, resamples=100)
     assert (both.difference, both.low, both.high) == pytest.approx((0, 0, 0), abs=1e-12)
 
 
@@ -140,9 +146,7 @@ def test_the_interval_is_as_wide_as_ap_really_varies_from_set_to_set():
     for seed in range(40):
         annotations, worse = random_set(seed, images=25, crowds=0, noise=0.12)
         _, better = random_set(seed, images=25, crowds=0, noise=0.1)
-        interval = paired_ap_difference(
-            annotations, [(better, worse)], ids_of(annotations), resamples=100, confidence=0.9
-        )
+        interval = paired_difference(annotations, [(better, worse)], ids_of(annotations), resamples=100, confidence=0.9)
         differences.append(interval.difference)
         intervals.append(interval)
     truth = np.mean(differences)
@@ -162,11 +166,11 @@ def test_what_cannot_be_compared_is_refused():
     annotations, detections = random_set(0)
     ids = ids_of(annotations)
     with pytest.raises(MeasurementError, match="no pair"):
-        paired_ap_difference(annotations, [], ids)
+        paired_difference(annotations, [], ids)
     with pytest.raises(MeasurementError, match="detection 0 is"):
-        paired_ap_difference(annotations, [([{**detections[0], "image_id": 99}], detections)], ids)
+        paired_difference(annotations, [([{**detections[0], "image_id": 99}], detections)], ids)
     with pytest.raises(MeasurementError, match="no annotated box"):
-        paired_ap_difference({**annotations, "annotations": []}, [(detections, detections)], ids)
+        paired_difference({**annotations, "annotations": []}, [(detections, detections)], ids)
 
 
 def test_the_bounds_of_a_median_hold_the_truth_as_often_as_they_say():

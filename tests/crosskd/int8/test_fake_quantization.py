@@ -11,7 +11,7 @@ import onnxruntime
 import pytest
 import torch
 
-import configs.bench.nanodet_detector  # noqa: F401  registers its backbone
+import configs.studies.nanodet_detector  # noqa: F401  registers its backbone
 from calibration.placement import PLACEMENTS, FloatGraph
 from calibration.qdq import quantize_graph
 from crosskd.config import load_config, set_classes

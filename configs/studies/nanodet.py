@@ -2,7 +2,7 @@
 # does. To be used from the folder of the checkout.
 _base_ = "../_base_/gfl_320.py"
 
-custom_imports = dict(imports=["configs.bench.nanodet_detector"])
+custom_imports = dict(imports=["configs.studies.nanodet_detector"])
 
 model = dict(
     data_preprocessor=dict(pad_size_divisor=32),

@@ -2,7 +2,7 @@
 NanoDet-m as an mmdet detector, for the configs beside: ShuffleNetV2, PAN, and a light GFL head with a tower for each
 level, which both tasks share (https://github.com/RangiLyu/nanodet, v0.1.0, Apache-2.0).
 
-    python -m configs.bench.nanodet_detector nanodet_m_coco_torch_rgb.pth -o nanodet.pth  # its weights, by our names
+    python -m configs.studies.nanodet_detector nanodet_m_coco_torch_rgb.pth -o nanodet.pth  # its weights, by our names
 """
 
 from __future__ import annotations
