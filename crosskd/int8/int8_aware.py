@@ -14,6 +14,7 @@ from deploy.commands import run_command
 from deploy.contract import ModelContract, load_contract, read_sidecar, weights_of_run
 from deploy.errors import CheckpointError, ConfigError
 from deploy.files import sha256_of, write_json
+from deploy.int8_format import FloatReason, float_codes
 
 if TYPE_CHECKING:
     from crosskd.int8.fake_quantization import FakeQuantization
@@ -109,7 +110,8 @@ def write_int8(run_dir: Path, int8: Path, quantization: FakeQuantization) -> Non
         PipelineError: the student cannot be exported or quantised; the reason is on stderr.
     """
     details = read_sidecar(int8)["details"]
-    kept = [name for name, why in details["float_convolutions"].items() if why.startswith("kept in float")]
+    chosen = [reason.code for reason in FloatReason if reason.is_chosen]
+    kept = [name for name, code in float_codes(details).items() if code in chosen]
     ranges = run_dir / "int8.json"
     document = {
         "target": details["target"],
