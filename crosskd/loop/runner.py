@@ -6,10 +6,12 @@ import logging
 import re
 from typing import Any
 
-import torch
+from mmengine.device import get_device
 from mmengine.logging import MMLogger
 from mmengine.runner import Runner
 from torch import nn
+
+from crosskd.loop.layout import use_channels_last
 
 PROGRESS = re.compile(r"(Epoch|Iter)\((train|val)\)")
 EXPECTED = re.compile(r"is skipped since its requires_grad=False")
@@ -23,10 +25,11 @@ class TrainingRunner(Runner):
     """
 
     def wrap_model(self, model_wrapper_cfg: Any, model: nn.Module) -> nn.Module:
-        # The layout in which convolutions run fastest, in bf16 most of all. First weights are drawn before, in mmdet's
-        # own layout and so with its own values, and gradients are gathered from several processes after.
+        # First weights are drawn before the layout is changed, in mmdet's own and so with its own values, and gradients
+        # are gathered from several processes after.
         model.init_weights()
-        return super().wrap_model(model_wrapper_cfg, model.to(memory_format=torch.channels_last))
+        use_channels_last(model, get_device())
+        return super().wrap_model(model_wrapper_cfg, model)
 
     def _init_model_weights(self) -> None:
         """Done in `wrap_model`."""

@@ -42,9 +42,9 @@ def prepared_run(config: Any, variant: str, device: str) -> tuple[Any, Any]:
     Args:
         config: of a CrossKDDetector; it is changed. device: "cpu" or "cuda".
     """
-    import torch
     from mmengine.optim import build_optim_wrapper
 
+    from crosskd.loop.layout import use_channels_last
     from crosskd.models.detector import detector_from_config
 
     if variant.startswith("student"):
@@ -56,7 +56,7 @@ def prepared_run(config: Any, variant: str, device: str) -> tuple[Any, Any]:
         config.optim_wrapper.type = WRAPPERS["fp32"]
     else:
         set_precision(config, detector, None, device)
-        detector.to(memory_format=torch.channels_last)
+        use_channels_last(detector, device)
     detector.to(device)
     return detector, build_optim_wrapper(detector, config.optim_wrapper)
 
