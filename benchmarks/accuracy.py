@@ -29,6 +29,7 @@ from benchmarks.measuring.subject import (
     begin_result,
     check_arguments,
     check_fits,
+    check_role,
     load_data,
     load_detections_subject,
     load_subject,
@@ -127,7 +128,7 @@ def _detect(subject: Subject, data: CocoSet, limit: Optional[int]) -> CocoResult
         return load_results(subject.path)
     if subject.is_run_dir:
         return detections_from_run_dir(subject.path, data, limit)
-    with open_session(subject.path) as session:
+    with open_session(subject.path, runtime=subject.runtime) as session:
         check_fits(session.contract, data, subject)
         return detections_from_session(session, data)
 
@@ -160,7 +161,10 @@ def main(argv: Optional[List[str]] = None) -> int:
         raise ConfigError("--limit does not go with a file of results: all of its images are measured")
     if is_json and Path(arguments.model).resolve() == detections_path(arguments.output).resolve():
         raise ConfigError(f"{arguments.model} would be written over; choose another --output")
-    subject = load_detections_subject(arguments.model) if is_json else load_subject(arguments.model)
+    if is_json and arguments.runtime is not None:
+        raise ConfigError("--runtime does not go with a file of results: nothing is run")
+    subject = load_detections_subject(arguments.model) if is_json else load_subject(arguments.model, arguments.runtime)
+    check_role(role, subject)
     data = load_data(arguments, check_files=not is_json)
     data = dataclasses.replace(data, images=data.images[: arguments.limit])
     if not data.images:

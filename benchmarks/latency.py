@@ -6,13 +6,14 @@ Command: latency of a model file, one image at a time, stage by stage.
 
 The clock of `total` runs from the decoded image in memory to the detections in its pixels: pre-processing, copies to
 the device and back, inference, post-processing. Reading the image file is timed apart, since a camera has none. Warm-up
-runs are excluded and every sample is kept. torch, ONNX Runtime and TensorRT go through one loop with the same images.
+runs are excluded and every sample is kept. torch, ONNX Runtime, OpenVINO and TensorRT go through one loop with the same
+images.
 
 What speaks against comparing a result with others is said in it: runs that scatter, clocks that move, a device that
 throttled, a machine that others kept busy before it began.
 
-An ONNX file needs onnx and onnxruntime, an engine TensorRT, a run directory the training side (in a process of its
-own). GPU clocks, memory and watts need nvidia-ml-py.
+An ONNX file needs onnx and onnxruntime, or openvino with --runtime openvino; an engine TensorRT; a run directory the
+training side (in a process of its own). GPU clocks, memory and watts need nvidia-ml-py.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from benchmarks.measuring.subject import (
     add_arguments,
     begin_result,
     check_arguments,
+    check_role,
     load_data,
     load_subject,
     spread,
@@ -58,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         "--threads",
         type=int,
         metavar="N",
-        help="CPU threads (default: one per usable processor, for ONNX Runtime and torch alike)",
+        help="CPU threads (default: one per usable processor, for every runtime on the CPU)",
     )
     parser.add_argument("--fps", type=float, metavar="N",
                         help="start runs on schedule, as a camera does (default: one after the other)")  # fmt: skip
@@ -80,7 +82,7 @@ def _options(arguments: argparse.Namespace, subject: Subject) -> LatencyOptions:
         sweep_streams=tuple(arguments.sweep_streams or ()),
     )
     options.check_fit(subject)
-    if options.threads is None and subject.format != "engine":
+    if options.threads is None and subject.takes_threads:
         options = dataclasses.replace(options, threads=usable_cores())  # else each runtime would choose for itself
     return options
 
@@ -97,7 +99,7 @@ def _measure(subject: Subject, data: CocoSet, options: LatencyOptions) -> Dict[s
         numbers = measure(detection, options, gpu_before_mib)
     numbers["samples_ms"]["read"] = [round(value, 4) for value in read_ms]
     numbers["summary_ms"]["read"] = summarize(read_ms)
-    numbers["sweep"] = sweep(subject.path, pixels, options)
+    numbers["sweep"] = sweep(subject, pixels, options)
     return numbers
 
 
@@ -130,7 +132,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     """Measures, writes the result file, prints the summary and what speaks against comparing it."""
     arguments = _parser().parse_args(argv)
     role = check_arguments(arguments)
-    subject = load_subject(arguments.model)
+    subject = load_subject(arguments.model, arguments.runtime)
+    check_role(role, subject)
     options = _options(arguments, subject)
     data = load_data(arguments, check_files=False)
     if not data.images:

@@ -13,10 +13,21 @@ import sys
 from typing import IO, Any, Dict, List, Sequence, Tuple, Type
 
 from deploy.errors import MeasurementError, PipelineError
+from deploy.targets import TARGETS
 
 TORCH = ("torch", "torchvision", "mmdet", "mmcv", "mmengine")
 TRAINING = ("numpy", "opencv", *TORCH)
-ENGINE = ("tensorrt", "cuda binding", "gpu")
+ENGINE = TARGETS["tensorrt"].needs
+
+
+def _on_each_runtime(command: str, *needs: str, to_read: Sequence[str] = ()) -> Dict[str, Tuple[str, ...]]:
+    """What a command that runs a model needs: `needs`, what runs it, and to read an ONNX file `to_read`."""
+    return {
+        f"{command} {target.model_arguments}": (*needs, *(to_read if target.suffix == ".onnx" else ()), *target.needs)
+        for target in TARGETS.values()
+    }
+
+
 NEEDS: Dict[str, Tuple[str, ...]] = {
     "crosskd.pipeline": (*TRAINING, "onnx", "onnxruntime", "onnxslim", "faster-coco-eval", "jinja2"),
     "crosskd.shapes": ("numpy", "opencv"),
@@ -33,8 +44,7 @@ NEEDS: Dict[str, Tuple[str, ...]] = {
     "deploy.build_trt --target VERSION": ("numpy", "onnx"),
     "deploy.build_trt --int8 --data": ("numpy", "opencv", "onnx", "onnxruntime", *ENGINE),
     "deploy.bundle": ("numpy", "onnx", "onnxruntime"),
-    "deploy.detect MODEL.onnx": ("numpy", "opencv", "onnxruntime"),
-    "deploy.detect MODEL.engine": ("numpy", "opencv", *ENGINE),
+    **_on_each_runtime("deploy.detect", "numpy", "opencv"),
     "deploy.doctor": (),
     "calibration.quantize": ("numpy", "opencv", "onnx", "onnxruntime"),
     "calibration.quantize --method auto": ("numpy", "opencv", "onnx", "onnxruntime", "faster-coco-eval"),
@@ -43,10 +53,8 @@ NEEDS: Dict[str, Tuple[str, ...]] = {
     "calibration.sensitivity": ("numpy", "opencv", "onnx", "onnxruntime", "faster-coco-eval"),
     "calibration.sensitivity --metric error": ("numpy", "opencv", "onnx", "onnxruntime"),
     "calibration.statistics": ("numpy",),
-    "benchmarks.accuracy MODEL.onnx": ("numpy", "opencv", "onnx", "onnxruntime", "faster-coco-eval"),
-    "benchmarks.accuracy MODEL.engine": ("numpy", "opencv", "faster-coco-eval", *ENGINE),
-    "benchmarks.latency MODEL.onnx": ("numpy", "opencv", "onnx", "onnxruntime"),
-    "benchmarks.latency MODEL.engine": ("numpy", "opencv", *ENGINE),
+    **_on_each_runtime("benchmarks.accuracy", "numpy", "opencv", "faster-coco-eval", to_read=("onnx",)),
+    **_on_each_runtime("benchmarks.latency", "numpy", "opencv", to_read=("onnx",)),
     "benchmarks.report": ("numpy", "opencv", "jinja2"),
     "benchmarks.fleet": ("numpy", "asyncssh"),
     "benchmarks.studies.calibration methods": ("numpy", "opencv", "onnx", "onnxruntime", "faster-coco-eval"),

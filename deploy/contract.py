@@ -28,8 +28,8 @@ RESULT_VERSION = 2
 """Of the result files of benchmarks, which says what the versions are."""
 PACKAGES = (
     "crosskd", "torch", "torchvision", "mmdet", "onedl-mmdetection", "onedl-mmcv", "onedl-mmengine",
-    "numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt", "opencv-python-headless", "opencv-python",
-    "faster-coco-eval",
+    "numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "opencv-python-headless",
+    "opencv-python", "faster-coco-eval",
 )  # fmt: skip
 RUN_WEIGHTS = ("student.pth", "detector.pth")
 """What a training leaves in its run directory: of crosskd.distill, of crosskd.train."""

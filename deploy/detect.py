@@ -24,6 +24,7 @@ from deploy.detector import Detector
 from deploy.errors import command
 from deploy.runtime.pictures import detect_in_pictures
 from deploy.runtime.sources import add_picture_arguments, picture_options_from_arguments
+from deploy.targets import add_runtime_argument
 
 
 @command
@@ -32,10 +33,11 @@ def main(argv: Optional[List[str]] = None) -> int:
         prog="python -m deploy.detect", description="Draw what a detector sees in images, videos or a camera."
     )
     parser.add_argument("model", type=Path, help="ONNX or engine file with its sidecar")
+    add_runtime_argument(parser)
     add_picture_arguments(parser)
     arguments = parser.parse_args(argv)
     options = picture_options_from_arguments(arguments, arguments.model)
-    with Detector(arguments.model, options.score_threshold) as detector:
+    with Detector(arguments.model, options.score_threshold, runtime=arguments.runtime) as detector:
         print(f"{arguments.model} on {detector.description}")
         detect_in_pictures(detector, detector.contract, options)
     return 0

@@ -100,6 +100,7 @@ def probes() -> Dict[str, Callable[[], Found]]:
         "gpu": _gpu,
         "tensorrt": _tensorrt,
         "onnxruntime": _onnxruntime,
+        "openvino": _openvino,
         "onnx": lambda: _imported("onnx"),
         "numpy": lambda: _imported("numpy"),
         "opencv": lambda: _imported("cv2"),
@@ -231,6 +232,11 @@ def _onnxruntime() -> Found:
             loads = False
         words.append(f"{provider} {'loads' if loads else 'does NOT load'}")
     return onnxruntime.__version__, "; ".join(words)
+
+
+def _openvino() -> Found:
+    openvino: Any = importlib.import_module("openvino")
+    return openvino.__version__.partition("-")[0], f"devices {', '.join(openvino.Core().available_devices)}"
 
 
 if __name__ == "__main__":

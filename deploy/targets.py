@@ -6,6 +6,7 @@ A further runtime takes its entry here, a folder of its own under `deploy/` and 
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import itertools
 from pathlib import Path
@@ -24,7 +25,7 @@ class Role:
     precision: str
     """'fp32', 'fp16' or 'int8'."""
     made_from: str
-    """The role that it is compared with: the same network one step before."""
+    """The role of what it was made from, or of the same file on another runtime: what it is compared with."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +52,12 @@ class Target:
     """
     roles: Tuple[Role, ...]
 
+    @property
+    def model_arguments(self) -> str:
+        """How a command is told to run a model on it: "MODEL.onnx --runtime openvino"."""
+        told = "" if target_from_path(f"MODEL{self.suffix}") is self else f" --runtime {self.name}"
+        return f"MODEL{self.suffix}{told}"
+
 
 TARGETS = {
     target.name: target
@@ -67,6 +74,20 @@ TARGETS = {
             roles=(
                 Role("onnx-fp32", "ONNX FP32", "fp32", "student"),
                 Role("onnx-int8", "ONNX INT8", "int8", "onnx-fp32"),
+            ),
+        ),
+        Target(
+            name="openvino",
+            title="OpenVINO",
+            suffix=".onnx",
+            session="deploy.openvino.session.OpenVinoSession",
+            session_options=("threads",),
+            on_gpu=False,
+            needs=("openvino",),
+            signed=None,
+            roles=(
+                Role("openvino-fp32", "OpenVINO FP32", "fp32", "onnx-fp32"),
+                Role("openvino-int8", "OpenVINO INT8", "int8", "onnx-int8"),
             ),
         ),
         Target(
@@ -115,6 +136,17 @@ def target_from_path(path: AnyPath, runtime: Optional[str] = None) -> Target:
             f"the runtime {' or '.join(target.name for target in takers)}"
         )
     return TARGETS[runtime]
+
+
+def add_runtime_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds --runtime, for `target_from_path`."""
+    parser.add_argument(
+        "--runtime",
+        choices=list(TARGETS),
+        help="what runs the model (default: "
+        + ", ".join(f"{target_from_path(f'x{suffix}').name} for {suffix}" for suffix in SUFFIXES)
+        + ")",
+    )
 
 
 def version_numbers(version: str) -> Tuple[int, ...]:

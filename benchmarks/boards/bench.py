@@ -71,6 +71,7 @@ def bench(folder: Path, words: Optional[List[str]] = None) -> int:
         "model": {
             "file": str(engine),
             "format": "engine",
+            "runtime": "tensorrt",
             "sha256": sidecar["artefact"]["sha256"],
             "bytes": sidecar["artefact"]["bytes"],
             "parameters": details["parameters"],

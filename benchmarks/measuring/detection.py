@@ -171,7 +171,7 @@ def open_detection(
             yield detection
         return
     memory = process_memory_mib(os.getpid()) if reset_peak_memory() else None
-    with open_session(subject.path, threads=threads) as session:
+    with open_session(subject.path, threads=threads, runtime=subject.runtime) as session:
         check_fits(session.contract, data, subject)
         fewest, most = session.batch_limits
         if not all(fewest <= batch <= most for batch in batches):
@@ -180,4 +180,5 @@ def open_detection(
                 f"--sweep-batches is {list(batches)}, but {subject.path} takes {takes} images at once; leave "
                 "the others out, or export and build it for them"
             )
-        yield SessionDetection(session, pixels, subject.format == "engine", memory[0] if memory else None)
+        on_gpu = subject.target is not None and subject.target.on_gpu
+        yield SessionDetection(session, pixels, on_gpu, memory[0] if memory else None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from pathlib import Path
-from typing import Any, Dict, List, Sequence, TypeVar
+from typing import Any, Dict, List, Optional, Sequence, TypeVar
 
 from benchmarks.measuring.environment import read_environment
 from deploy.contract import ModelContract, read_sidecar, weights_of_run
@@ -13,16 +13,14 @@ from deploy.dataset import CocoSet, load_coco
 from deploy.errors import ConfigError, MeasurementError, MissingDependencyError
 from deploy.files import check_writable, sha256_of
 from deploy.layouts import split_paths
+from deploy.targets import SUFFIXES, TARGETS, Target, add_runtime_argument, target_from_path
 
 T = TypeVar("T")
 ROLES = {
     "teacher": "Teacher",
     "baseline": "Student without distillation",
     "student": "Distilled student",
-    "onnx-fp32": "ONNX FP32",
-    "onnx-int8": "ONNX INT8",
-    "engine-fp16": "TensorRT FP16",
-    "engine-int8": "TensorRT INT8",
+    **{role.name: role.title for target in TARGETS.values() for role in target.roles},
 }
 """Role -> title, in the order of the report's table. Any other role is allowed and comes after these."""
 
@@ -38,10 +36,22 @@ class Subject:
     format: str
     """'onnx', 'engine', 'torch', or 'detections': COCO results of a detector that is not here."""
     sidecar: Dict[str, Any]
+    target: Optional[Target] = None
+    """What runs an ONNX file or an engine."""
+
+    @property
+    def runtime(self) -> Optional[str]:
+        """What runs it, as the result says: a name of TARGETS, 'torch', or None for a detector that is not here."""
+        return self.target.name if self.target else "torch" if self.is_run_dir else None
 
     @property
     def is_run_dir(self) -> bool:
         return self.format == "torch"
+
+    @property
+    def takes_threads(self) -> bool:
+        """Whether it is told how many threads of the CPU to use."""
+        return self.target is None or "threads" in self.target.session_options
 
     def inputs(self, data: CocoSet) -> Dict[str, Path]:
         """Name -> file, for the provenance of a result."""
@@ -57,26 +67,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", help="split of --data (default: test)")
     parser.add_argument("--annotations", metavar="FILE", help="COCO annotation file, instead of --data")
     parser.add_argument("--images-dir", metavar="DIR", help="folder of the images of --annotations")
+    add_runtime_argument(parser)
     parser.add_argument("--role", help=f"what the model is in the report: {', '.join(ROLES)}, or a name of your own "
                         "(default: the name of the file or run directory)")  # fmt: skip
     parser.add_argument("-o", "--output", required=True, metavar="FILE", help="result file to write: X.result.json")
 
 
-def load_subject(path: str) -> Subject:
+def load_subject(path: str, runtime: Optional[str] = None) -> Subject:
     """
     The model at `path`, its file compared with its sidecar.
 
+    Args:
+        runtime: as `deploy.targets.target_from_path`.
+
     Raises:
+        ConfigError: that runtime does not run the model.
         MeasurementError: it is neither an ONNX file, an engine nor a run directory.
         ContractError: the run directory is not that of a finished run, or the file does not match its sidecar.
     """
     model = Path(path)
     if model.is_dir():
+        if runtime is not None:
+            raise ConfigError(f"--runtime is {runtime}, but {model} is a run directory, which torch runs: leave it out")
         weights = weights_of_run(model)
         return Subject(model, weights, "torch", read_sidecar(weights))
-    if model.suffix not in (".onnx", ".engine"):
+    if model.suffix not in SUFFIXES:
         raise MeasurementError(f"cannot measure {model}; expected an .onnx file, an .engine file or a run directory")
-    return Subject(model, model, model.suffix[1:], read_sidecar(model))
+    target = target_from_path(model, runtime)
+    return Subject(model, model, model.suffix[1:], read_sidecar(model), target)
 
 
 def load_detections_subject(path: str) -> Subject:
@@ -125,6 +143,17 @@ def check_fits(contract: ModelContract, data: CocoSet, subject: Subject) -> None
         )
 
 
+def check_role(role: str, subject: Subject) -> None:
+    """Raises ConfigError if `role` is that of a file on another runtime than the one that is to run it."""
+    for target in TARGETS.values():
+        of_target = role in [known.name for known in target.roles]
+        if of_target and subject.target not in (None, target) and target.suffix == subject.path.suffix:
+            raise ConfigError(
+                f"--role is {role}, what runs on {target.title}; {subject.path} is to run on {subject.runtime}: add "
+                f"--runtime {target.name}, or give another role"
+            )
+
+
 def spread(items: Sequence[T], count: int) -> List[T]:
     """At most `count` of `items`, evenly spread from the first to the last."""
     if len(items) <= count:
@@ -145,6 +174,7 @@ def begin_result(kind: str, subject: Subject, data: CocoSet, role: str, images: 
         "model": {
             "file": str(subject.weights),
             "format": subject.format,
+            "runtime": subject.runtime,
             "sha256": subject.sidecar["artefact"]["sha256"],  # compared with the file by `read_sidecar`
             "bytes": subject.weights.stat().st_size,
             "parameters": _parameters(subject),

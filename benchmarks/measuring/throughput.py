@@ -7,11 +7,11 @@ import math
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, Callable, ContextManager, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 
+from benchmarks.measuring.subject import Subject
 from benchmarks.measuring.timing import LatencyOptions
 from deploy.detector import open_session
 from deploy.progress import progress
@@ -68,17 +68,17 @@ def _detect_batch(session: Session, pixels: Sequence[np.ndarray], batch: int, nu
         postprocess(outputs, contract, one, index)
 
 
-def sweep(model: Path, pixels: Sequence[np.ndarray], options: LatencyOptions) -> Optional[List[Dict[str, Any]]]:
+def sweep(subject: Subject, pixels: Sequence[np.ndarray], options: LatencyOptions) -> Optional[List[Dict[str, Any]]]:
     """
     `batch`, `streams` and `images_per_s` of each combination that the options ask for; None if they ask for none.
 
     Args:
-        model: file of the model.
+        subject: the model.
         pixels: decoded images, used in turn.
     """
     if not options.sweep_batches and not options.sweep_streams:
         return None
-    opener = functools.partial(open_session, model, threads=options.threads)
+    opener = functools.partial(open_session, subject.path, threads=options.threads, runtime=subject.runtime)
     pairs = [(batch, streams) for batch in options.sweep_batches or [1] for streams in options.sweep_streams or [1]]
     return [
         {

@@ -74,7 +74,7 @@ class LatencyOptions:
     max_warmup_s: float = 30.0
     """The longest warm-up, in seconds; it ends before when the runs are stable."""
     threads: Optional[int] = None
-    """CPU threads; None for an engine, which has none."""
+    """CPU threads; None for what runs on a GPU."""
     fps: Optional[float] = None
     """Frames per second at which runs start, as a camera does; None: one after the other."""
     sweep_batches: Tuple[int, ...] = ()
@@ -95,8 +95,8 @@ class LatencyOptions:
 
     def check_fit(self, subject: Subject) -> None:
         """Raises ConfigError for an option that has no meaning for this model."""
-        if self.threads is not None and subject.format == "engine":
-            raise ConfigError("--threads has no effect on a TensorRT engine; leave it out")
+        if self.threads is not None and not subject.takes_threads:
+            raise ConfigError(f"--threads has no effect on {subject.path}, which runs on a GPU; leave it out")
         for flag, _ in self._sweeps():
             if subject.is_run_dir:
                 raise ConfigError(f"{flag} is for .onnx and .engine files; {subject.path} is a run directory")

@@ -22,13 +22,19 @@ from deploy.commands import shell_line
 from deploy.contract import provenance
 from deploy.errors import ConfigError, MeasurementError
 from deploy.files import AnyPath
+from deploy.targets import TARGETS
 
 REPORT_VERSION = 2
 MADE_FROM = {"student": "teacher", **{role: parent for role, parent, _ in RUNGS}}
 """Role -> the role whose file it is made from."""
 SHIPPED_FORMS = tuple(role for role, _, _ in RUNGS)
 """Roles that are the distilled student in another form."""
-INT8_PAIRS = (("engine-int8", "engine-fp16"), ("onnx-int8", "onnx-fp32"))
+SECOND_OPINIONS = tuple(role.name for target in TARGETS.values() if target.signed is None for role in target.roles)
+"""Roles of runtimes that run what was made for another: they are not what ships, unless somebody says so."""
+INT8_PAIRS = tuple(
+    (target.roles[1].name, target.roles[0].name)
+    for target in sorted(TARGETS.values(), key=lambda target: (target.signed is None, not target.on_gpu))
+)
 """What INT8 is compared with, to see whether it is worth it: the first pair that was measured."""
 INT8_LOSS_POINTS = 1.0
 """The AP that INT8 may cost to be called worth it: a choice of this project; --max-ap-drop is the user's own."""
@@ -59,6 +65,12 @@ def group_results(read: Sequence[ReadResult]) -> Dict[str, Results]:
                 raise MeasurementError(
                     f"{path}: role {result['role']!r} has accuracy and latency of different files, "
                     f"{other['model']['file']} and {result['model']['file']} (by their hashes). Measure both on one."
+                )
+            runtimes = [one["model"].get("runtime") for one in (other, result)]
+            if None not in runtimes and runtimes[0] != runtimes[1]:
+                raise MeasurementError(
+                    f"{path}: role {result['role']!r} has accuracy and latency of different runtimes, "
+                    f"{runtimes[0]} and {runtimes[1]}. Measure both on one, with --runtime."
                 )
         group[result["kind"]] = result
     order = list(ROLES)
@@ -171,7 +183,8 @@ def role_to_ship(roles: Sequence[str], asked: Optional[str]) -> str:
         ConfigError: there is none such.
     """
     if asked is None:
-        return ([role for role in roles if role in ROLES] or list(roles))[-1]
+        known = [role for role in roles if role in ROLES and role not in SECOND_OPINIONS]
+        return (known or list(roles))[-1]
     if asked not in roles:
         raise ConfigError(f"--ship is {asked!r}, but the results are of {list(roles)}; name one of these")
     return asked
@@ -301,7 +314,9 @@ def classes_from_groups(groups: Mapping[str, Results], ship: str) -> List[Dict[s
 def lineage_from_groups(groups: Mapping[str, Results]) -> List[Dict[str, Any]]:
     """Per role: its file and hash, the command that made it, its inputs with hashes, and roles if measured here."""
     models = {role: next(iter(group.values()))["model"] for role, group in groups.items()}
-    roles = {model["sha256"]: role for role, model in models.items()}
+    roles: Dict[str, str] = {}
+    for role, model in models.items():
+        roles.setdefault(model["sha256"], role)  # a second runtime measures the same file in a role of its own
     return [
         {
             "role": role,
@@ -346,7 +361,7 @@ def notes_from_groups(
         ("machines", {setting_of(one)[:4] for one in latencies.values()}),
         (
             "thread counts",
-            {one["numbers"]["threads"] for one in latencies.values() if one["model"]["format"] != "engine"},
+            {one["numbers"]["threads"] for one in latencies.values() if one["numbers"]["threads"] is not None},
         ),
         ("modes", {(one["numbers"].get("mode"), one["numbers"].get("fps")) for one in latencies.values()}),
     ):
@@ -363,7 +378,10 @@ def notes_from_groups(
         )
     for entry in lineage:
         parent = MADE_FROM.get(entry["role"])
-        if parent is not None and parent in groups and parent not in [one["role"] for one in entry["inputs"]]:
+        if parent is None or parent not in groups:
+            continue
+        measured = next(iter(groups[parent].values()))["model"]["sha256"]
+        if measured not in [entry["sha256"], *(one.get("sha256") for one in entry["inputs"])]:
             notes.append(
                 f"{entry['title']} does not come from the measured {ROLES[parent]}: "
                 "no input in its sidecar has the hash of that file."

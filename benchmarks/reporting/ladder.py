@@ -14,6 +14,7 @@ from typing import Any, Dict, List, Mapping, Optional, Tuple
 import numpy as np
 
 from benchmarks.measuring.detections import NO_BOXES, Boxes, pairs
+from deploy.targets import TARGETS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,11 +31,18 @@ class RungLimit:
     """The least part of the boxes that must be the same."""
 
 
-RUNGS: Tuple[Tuple[str, str, RungLimit], ...] = (
-    ("onnx-fp32", "student", RungLimit(0.1, 1.0, 0.01, 0.99)),
-    ("onnx-int8", "onnx-fp32", RungLimit(1.0, 8.0, 0.15, 0.8)),
-    ("engine-fp16", "onnx-fp32", RungLimit(0.3, 2.0, 0.03, 0.95)),
-    ("engine-int8", "onnx-int8", RungLimit(0.3, 4.0, 0.08, 0.9)),
+LIMITS = {
+    ("fp32", "fp32"): RungLimit(0.1, 1.0, 0.01, 0.99),
+    ("fp32", "int8"): RungLimit(1.0, 8.0, 0.15, 0.8),
+    ("fp32", "fp16"): RungLimit(0.3, 2.0, 0.03, 0.95),
+    ("int8", "int8"): RungLimit(0.3, 4.0, 0.08, 0.9),
+}
+"""(precision before, after) -> what the step may cost. INT8 to INT8 is the same graph on another runtime."""
+ROLES_OF_TARGETS = {role.name: role for target in TARGETS.values() for role in target.roles}
+PRECISIONS = {"student": "fp32", **{name: role.precision for name, role in ROLES_OF_TARGETS.items()}}
+RUNGS: Tuple[Tuple[str, str, RungLimit], ...] = tuple(
+    (name, role.made_from, LIMITS[PRECISIONS[role.made_from], role.precision])
+    for name, role in ROLES_OF_TARGETS.items()
 )
 """(role, role of the rung that it is made from, limit)."""
 

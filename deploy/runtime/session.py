@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Dict, Mapping, Optional, Tuple, Type, TypeVar
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Type, TypeVar
 
 import numpy as np
 
@@ -19,6 +19,8 @@ from deploy.errors import ConfigError, ContractError, MissingDependencyError, Pi
 from deploy.files import AnyPath
 
 Arrays = Dict[str, np.ndarray]
+TensorInfo = Tuple[str, str, Tuple[int, ...]]
+"""Name, numpy's name of the type, sizes with -1 for what is open."""
 Opened = TypeVar("Opened", bound="Session")
 
 ORT_TYPES = {
@@ -127,7 +129,10 @@ class OrtSession(Session):
         self.runtime: Any = _runtime_session(onnxruntime, path, provider, threads)
         batch = self.contract.input_shape[0]
         self.batch_limits = (batch, batch) if batch > 0 else (1, sys.maxsize)
-        self._shapes = _check_tensors(self.runtime, self.contract, path)
+        outputs = _tensors(self.runtime.get_outputs())
+        check_tensors(_tensors(self.runtime.get_inputs()), outputs, self.contract, path)
+        wanted = self.contract.output_names
+        self._shapes = {name: (dtype, sizes[1:]) for name, dtype, sizes in outputs if name in wanted}
         self._binding: Any = None
         self._bound: Arrays = {}
 
@@ -196,22 +201,30 @@ def _runtime_session(onnxruntime: Any, path: AnyPath, provider: str, threads: Op
     return session
 
 
-def _check_tensors(runtime: Any, contract: ModelContract, path: AnyPath) -> Dict[str, Tuple[str, Tuple[int, ...]]]:
-    """Output name -> type, and sizes but the first. Raises ContractError if the graph is not that of the contract."""
-    inputs = [(item.name, ORT_TYPES.get(item.type, item.type), _sizes(item.shape)) for item in runtime.get_inputs()]
+def check_tensors(
+    inputs: Sequence[TensorInfo], outputs: Sequence[TensorInfo], contract: ModelContract, path: AnyPath
+) -> None:
+    """
+    Raises ContractError if the graph at `path` is not that of the contract.
+
+    Args:
+        inputs, outputs: name, numpy's name of the type, sizes with -1 for what the graph leaves open.
+    """
     expected = [(contract.input_name, contract.input_type, tuple(contract.input_shape))]
-    if inputs != expected:
-        raise ContractError(f"{path} has the inputs {inputs}; its contract expects {expected}. Export it again.")
-    outputs = {
-        item.name: (ORT_TYPES.get(item.type, item.type), _sizes(item.shape)[1:]) for item in runtime.get_outputs()
-    }
+    if list(inputs) != expected:
+        raise ContractError(f"{path} has the inputs {list(inputs)}; its contract expects {expected}. Export it again.")
+    found = {name: (dtype, sizes[1:]) for name, dtype, sizes in outputs}
     for name in contract.output_names:
-        if name not in outputs or (contract.outputs != "nms" and -1 in outputs[name][1]):
+        if name not in found or (contract.outputs != "nms" and -1 in found[name][1]):
             raise ContractError(
-                f"{path} has the outputs {outputs}; its contract expects {list(contract.output_names)}, of fixed sizes "
+                f"{path} has the outputs {found}; its contract expects {list(contract.output_names)}, of fixed sizes "
                 "after the first. Export it again."
             )
-    return {name: outputs[name] for name in contract.output_names}
+
+
+def _tensors(items: Sequence[Any]) -> List[TensorInfo]:
+    """Of ONNX Runtime's inputs or outputs."""
+    return [(item.name, ORT_TYPES.get(item.type, item.type), _sizes(item.shape)) for item in items]
 
 
 def _sizes(shape: Any) -> Tuple[int, ...]:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks.measuring import throughput
+from benchmarks.measuring.subject import Subject
 from benchmarks.measuring.timing import LatencyOptions
 from deploy.errors import ContractError
 from deploy.runtime.session import OrtSession
@@ -89,7 +90,7 @@ def test_a_stream_that_fails_does_not_hold_up_the_others(contract):
 def test_a_sweep_takes_every_combination(monkeypatch):
     monkeypatch.setattr(throughput, "throughput", lambda opener, pixels, batch, streams, images: 10.0 * batch * streams)
     options = LatencyOptions(sweep_batches=(1, 4), sweep_streams=(1, 2), runs=10)
-    assert throughput.sweep(Path("x.onnx"), [], options) == [
+    assert throughput.sweep(Subject(Path("x.onnx"), Path("x.onnx"), "onnx", {}), [], options) == [
         {"batch": 1, "streams": 1, "images_per_s": 10.0},
         {"batch": 1, "streams": 2, "images_per_s": 20.0},
         {"batch": 4, "streams": 1, "images_per_s": 40.0},

@@ -12,27 +12,30 @@ from deploy.contract import load_contract, sidecar_path, write_sidecar
 from deploy.detector import open_session
 from deploy.errors import ConfigError, ContractError, MissingDependencyError, PipelineError
 from deploy.runtime.session import OrtSession, Session
+from deploy.targets import TARGETS
 from deploy.tensorrt.cuda import load_cuda
 from deploy.tensorrt.session import describe_machine
 
-KINDS = ["onnx", "engine"]
+KINDS = list(TARGETS)
 Open = Callable[..., Session]
 
 
 @pytest.fixture
 def open_small(small_file: Callable[..., Path], fake_tensorrt: Callable[[str], Any]) -> Open:
-    """`open_small("onnx" | "engine", outputs, batch=2, input_type="float32")` -> session of the same graph."""
+    """`open_small(runtime, outputs, batch=2, input_type="float32")` -> session of the same graph."""
     trt = fake_tensorrt("10.3.0")
 
     def open_(kind: str, *arguments: Any, **settings: Any) -> Session:
         path = small_file(*arguments, **settings)
-        if kind == "engine":
+        if kind == "openvino":
+            pytest.importorskip("openvino")
+        if kind == "tensorrt":
             engine = path.with_suffix(".engine")
             engine.write_bytes(path.read_bytes())
             cuda = load_cuda("a test")
             write_sidecar(engine, {}, load_contract(path), {"precision": "fp32", **describe_machine(trt, cuda)})
             path = engine
-        return open_session(path)
+        return open_session(path, runtime=kind)
 
     return open_
 
@@ -110,7 +113,7 @@ def test_times_are_told_on_request(open_small: Open, kind: str, outputs: str) ->
     with open_small(kind, outputs) as session:
         times: Dict[str, float] = {}
         session.infer({"pixels": images(2)}, times)
-    steps = ["inference"] if kind == "onnx" else ["host_to_device", "inference", "device_to_host"]
+    steps = ["host_to_device", "inference", "device_to_host"] if TARGETS[kind].on_gpu else ["inference"]
     assert list(times) == steps
     assert 0 < times["inference"] < 1000
     assert min(times.values()) >= 0
@@ -139,7 +142,10 @@ def test_another_input_is_refused(open_small: Open, kind: str, feed: Dict[str, A
         assert_equal(session.infer({"pixels": images(2)}), topk_of(images(2)))  # and the session is as good as before
 
 
-@pytest.mark.parametrize(("kind", "batch", "limits"), [("onnx", 0, "any number"), ("engine", 5, "1 to 4")])
+@pytest.mark.parametrize(
+    ("kind", "batch", "limits"),
+    [("onnxruntime", 0, "any number"), ("openvino", 0, "any number"), ("tensorrt", 5, "1 to 4")],
+)
 def test_too_few_or_too_many_images_are_refused(open_small: Open, kind: str, batch: int, limits: str) -> None:
     with (
         open_small(kind, "topk", batch=-1) as session,
@@ -231,10 +237,21 @@ def test_an_unknown_suffix_is_refused(tmp_path: Path) -> None:
         open_session(tmp_path / "model.pt")
 
 
-@pytest.mark.parametrize("setting", [{"threads": 2}, {"provider": "CPUExecutionProvider"}])
-def test_settings_of_onnx_runtime_for_an_engine_are_refused(tmp_path: Path, setting: Dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=r"is given for .*model\.engine, and is for ONNX Runtime alone: leave it out"):
+@pytest.mark.parametrize(
+    ("setting", "able"),
+    [({"threads": 2}, "ONNX Runtime and OpenVINO"), ({"provider": "CPUExecutionProvider"}, "ONNX Runtime")],
+)
+def test_settings_of_other_runtimes_are_refused(tmp_path: Path, setting: Dict[str, Any], able: str) -> None:
+    name = next(iter(setting))
+    with pytest.raises(
+        ConfigError, match=rf"{name} is given for .*model\.engine, and is for {able} alone: leave it out"
+    ):
         open_session(tmp_path / "model.engine", **setting)
+
+
+def test_a_provider_is_not_for_openvino(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is for ONNX Runtime alone: leave it out with OpenVINO"):
+        open_session(tmp_path / "model.onnx", provider="CPUExecutionProvider", runtime="openvino")
 
 
 def test_a_missing_onnxruntime_is_named(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

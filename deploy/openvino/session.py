@@ -1,0 +1,88 @@
+"""Running ONNX files on OpenVINO's CPU plugin. Needs the package openvino."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any, Dict, Mapping, Optional, Sequence
+
+import numpy as np
+
+from deploy.contract import load_contract
+from deploy.errors import ContractError, MissingDependencyError, PipelineError
+from deploy.files import AnyPath
+from deploy.runtime.session import Arrays, Session, TensorInfo, check_tensors
+
+OPENVINO_TYPES = {"f32": "float32", "f16": "float16", "u8": "uint8", "i32": "int32", "i64": "int64"}
+"""OpenVINO's name of a type -> numpy's, for those that a detector's inputs and outputs have."""
+
+
+class OpenVinoSession(Session):
+    """
+    An ONNX file on OpenVINO, on the CPU.
+
+    What is FP32 in the graph is computed in FP32: by itself OpenVINO takes BF16 or FP16 where the processor has them.
+    What has Q/DQ it computes in INT8, with the scales of the graph.
+
+    Args:
+        path: the ONNX file, with its sidecar.
+        threads: for operators; None leaves the choice to OpenVINO (one per physical core).
+
+    Raises:
+        MissingDependencyError: openvino is not installed.
+        ContractError: the file does not match its sidecar or cannot be read.
+    """
+
+    def __init__(self, path: AnyPath, threads: Optional[int] = None) -> None:
+        try:
+            import openvino
+        except ImportError as error:
+            raise MissingDependencyError("openvino", f"running {Path(path).name}", "pip install openvino") from error
+        self.contract = load_contract(path)
+        words = f"{threads} threads" if threads is not None else "default threads"
+        self.description = f"OpenVINO {openvino.__version__.partition('-')[0]}, CPU, {words}"
+        settings: Dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
+        if threads is not None:
+            settings["INFERENCE_NUM_THREADS"] = threads
+        try:
+            model = openvino.Core().compile_model(str(path), "CPU", settings)
+        except RuntimeError as error:
+            raise ContractError(f"OpenVINO cannot open {path}: {_reason(error)}. Export the model again.") from error
+        batch = self.contract.input_shape[0]
+        self.batch_limits = (batch, batch) if batch > 0 else (1, sys.maxsize)
+        names = (self.contract.input_name, *self.contract.output_names)
+        inputs, outputs = ([_tensor(port, names) for port in ports] for ports in (model.inputs, model.outputs))
+        check_tensors(inputs, outputs, self.contract, path)
+        self._request: Any = model.create_infer_request()
+
+    def infer(self, feed: Mapping[str, np.ndarray], times_ms: Optional[Dict[str, float]] = None) -> Arrays:
+        array = self._input_of(feed)
+        if self._request is None:
+            raise PipelineError(f"{self.description}: the session is closed; open another")
+        try:
+            start = time.perf_counter()
+            self._request.infer([array], share_inputs=True)
+            outputs = {name: self._request.get_tensor(name).data for name in self.contract.output_names}
+        except RuntimeError as error:
+            raise PipelineError(f"{self.description} could not run the model: {_reason(error)}") from error
+        if times_ms is not None:
+            times_ms["inference"] = 1e3 * (time.perf_counter() - start)
+        return outputs
+
+    def close(self) -> None:
+        self._request = None  # the arrays that a caller still has of it live on
+
+
+def _reason(error: RuntimeError) -> str:
+    """What OpenVINO says, without the places in its sources."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    return " ".join(line for line in lines if line and not line.startswith("Exception from"))
+
+
+def _tensor(port: Any, names: Sequence[str]) -> TensorInfo:
+    """Of an input or output; a tensor that a node passes on as it is has several names, of which `names` chooses."""
+    sizes = tuple(size.get_length() if size.is_static else -1 for size in port.get_partial_shape())
+    kind = port.get_element_type().get_type_name()
+    name = next((name for name in names if name in port.get_names()), port.get_any_name())
+    return name, OPENVINO_TYPES.get(kind, kind), sizes
