@@ -48,6 +48,24 @@ def test_an_onnx_file_that_finds_everything_has_ap_1(data_dir, detector, tmp_pat
     assert "AP 100.0" in capsys.readouterr().out
 
 
+def test_the_same_file_on_openvino(data_dir, detector, tmp_path):
+    pytest.importorskip("openvino")
+    output = tmp_path / "openvino.result.json"
+    words = ["--runtime", "openvino", "--role", "openvino-fp32"]
+    assert run(detector(), "--data", data_dir, *words, "-o", output) == 0
+    result = read_result(output)
+    assert result["numbers"]["AP"] == pytest.approx(1.0)
+    assert result["model"]["runtime"] == "openvino"
+
+
+def test_a_runtime_for_what_is_not_run_is_refused(data_dir, tmp_path, capsys):
+    (tmp_path / "results.json").write_text("[]")
+    for model, message in ((tmp_path / "results.json", "nothing is run"), (tmp_path, "is a run directory")):
+        words = [model, "--runtime", "openvino", "--data", data_dir, "-o", tmp_path / "x.result.json"]
+        assert run(*words) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_boxes_found_twice_and_missed_lower_ap(data_dir, detector, tmp_path):
     output = tmp_path / "x.result.json"
     run(detector(boxes=[[20.0, 10.0, 80.0, 60.0]]), "--data", data_dir, "-o", output)

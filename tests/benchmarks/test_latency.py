@@ -100,6 +100,36 @@ def test_threads_of_an_engine_are_refused(data_dir, tmp_path, capsys):
     assert "--threads has no effect" in capsys.readouterr().err
 
 
+def test_openvino_is_timed_in_the_same_way(data_dir, detector, tmp_path, capsys, quick):
+    pytest.importorskip("openvino")
+    output = tmp_path / "x.result.json"
+    words = ["--runtime", "openvino", "--threads", "1", "--role", "openvino-fp32", "--sweep-streams", "1"]
+    assert run(detector(), "--data", data_dir, *words, "-o", output) == 0
+    result = read_result(output)
+    assert result["model"]["runtime"] == "openvino"
+    assert result["numbers"]["description"].startswith("OpenVINO ")
+    assert result["numbers"]["description"].endswith("CPU, 1 threads")
+    assert result["numbers"]["threads"] == 1
+    assert result["numbers"]["sweep"][0]["images_per_s"] > 0
+    assert "openvino" in result["versions"]
+    assert "openvino-fp32, OpenVINO" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--role", "openvino-int8"], "is to run on onnxruntime: add --runtime openvino"),
+        (["--runtime", "openvino", "--role", "onnx-fp32"], "is to run on openvino: add --runtime onnxruntime"),
+        (["--runtime", "tensorrt"], "TensorRT does not run"),
+    ],
+)
+def test_a_role_and_a_runtime_that_do_not_go_together_are_refused(data_dir, detector, tmp_path, capsys, words, message):
+    output = tmp_path / "x.result.json"
+    assert run(detector(), "--data", data_dir, *words, "-o", output) == 2
+    assert message in capsys.readouterr().err
+    assert not output.exists()
+
+
 def test_result_files_are_json_without_nan(data_dir, detector, tmp_path, quick):
     output = tmp_path / "x.result.json"
     assert run(detector(), "--data", data_dir, "--runs", 10, "-o", output) == 0
