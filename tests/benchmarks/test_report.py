@@ -179,6 +179,34 @@ def test_ship_names_another_model(results, run):
     assert "--ship is 'engine-int8'" in error
 
 
+def test_a_second_runtime_is_a_rung_and_not_what_ships(data_dir, results, result, run):
+    """OpenVINO runs the very file of ONNX INT8: a second opinion on its accuracy."""
+    same = json.loads(next(path for path in results if path.name == "onnx-int8.accuracy.result.json").read_text())
+    second = result("openvino-int8", ap=0.494, model__sha256=same["model"]["sha256"], model__runtime="openvino")
+    engine = result("engine-int8", ap=0.493, made_from="onnx-int8")
+    status, _, document = run([*results, second, engine])
+    assert status == 0
+    assert [rung["role"] for rung in document["ladder"]][-3:] == ["onnx-int8", "openvino-int8", "engine-int8"]
+    assert [rung["from"] for rung in document["ladder"]][-2:] == ["ONNX INT8", "ONNX INT8"]
+    assert document["ladder"][-2]["change"] == pytest.approx(-0.001)
+    assert not [note for note in document["notes"] if "does not come from" in note]
+    assert document["lineage"][-1]["inputs"][0]["role"] == "onnx-int8"
+    _, _, document = run([*results, second])
+    assert document["verdict"]["ship"] == "onnx-int8"
+    assert document["int8"]["rows"] == ["onnx-int8", "onnx-fp32"]
+
+
+def test_one_role_on_two_runtimes_is_refused(result, run):
+    paths = [
+        result("student-int8", ap=0.5, model__runtime="openvino"),
+        result("student-int8", ms=9.0, model__runtime="onnxruntime"),
+    ]
+    status, error, document = run(paths)
+    assert status == 2
+    assert "accuracy and latency of different runtimes, openvino and onnxruntime" in error
+    assert document is None
+
+
 def test_own_roles_come_after_the_known_ones_and_do_not_ship_unasked(result, run):
     _, _, document = run([result("rival", ap=0.6), result("student", ap=0.5), result("teacher", ap=0.55)])
     assert [row["role"] for row in document["rows"]] == ["teacher", "student", "rival"]
