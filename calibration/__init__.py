@@ -1,9 +1,9 @@
 """
 From a float ONNX to an INT8 ONNX. Imports neither torch nor mmdet.
 
-Each file imports only those of the lines below its own:
+Commands: quantize, sensitivity, audit, statistics. Then the files, each of which imports only those of the lines that
+follow its own:
 
-- quantize, sensitivity, audit, statistics: the commands
 - from_images: INT8 with ranges of calibration images, step by step
 - search, given_ranges: the blocks to keep in float for a budget of AP; INT8 with ranges that a file has
 - quantizer: all that decides how a model is quantised

@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     import onnx
 
 OPSET = 17
-"""The highest that TensorRT 8.5 parses, and high enough for every operator here (facts: TensorRT, section 2)."""
+"""The highest that TensorRT 8.5 parses (docs/operators.md of github.com/onnx/onnx-tensorrt, release/8.5-GA)."""
 TOPK_LIMIT = 3839
-"""From 10.1 on TensorRT's parser takes K < 3840 (facts: TensorRT, section 6)."""
+"""From 10.1 on TensorRT's parser takes K < 3840 (docs/operators.md of github.com/onnx/onnx-tensorrt, TopK)."""
 CANDIDATE = "candidate_"
 """Before the names of what goes into NMS, where that is in the graph."""
 

@@ -19,7 +19,8 @@ def add_suppression(model: onnx.ModelProto, contract: ModelContract) -> None:
     As mmdet's `batched_nms`: the boxes of each class are moved to a place of their own, so that boxes overlap within
     their class only. Boxes are clipped to the network input before: the size of the image in it, to which
     deploy/runtime/postprocess.py clips, the graph does not know. TensorRT looks at the best 5000 candidates of an image
-    only (facts: TensorRT, section 4). What NMS reads has to stay in float32, where large numbers keep their pixels.
+    only (`INMSLayer.topk_box_limit` in its Python API). What NMS reads has to stay in float32, where large numbers keep
+    their pixels.
     """
     from onnx import TensorProto, helper, numpy_helper
 

@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 REFERENCE = "docs/commands.md"
 PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
-    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
 }
 FIRST = ("docs/distil-on-my-data.md", "docs/ship-to-a-jetson.md")
 """Each leaves what the later ones start from: the data set and the runs; the ONNX files."""
