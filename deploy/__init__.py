@@ -3,17 +3,20 @@ From a checkpoint to a running engine. Imports neither torch nor mmdet.
 
     from deploy import Detector
 
-In the folder itself stand the commands and the ground that every room may use. The rooms, from the lowest, each of
-which imports only those above it in this list:
+Commands: export, adopt_onnx, build_trt, bundle, detect, doctor. Then the rooms, each of which imports only those that
+follow it:
 
-- graphs: ONNX graphs read, checked, cleaned and typed; TensorRT's operators and calibration caches
-- runtime: running a model: image to input, the interface to every session, outputs to detections, drawing
-- openvino: ONNX files on OpenVINO
-- tensorrt: engines built, checked and run
-- board: what runs on a board out of a bundle, and the bundle's archive
+- board: what runs on a board out of a bundle, and the bundle's archive.
+- tensorrt: engines built, checked and run.
+- openvino: ONNX files on OpenVINO.
+- runtime: running a model: image to input, the interface to every session, outputs to detections, drawing.
+- graphs: ONNX graphs read, checked, cleaned and typed; TensorRT's operators and calibration caches.
 
-Between them and the commands stands `deploy.detector`, which opens a file with the session that `deploy.targets` names
-for it. A further runtime is a room like openvino and an entry in `deploy.targets`.
+Between board and the sessions stands detector, which opens a file with the session that targets names for it. A further
+runtime is a room like openvino and an entry in targets.
+
+Ground, below all: commands, freshness, dataset, export_options; contract, targets, int8_format, images, layouts,
+coco_file; files, progress; errors.
 
 `Detector` is fetched when it is first asked for: a board may have no OpenCV, which it needs and other modules do not.
 """

@@ -11,6 +11,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from calibration.activation_statistics import Collected, Seen, Statistics
 from calibration.collect import empty_statistics, extend_statistics, statistics_of_images
 from calibration.placement import PLACEMENTS, FloatGraph
 from calibration.qdq import quantize_graph
@@ -18,6 +19,7 @@ from calibration.quantizer import Quantizer, tensors_of_any_choice
 from calibration.ranges import PERCENTILE, RANGE_METHODS
 from deploy.contract import ModelContract, write_sidecar
 from deploy.dataset import load_split
+from tests.calibration.activations import statistics_of
 
 HEIGHT_PX, WIDTH_PX, CLASSES, BINS, TOP = 32, 48, 2, 5, 12
 
@@ -262,3 +264,20 @@ def for_tensorrt(quantize, detector):
 @pytest.fixture
 def for_onnxruntime(quantize, detector):
     return quantize(detector, "onnxruntime")
+
+
+@pytest.fixture
+def arrays():
+    """Images whose largest values differ a thousandfold, with zeros, as after a ReLU, and without."""
+    random = np.random.default_rng(0)
+    arrays = [random.normal(0, scale, (1, 4, 5, 7)).astype(np.float32) for scale in (0.3, 40, 1e-2, 3)]
+    arrays[1] = np.maximum(arrays[1], 0)
+    return [*arrays, np.zeros((1, 4, 5, 7), np.float32)]
+
+
+@pytest.fixture
+def collected(arrays):
+    flat = Statistics.minmax_only()
+    flat.update(Seen.of(arrays[0]))
+    statistics = {"late": statistics_of(arrays), "flat": flat, "early": statistics_of(arrays[:1] * 5)}
+    return Collected(statistics, {"ab" * 32: 7, "cd" * 32: 3})

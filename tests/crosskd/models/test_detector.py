@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from crosskd.config import load_config, set_classes
 from crosskd.models.checkpoint import save_detector_weights
 from crosskd.models.detector import CrossKDDetector, detector_from_config
-from crosskd.models.heads import FAMILIES
 from deploy.errors import CheckpointError, ConfigError
 
 DISTILLED = {"loss_cls_kd", "loss_reg_kd"}
@@ -194,36 +193,6 @@ def test_each_method_adds_its_own_losses(
         assert detector.teacher is None
     else:
         assert all(parameter.grad is None for parameter in detector.teacher.parameters())
-
-
-def test_pkd_alone_has_the_weight_that_it_has_beside_crosskd(
-    build: Callable[..., Any], make_batch: Callable[..., Any]
-) -> None:
-    both, alone = (build(overrides={"model.distill.method": method}) for method in ("crosskd+pkd", "pkd"))
-    alone.student.load_state_dict(both.student.state_dict())
-    alone.teacher.load_state_dict(both.teacher.state_dict())
-    batch = make_batch([3, 2])
-    first, second = (torch.stack(detector.loss(*batch)["loss_feat_kd"]) for detector in (both, alone))
-    torch.testing.assert_close(first, second)
-
-
-def test_pkd_works_with_heads_that_crosskd_cannot_split(
-    build: Callable[..., Any], make_batch: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delitem(FAMILIES, "GFLHead")
-    detector = build(overrides={"model.distill.method": "pkd"})
-    assert sum(detector.loss(*make_batch([3]))["loss_feat_kd"]) > 0
-    with pytest.raises(ConfigError, match="the method 'pkd' works with any"):
-        build()
-
-
-def test_localisation_distillation_needs_distributions(make_batch: Callable[..., Any]) -> None:
-    overrides = {"model.backbone.depth": 18, "model.backbone.init_cfg": None}
-    model = load_config(
-        "mmdet::retinanet/retinanet_r50_fpn_1x_coco.py", {**overrides, "model.neck.in_channels": [64, 128, 256, 512]}
-    ).model
-    with pytest.raises(ConfigError, match=r"RetinaHead predicts numbers .* expected a GFLHead"):
-        CrossKDDetector(model, {"model": model}, {"method": "ld"})
 
 
 WIDER = {

@@ -12,7 +12,6 @@ from crosskd.models.heads import FAMILIES, HeadFamily
 from crosskd.models.methods import DISTILLATION_METHODS
 from crosskd.models.methods.crosskd import CrossKD
 from crosskd.models.methods.mimic import Mimic
-from crosskd.models.methods.pkd import PKD
 from deploy.errors import ConfigError
 
 SETTINGS = {"method": "crosskd", "split": 1}
@@ -44,24 +43,6 @@ def test_heads_that_differ_are_refused_with_both_values(
     )
     with pytest.raises(ConfigError, match=named):
         CrossKD(SETTINGS, student, teacher)
-
-
-def test_pkd_asks_for_the_same_strides_only(build: Callable[..., Any]) -> None:
-    student, teacher = (build("gfl_tiny.py", {"model.bbox_head.reg_max": bins}).bbox_head for bins in (16, 8))
-    PKD({}, student, teacher)
-    with pytest.raises(ConfigError, match="reg_max"):
-        Mimic({}, student, teacher)
-    fewer = build("gfl_tiny.py", {"model.bbox_head.anchor_generator.strides": [4, 8, 16, 32]}).bbox_head
-    with pytest.raises(ConfigError, match="strides"):
-        PKD({}, student, fewer)
-
-
-def test_mimicking_asks_for_the_same_anchors(build: Callable[..., Any]) -> None:
-    key = "model.bbox_head.anchor_generator.octave_base_scale"
-    student, teacher = (build("gfl_tiny.py", {key: scale}).bbox_head for scale in (8, 4))
-    CrossKD(SETTINGS, student, teacher)
-    with pytest.raises(ConfigError, match="priors is"):
-        Mimic({}, student, teacher)
 
 
 def test_a_config_chooses_a_method_that_was_added(

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 ANCHORS = "anchor_generator=dict(type='AnchorGenerator', {}, strides=[4, 8, 16, 32, 64])"
 SQUARES = ANCHORS.format("ratios=[1.0], octave_base_scale=8, scales_per_octave=1")
 NINE = ANCHORS.format("ratios=[0.5, 1.0, 2.0], octave_base_scale=4, scales_per_octave=3")
@@ -39,7 +39,7 @@ IOU = "dict(type='MaxIoUAssigner', pos_iou_thr=0.5, neg_iou_thr=0.4, min_pos_iou
 
 
 def config_of(head: str, folder: Path) -> Path:
-    base = ROOT / "configs" / "bench" / "bccd_student.py"
+    base = ROOT / "configs" / "studies" / "bccd_student.py"
     if not HEADS[head]:
         return base
     path = folder / "head.py"
