@@ -27,9 +27,9 @@ from benchmarks.measuring.subject import (
     Subject,
     add_arguments,
     begin_result,
-    check_arguments,
     check_fits,
     check_role,
+    checked_role,
     load_data,
     load_detections_subject,
     load_subject,
@@ -152,7 +152,8 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Optional[List[str]] = None) -> int:
     """Measures, writes the detections and the result file, and prints the numbers in points."""
     arguments = _parser().parse_args(argv)
-    role = check_arguments(arguments)
+    inputs_given = [arguments.annotations, arguments.against]
+    role = checked_role(arguments.model, arguments.role, arguments.output, inputs_given)
     check_writable(detections_path(arguments.output))
     if arguments.limit is not None and arguments.limit < 1:
         raise ConfigError(f"--limit is {arguments.limit}; expected at least 1")

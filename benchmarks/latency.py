@@ -32,8 +32,8 @@ from benchmarks.measuring.subject import (
     Subject,
     add_arguments,
     begin_result,
-    check_arguments,
     check_role,
+    checked_role,
     load_data,
     load_subject,
     spread,
@@ -131,7 +131,7 @@ def _print(role: str, numbers: Mapping[str, Any], runs: int) -> None:
 def main(argv: Optional[List[str]] = None) -> int:
     """Measures, writes the result file, prints the summary and what speaks against comparing it."""
     arguments = _parser().parse_args(argv)
-    role = check_arguments(arguments)
+    role = checked_role(arguments.model, arguments.role, arguments.output, [arguments.annotations])
     subject = load_subject(arguments.model, arguments.runtime)
     check_role(role, subject)
     options = _options(arguments, subject)

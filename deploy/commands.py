@@ -172,7 +172,13 @@ def run_captured(
 
 
 def last_message(text: str, status: int) -> str:
-    """Why a command failed, from what it printed: its error message, or else the last line; "" if there is none."""
+    """
+    Why a command failed, from what it printed: its error message, or else the last line; "" if there is none.
+
+    Of a fault of the program (status 3) it is the exception, and not the message that asks to report it.
+    """
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     messages = [line[len(ERROR) :] for line in lines if line.startswith(ERROR)]
-    return messages[-1] if status == 2 and messages else lines[-1] if lines else ""
+    if status == 2 and messages:
+        return messages[-1]
+    return ([line for line in lines if not line.startswith(ERROR)] or lines or [""])[-1]

@@ -192,24 +192,23 @@ def begin_result(kind: str, subject: Subject, data: CocoSet, role: str, images: 
     }
 
 
-def check_arguments(arguments: argparse.Namespace) -> str:
+def checked_role(model: str, role: Optional[str], output: str, inputs: Sequence[Optional[str]]) -> str:
     """
-    The role: the flag's, or the name of the file or run directory.
+    The role that a result is written for: `role`, or the name of the model's file or run directory.
 
     The suffix is part of it: `student.onnx` without --role must not pass for the role "student", which is torch's.
 
     Raises:
         ConfigError: an empty role, or the output is an input. PipelineError: the output cannot be written.
     """
-    for flag in ("model", "annotations", "against"):
-        given = getattr(arguments, flag, None)
-        if given is not None and Path(given).resolve() == Path(arguments.output).resolve():
-            raise ConfigError(f"--output is {arguments.output}, which would be written over; choose another")
-    check_writable(arguments.output)
-    role = Path(arguments.model).resolve().name if arguments.role is None else arguments.role.strip()
-    if not role:
+    for given in (model, *inputs):
+        if given is not None and Path(given).resolve() == Path(output).resolve():
+            raise ConfigError(f"--output is {output}, which would be written over; choose another")
+    check_writable(output)
+    name = Path(model).resolve().name if role is None else role.strip()
+    if not name:
         raise ConfigError("--role is empty; give a name")
-    return role
+    return name
 
 
 def _parameters(subject: Subject) -> Any:

@@ -20,30 +20,33 @@ what those commands need.
 from __future__ import annotations
 
 import argparse
-import math
 import sys
-from pathlib import Path
 from typing import List, Optional
 
-from benchmarks.studies.calibration_methods import METHODS, TARGETS, run_methods
-from benchmarks.studies.calibration_training import run_int8_aware
+from benchmarks.studies.calibration_methods import METHODS, TARGETS, MethodsOptions, run_methods
+from benchmarks.studies.calibration_training import Int8AwareOptions, run_int8_aware
 from benchmarks.studies.jobs import Processes, end_as_by_ctrl_c
 from benchmarks.studies.tables import check_tables
 from deploy.contract import read_sidecar, weights_of_run
-from deploy.errors import ConfigError, command
+from deploy.errors import command
 from deploy.layouts import SPLITS, split_paths
 
 
 @command
 def main(argv: Optional[List[str]] = None) -> int:
     """Makes and measures what is not yet done. A row of `methods` may fail, and says why in the table."""
-    arguments = _parser().parse_args(argv)
-    _check_arguments(arguments)
-    check_tables(arguments.output)
-    if arguments.table == "methods":
-        run_methods(arguments, Processes(1))
-    else:
-        run_int8_aware(arguments, Processes(arguments.jobs))
+    values = vars(_parser().parse_args(argv))
+    if values.pop("table") == "methods":
+        methods = MethodsOptions(**values)
+        check_tables(methods.output)
+        run_methods(methods, Processes(1))
+        return 0
+    aware = Int8AwareOptions(**values)
+    read_sidecar(weights_of_run(aware.student))
+    for split in SPLITS:
+        split_paths(aware.data, split)
+    check_tables(aware.output)
+    run_int8_aware(aware, Processes(aware.jobs))
     return 0
 
 
@@ -79,30 +82,6 @@ def _parser() -> argparse.ArgumentParser:
                            f"runs/bench/calibration/{'methods' if table is methods else 'int8_aware'})")  # fmt: skip
         table.add_argument("-o", "--output", required=True, metavar="PATH", help="result files: PATH.json, PATH.md")
     return parser
-
-
-def _check_arguments(arguments: argparse.Namespace) -> None:
-    if arguments.table == "methods":
-        if not (math.isfinite(arguments.max_ap_drop) and arguments.max_ap_drop >= 0):
-            raise ConfigError(f"--max-ap-drop is {arguments.max_ap_drop}; expected points of AP, 0 or more")
-        if len(set(arguments.targets)) < len(arguments.targets):
-            raise ConfigError(f"--targets are {' '.join(arguments.targets)}; expected each once")
-        return
-    for flag, least, values in (
-        ("--jobs", 1, [arguments.jobs]), ("--epochs", 1, [arguments.epochs]), ("--seeds", 0, arguments.seeds)
-    ):  # fmt: skip
-        if min(values) < least:
-            raise ConfigError(f"{flag} is {min(values)}; expected at least {least}")
-    if not (math.isfinite(arguments.learning_rate) and arguments.learning_rate > 0):
-        raise ConfigError(f"--learning-rate is {arguments.learning_rate}; expected a number above 0")
-    if len(set(arguments.seeds)) < len(arguments.seeds):
-        raise ConfigError(f"--seeds are {arguments.seeds}; expected each once")
-    for file in (arguments.config, arguments.teacher):
-        if not Path(file).is_file():
-            raise ConfigError(f"no such file: {file}; expected the config and the teacher's weights")
-    read_sidecar(weights_of_run(arguments.student))
-    for split in SPLITS:
-        split_paths(arguments.data, split)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,11 @@ here.
 
 from __future__ import annotations
 
-import argparse
 import collections
 import dataclasses
 import functools
 import hashlib
+import math
 import re
 import statistics
 import sys
@@ -141,20 +141,44 @@ def _file_name(name: str) -> str:
     return re.sub(r"[^\w.]+", "-", name)
 
 
-def rows_of(model: Model, arguments: argparse.Namespace, trained: Sequence[Tuple[str, Path]]) -> List[Row]:
+@dataclasses.dataclass(frozen=True)
+class MethodsOptions:
+    """Which models are quantised, how."""
+
+    models: Sequence[str]
+    """NAME=MODEL.onnx:DATA_DIR[:SPLIT] of each."""
+    output: str
+    """Stem of the result files."""
+    runs_dir: Optional[str] = None
+    """Folder of what is made on the way; None: runs/bench/calibration/methods."""
+    int8_aware: Sequence[str] = ()
+    """NAME=FILE.int8.onnx of models that were trained for INT8."""
+    targets: Sequence[str] = tuple(TARGETS)
+    """What to quantise for."""
+    max_ap_drop: float = 0.3
+    """Points that the row with a budget may lose on the val split."""
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.max_ap_drop) and self.max_ap_drop >= 0):
+            raise ConfigError(f"--max-ap-drop is {self.max_ap_drop}; expected points of AP, 0 or more")
+        if len(set(self.targets)) < len(self.targets):
+            raise ConfigError(f"--targets are {' '.join(self.targets)}; expected each once")
+
+
+def rows_of(model: Model, options: MethodsOptions, trained: Sequence[Tuple[str, Path]]) -> List[Row]:
     """
     The rows of a model, in the order of the table.
 
     Args:
         trained: target -> INT8 file that was made by INT8-aware training.
     """
-    options: Dict[str, Tuple[str, ...]] = {method: ("--method", method) for method in METHODS}
-    budget = f"auto, at most {arguments.max_ap_drop:g} points lost"
-    options[budget] = ("--method", "auto", "--max-ap-drop", f"{arguments.max_ap_drop:g}")
+    flags_of: Dict[str, Tuple[str, ...]] = {method: ("--method", method) for method in METHODS}
+    budget = f"auto, at most {options.max_ap_drop:g} points lost"
+    flags_of[budget] = ("--method", "auto", "--max-ap-drop", f"{options.max_ap_drop:g}")
     number = images_to_calibrate_on(model.data)
     rows = []
-    for target in arguments.targets:
-        for name, flags in options.items():
+    for target in options.targets:
+        for name, flags in flags_of.items():
             file = model.folder / f"{target}-{_file_name(name)}.int8.onnx"
             words = (
                 "calibration.quantize", str(model.file), "--data", str(model.data), "--target", target, *flags,
@@ -299,29 +323,29 @@ def measured(result: Mapping[str, Any]) -> Dict[str, Any]:
     return {name: numbers[name] for name in ("AP", "AP50", "best_f1", "against")}
 
 
-def run_methods(arguments: argparse.Namespace, processes: Processes) -> None:
+def run_methods(options: MethodsOptions, processes: Processes) -> None:
     """
     Makes and measures what is not yet done, and writes the result files after each row.
 
     Raises:
         PipelineError: a model cannot be read or measured in float. A row that fails says why in the table instead.
     """
-    runs_dir = Path(arguments.runs_dir or "runs/bench/calibration/methods")
-    models = [Model.from_argument(text, runs_dir) for text in arguments.models]
+    runs_dir = Path(options.runs_dir or "runs/bench/calibration/methods")
+    models = [Model.from_argument(text, runs_dir) for text in options.models]
     names = [model.name for model in models]
     if len(set(names)) < len(names):
         raise ConfigError(f"the models are named {', '.join(names)}; expected a name of its own for each")
-    trained = trained_files(arguments.int8_aware, models)
+    trained = trained_files(options.int8_aware, models)
     runs_dir.mkdir(parents=True, exist_ok=True)
     with locked(runs_dir) as lock:
         made = functools.partial(make, processes=processes, keep_open=[lock])
         for model in models:
             made(model.result, model.words)
-        rows = [row for model in models for row in rows_of(model, arguments, trained[model.name])]
+        rows = [row for model in models for row in rows_of(model, options, trained[model.name])]
         records = {row: record_of(row) for row in rows if is_finished(row)}
         todo = sorted((row for row in rows if row not in records), key=lambda row: not row.seeks_budget)
         print(f"{len(records)} of {len(rows)} rows are done, {len(todo)} to do", flush=True)
-        write_methods(arguments.output, models, rows, records)
+        write_methods(options.output, models, rows, records)
         for row in todo:
             try:
                 complete(row, made)
@@ -330,7 +354,7 @@ def run_methods(arguments: argparse.Namespace, processes: Processes) -> None:
                 print(f"error: {row}: {error}", file=sys.stderr, flush=True)
                 why = str(error).splitlines()[0]
                 records[row] = {"target": row.target, "name": row.name, "command": list(row.words), "error": why}
-            write_methods(arguments.output, models, rows, records)
+            write_methods(options.output, models, rows, records)
 
 
 def write_methods(output: str, models: Sequence[Model], rows: Sequence[Row], records: Mapping[Row, Record]) -> None:

@@ -7,9 +7,9 @@ alone gains is known, trained further without rounding and then quantised.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
+import math
 import statistics
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
@@ -25,7 +25,7 @@ from benchmarks.studies.jobs import Make, Processes, is_current, locked, make, w
 from benchmarks.studies.tables import interval, points, table, write_tables
 from deploy.commands import shell_line
 from deploy.contract import provenance, read_sidecar, sidecar_path, weights_of_run
-from deploy.errors import MeasurementError
+from deploy.errors import ConfigError, MeasurementError
 from deploy.layouts import split_paths
 
 INT8_AWARE, FINE_TUNED = "INT8-aware", "fine-tuned, then INT8"
@@ -63,7 +63,51 @@ class FineTuning:
         return self.folder / "student.int8.onnx"
 
 
-def planned_fine_tunings(arguments: argparse.Namespace, folder: Path, calibrated: Path) -> List[FineTuning]:
+@dataclasses.dataclass(frozen=True)
+class Int8AwareOptions:
+    """Which student is fine-tuned, how."""
+
+    config: str
+    """Of crosskd.distill."""
+    student: str
+    """A finished run of the student."""
+    teacher: str
+    """File of the teacher's weights."""
+    data: str
+    """Data folder."""
+    epochs: int
+    """Of each fine-tuning."""
+    learning_rate: float
+    """Of each fine-tuning."""
+    output: str
+    """Stem of the result files."""
+    runs_dir: Optional[str] = None
+    """Folder of what is made on the way; None: runs/bench/calibration/int8_aware."""
+    seeds: Sequence[int] = (0, 1, 2)
+    """One fine-tuning with and one without INT8 for each."""
+    target: str = "tensorrt"
+    """What to quantise for."""
+    method: str = "max"
+    """Of calibration."""
+    jobs: int = 2
+    """Trainings at a time."""
+
+    def __post_init__(self) -> None:
+        for flag, least, values in (
+            ("--jobs", 1, [self.jobs]), ("--epochs", 1, [self.epochs]), ("--seeds", 0, self.seeds)
+        ):  # fmt: skip
+            if min(values) < least:
+                raise ConfigError(f"{flag} is {min(values)}; expected at least {least}")
+        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+            raise ConfigError(f"--learning-rate is {self.learning_rate}; expected a number above 0")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ConfigError(f"--seeds are {list(self.seeds)}; expected each once")
+        for file in (self.config, self.teacher):
+            if not Path(file).is_file():
+                raise ConfigError(f"no such file: {file}; expected the config and the teacher's weights")
+
+
+def planned_fine_tunings(options: Int8AwareOptions, folder: Path, calibrated: Path) -> List[FineTuning]:
     """
     Both kinds of a seed before the next seed, so that any part is balanced.
 
@@ -71,21 +115,21 @@ def planned_fine_tunings(arguments: argparse.Namespace, folder: Path, calibrated
         calibrated: the student's INT8 model, whose placement and ranges INT8-aware training begins with.
     """
     quantize = ("--quantize", "int8", "--calibrated", str(calibrated))
-    rate = f"optim_wrapper.optimizer.lr={arguments.learning_rate:g}"
+    rate = f"optim_wrapper.optimizer.lr={options.learning_rate:g}"
     found = []
-    for seed in arguments.seeds:
+    for seed in options.seeds:
         for kind, flags, name in ((INT8_AWARE, quantize, "int8-aware"), (FINE_TUNED, (STILL_NORMS,), "float")):
             run = folder / f"{name}-{seed}"
             words = (
-                "crosskd.distill", arguments.config, "--data", arguments.data, "--teacher-checkpoint",
-                arguments.teacher, "--from", str(weights_of_run(arguments.student)), "--seed", str(seed),
-                "--epochs", str(arguments.epochs), "--precision", "fp32", "--set", rate, *flags, "-o", str(run),
+                "crosskd.distill", options.config, "--data", options.data, "--teacher-checkpoint",
+                options.teacher, "--from", str(weights_of_run(options.student)), "--seed", str(seed),
+                "--epochs", str(options.epochs), "--precision", "fp32", "--set", rate, *flags, "-o", str(run),
             )  # fmt: skip
             found.append(FineTuning(kind, seed, run, words))
     return found
 
 
-def complete_fine_tuning(run: FineTuning, arguments: argparse.Namespace, against: Path, made: Make) -> Record:
+def complete_fine_tuning(run: FineTuning, options: Int8AwareOptions, against: Path, made: Make) -> Record:
     """
     What the result file says of the run, after all that is not yet done.
 
@@ -99,8 +143,8 @@ def complete_fine_tuning(run: FineTuning, arguments: argparse.Namespace, against
         sidecar_path(run.weights).unlink(missing_ok=True)  # cut off between its files: these are none, or older ones
     made(run.weights, run.words)
     if run.kind == FINE_TUNED:
-        export_and_quantize(run.folder, run.model, run.int8, arguments, made)
-    results = measure_pair(run.model, run.int8, arguments, against, made)
+        export_and_quantize(run.folder, run.model, run.int8, options, made)
+    results = measure_pair(run.model, run.int8, options, against, made)
     sidecar = read_sidecar(run.weights)
     return {
         "kind": run.kind,
@@ -115,31 +159,31 @@ def complete_fine_tuning(run: FineTuning, arguments: argparse.Namespace, against
     }
 
 
-def export_and_quantize(run_dir: Path, model: Path, int8: Path, arguments: argparse.Namespace, made: Make) -> None:
+def export_and_quantize(run_dir: Path, model: Path, int8: Path, options: Int8AwareOptions, made: Make) -> None:
     """Writes a run's float and INT8 model, the latter with ranges over images."""
     made(model, ["deploy.export", str(run_dir), "-o", str(model)])
     words = [
-        "calibration.quantize", str(model), "--data", arguments.data, "--target", arguments.target,
-        "--method", arguments.method, "--num-images", str(images_to_calibrate_on(Path(arguments.data))),
+        "calibration.quantize", str(model), "--data", options.data, "--target", options.target,
+        "--method", options.method, "--num-images", str(images_to_calibrate_on(Path(options.data))),
         "-o", str(int8),
     ]  # fmt: skip
     made(int8, words)
 
 
 def measure_pair(
-    model: Path, int8: Path, arguments: argparse.Namespace, against: Optional[Path], made: Make
+    model: Path, int8: Path, options: Int8AwareOptions, against: Optional[Path], made: Make
 ) -> Dict[str, Mapping[str, Any]]:
     """The accuracy results on the test split, `float` and `int8`; without `against` the one against the other."""
     found: Dict[str, Mapping[str, Any]] = {}
     for precision, file in (("float", model), ("int8", int8)):
         result = file.with_suffix(".accuracy.result.json")
-        made(result, accuracy_words(file, Path(arguments.data), "test", result, against))
+        made(result, accuracy_words(file, Path(options.data), "test", result, against))
         found[precision] = read_result(result)
         against = against or result
     return found
 
 
-def run_int8_aware(arguments: argparse.Namespace, processes: Processes) -> None:
+def run_int8_aware(options: Int8AwareOptions, processes: Processes) -> None:
     """
     Makes and measures what is not yet done, and writes the result files after each training.
 
@@ -147,26 +191,26 @@ def run_int8_aware(arguments: argparse.Namespace, processes: Processes) -> None:
         PipelineError: the student cannot be exported, quantised or measured.
         MeasurementError: trainings failed; each was told of when it did, and the others were done all the same.
     """
-    folder = Path(arguments.runs_dir or "runs/bench/calibration/int8_aware")
+    folder = Path(options.runs_dir or "runs/bench/calibration/int8_aware")
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder) as lock:
         made = functools.partial(make, processes=processes, keep_open=[lock])
         model, int8 = folder / "student.onnx", folder / "student.int8.onnx"
-        export_and_quantize(Path(arguments.student), model, int8, arguments, made)
-        student = measure_pair(model, int8, arguments, None, made)
+        export_and_quantize(Path(options.student), model, int8, options, made)
+        student = measure_pair(model, int8, options, None, made)
         against = model.with_suffix(".accuracy.result.json")
-        runs = planned_fine_tunings(arguments, folder, int8)
+        runs = planned_fine_tunings(options, folder, int8)
         records: Dict[FineTuning, Record] = {}
 
         def done(run: FineTuning, record: Record) -> None:
             records[run] = record
             print(f"{run}: AP {points(record['int8']['AP'])} in INT8", flush=True)
-            write_int8_aware(arguments, student, [records[one] for one in runs if one in records], len(runs))
+            write_int8_aware(options, student, [records[one] for one in runs if one in records], len(runs))
 
         def work(run: FineTuning) -> Record:
-            return complete_fine_tuning(run, arguments, against, made)
+            return complete_fine_tuning(run, options, against, made)
 
-        failed = work_through(runs, work, done, processes, arguments.jobs)
+        failed = work_through(runs, work, done, processes, options.jobs)
     if failed:
         raise MeasurementError(
             f"{len(failed)} of {len(runs)} trainings failed: {', '.join(map(str, failed))}; why is above. Put that "
@@ -175,7 +219,7 @@ def run_int8_aware(arguments: argparse.Namespace, processes: Processes) -> None:
 
 
 def write_int8_aware(
-    arguments: argparse.Namespace, student: Mapping[str, Mapping[str, Any]], records: Sequence[Record], planned: int
+    options: Int8AwareOptions, student: Mapping[str, Mapping[str, Any]], records: Sequence[Record], planned: int
 ) -> None:
     """Writes the result files: JSON with all numbers, and the table."""
     plain, rounded = (np.array(student[name]["numbers"]["bootstrap"]["ap"], np.float64) for name in ("float", "int8"))
@@ -189,9 +233,9 @@ def write_int8_aware(
         entry = {key: value for key, value in one.items() if key != "draws"}
         runs.append({**entry, "recovered": recovery(np.array(one["draws"], np.float64), plain, rounded)["recovered"]})
     document = {
-        **provenance({"test_annotations": split_paths(arguments.data, "test")[0]}),
+        **provenance({"test_annotations": split_paths(options.data, "test")[0]}),
         "environment": read_environment(),
-        **{key: getattr(arguments, key) for key in ("config", "target", "method", "epochs", "learning_rate", "seeds")},
+        **{key: getattr(options, key) for key in ("config", "target", "method", "epochs", "learning_rate", "seeds")},
         "images": student["float"]["data"]["images"],
         "float": measured(student["float"]),
         "int8": measured(student["int8"]),
@@ -199,7 +243,7 @@ def write_int8_aware(
         "runs_planned": planned,
         "runs": runs,
     }
-    write_tables(arguments.output, document, int8_aware_markdown(document))
+    write_tables(options.output, document, int8_aware_markdown(document))
 
 
 def recovery(aps: np.ndarray, plain: np.ndarray, rounded: np.ndarray) -> Dict[str, Any]:

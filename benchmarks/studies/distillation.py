@@ -114,7 +114,7 @@ class Run:
     seed: int
     folder: Path
     words: Tuple[str, ...]
-    """The module and its arguments, without `python -m`."""
+    """The module and its options, without `python -m`."""
     weights: Path
 
     def __str__(self) -> str:
@@ -132,6 +132,28 @@ class Run:
         return [*self.words[1:], *annotations]
 
 
+@dataclasses.dataclass(frozen=True)
+class DistillationOptions:
+    """How an experiment is run."""
+
+    experiment: str
+    """Its name in EXPERIMENTS."""
+    data: Optional[str] = None
+    """Data folder; None: shapes are drawn, bccd is BCCD."""
+    runs_dir: str = "runs/bench"
+    """Folder of the runs."""
+    output: str = "benchmarks/results/distillation"
+    """Folder of the result files."""
+    jobs: int = 2
+    """Trainings at a time."""
+    epochs: Optional[int] = None
+    """Of every training, the teacher's too; None: the configs'."""
+    seeds: Optional[Sequence[int]] = None
+    """None: the experiment's."""
+    only: Optional[Sequence[str]] = None
+    """Methods to train; None: all."""
+
+
 Record = Dict[str, Any]
 """What the result file says of a finished run."""
 
@@ -139,11 +161,11 @@ Record = Dict[str, Any]
 @command
 def main(argv: Optional[List[str]] = None) -> int:
     """Trains what is not yet trained and writes the result files; status 2 if a run failed."""
-    arguments = _parser().parse_args(argv)
-    experiment = EXPERIMENTS[arguments.experiment]
-    check_tables(Path(arguments.output) / experiment.name)
-    _check_arguments(arguments, experiment)
-    run_experiment(experiment, arguments, Processes(arguments.jobs))
+    options = DistillationOptions(**vars(_parser().parse_args(argv)))
+    experiment = EXPERIMENTS[options.experiment]
+    check_tables(Path(options.output) / experiment.name)
+    _check_options(options, experiment)
+    run_experiment(experiment, options, Processes(options.jobs))
     return 0
 
 
@@ -166,15 +188,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _check_arguments(arguments: argparse.Namespace, experiment: Experiment) -> None:
+def _check_options(options: DistillationOptions, experiment: Experiment) -> None:
     names = [method.name for method in experiment.methods]
-    unknown = sorted(set(arguments.only or ()) - set(names))
+    unknown = sorted(set(options.only or ()) - set(names))
     if unknown:
         raise ConfigError(f"--only {' '.join(unknown)}: no such method in {experiment.name}; expected some of {names}")
     for flag, least, values in (
-        ("--jobs", 1, [arguments.jobs]),
-        ("--epochs", 1, [arguments.epochs] if arguments.epochs is not None else []),
-        ("--seeds", 0, arguments.seeds or []),
+        ("--jobs", 1, [options.jobs]),
+        ("--epochs", 1, [options.epochs] if options.epochs is not None else []),
+        ("--seeds", 0, options.seeds or []),
     ):
         if any(value < least for value in values):
             raise ConfigError(f"{flag} is {min(values)}; expected at least {least}")
@@ -187,7 +209,7 @@ def config_of(experiment: Experiment, what: str) -> str:
     return f"configs/studies/{experiment.data_set}_{what}.py"
 
 
-def run_experiment(experiment: Experiment, arguments: argparse.Namespace, processes: Processes) -> None:
+def run_experiment(experiment: Experiment, options: DistillationOptions, processes: Processes) -> None:
     """
     Trains and measures what is not yet done, teacher first, and writes the result files after each run.
 
@@ -195,18 +217,18 @@ def run_experiment(experiment: Experiment, arguments: argparse.Namespace, proces
         PipelineError: the data or the teacher cannot be had, or a finished run is of another command or other files.
         MeasurementError: runs failed; each was told of when it did, and the others were done all the same.
     """
-    data = data_of(experiment, arguments, processes)
-    teacher = teacher_run(experiment, arguments, data)
-    complete = functools.partial(complete_run, data=data, processes=processes, jobs=arguments.jobs)
+    data = data_of(experiment, options, processes)
+    teacher = teacher_run(experiment, options, data)
+    complete = functools.partial(complete_run, data=data, processes=processes, jobs=options.jobs)
     teacher_record = complete(teacher, alone=True)
-    runs = planned_runs(experiment, arguments, data, teacher.weights)
+    runs = planned_runs(experiment, options, data, teacher.weights)
     records = {run: record for run, record in ((run, finished_run(run, data)) for run in runs) if record is not None}
-    todo = [run for run in runs if run not in records and run.method in (arguments.only or [run.method])]
+    todo = [run for run in runs if run not in records and run.method in (options.only or [run.method])]
     print(f"{experiment.name}: {len(records)} of {len(runs)} runs are done, {len(todo)} to do", flush=True)
 
     def write() -> None:
         done = [records[run] for run in runs if run in records]
-        write_results(experiment, Path(arguments.output), data, teacher_record, done, len(runs))
+        write_results(experiment, Path(options.output), data, teacher_record, done, len(runs))
 
     write()
 
@@ -214,7 +236,7 @@ def run_experiment(experiment: Experiment, arguments: argparse.Namespace, proces
         records[run] = record
         write()
 
-    failed = [str(run) for run in work_through(todo, complete, done, processes, arguments.jobs)]
+    failed = [str(run) for run in work_through(todo, complete, done, processes, options.jobs)]
     if failed:
         raise MeasurementError(
             f"{len(failed)} of {len(todo)} runs failed: {', '.join(failed)}; why is above and in their log.txt. Put "
@@ -222,7 +244,7 @@ def run_experiment(experiment: Experiment, arguments: argparse.Namespace, proces
         )
 
 
-def data_of(experiment: Experiment, arguments: argparse.Namespace, processes: Processes) -> Path:
+def data_of(experiment: Experiment, options: DistillationOptions, processes: Processes) -> Path:
     """
     The data folder; shapes are drawn if they are not there.
 
@@ -230,41 +252,41 @@ def data_of(experiment: Experiment, arguments: argparse.Namespace, processes: Pr
         PipelineError: a split is missing, or the folder holds something else.
     """
     if experiment.data_set == "shapes":
-        folder = Path(arguments.data or f"{arguments.runs_dir}/shapes_data")
-        log = Path(arguments.runs_dir) / "shapes_data.txt"
+        folder = Path(options.data or f"{options.runs_dir}/shapes_data")
+        log = Path(options.runs_dir) / "shapes_data.txt"
         log.parent.mkdir(parents=True, exist_ok=True)
         if processes.run(["crosskd.shapes", str(folder), *SHAPES], log, alone=True):
             raise MeasurementError(f"the shapes cannot be drawn:\n{tail_of(log)}")
     else:
-        folder = Path(arguments.data or BCCD)
+        folder = Path(options.data or BCCD)
     for split in SPLITS:
         split_paths(folder, split)
     return folder
 
 
-def teacher_run(experiment: Experiment, arguments: argparse.Namespace, data: Path) -> Run:
-    folder = Path(arguments.runs_dir) / f"{experiment.data_set}_teacher"
-    words = ("crosskd.train", config_of(experiment, "teacher"), "--data", str(data), *_epochs(arguments))
+def teacher_run(experiment: Experiment, options: DistillationOptions, data: Path) -> Run:
+    folder = Path(options.runs_dir) / f"{experiment.data_set}_teacher"
+    words = ("crosskd.train", config_of(experiment, "teacher"), "--data", str(data), *_epochs(options))
     return Run("teacher", 0, folder, (*words, "-o", str(folder)), folder / "detector.pth")
 
 
-def planned_runs(experiment: Experiment, arguments: argparse.Namespace, data: Path, teacher: Path) -> List[Run]:
+def planned_runs(experiment: Experiment, options: DistillationOptions, data: Path, teacher: Path) -> List[Run]:
     """Every student of the experiment; all methods of a seed before the next seed, so that any part is balanced."""
     runs = []
-    for seed in arguments.seeds or experiment.seeds:
+    for seed in options.seeds or experiment.seeds:
         for method in experiment.methods:
-            folder = Path(arguments.runs_dir) / f"{method.runs}-{seed}"
+            folder = Path(options.runs_dir) / f"{method.runs}-{seed}"
             words = (
                 "crosskd.distill", config_of(experiment, "crosskd"), "--data", str(data),
-                "--teacher-checkpoint", str(teacher), "--seed", str(seed), *_epochs(arguments),
+                "--teacher-checkpoint", str(teacher), "--seed", str(seed), *_epochs(options),
                 "--set", *method.overrides, "-o", str(folder), *method.options,
             )  # fmt: skip
             runs.append(Run(method.name, seed, folder, words, folder / "student.pth"))
     return runs
 
 
-def _epochs(arguments: argparse.Namespace) -> List[str]:
-    return [] if arguments.epochs is None else ["--epochs", str(arguments.epochs)]
+def _epochs(options: DistillationOptions) -> List[str]:
+    return [] if options.epochs is None else ["--epochs", str(options.epochs)]
 
 
 def finished_run(run: Run, data: Path) -> Optional[Record]:

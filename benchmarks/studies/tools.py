@@ -102,18 +102,36 @@ class Images:
     """To evaluate on."""
 
 
+@dataclasses.dataclass(frozen=True)
+class ToolsOptions:
+    """What is compared, on what."""
+
+    models: Sequence[str]
+    """Float ONNX files, with their sidecars."""
+    data: str
+    """Folder with annotations/instances_{train,val,test}.json and images/."""
+    output: str
+    """Stem of the files to write: STEM.json and STEM.md."""
+    modelopt_python: str
+    """Python that has nvidia-modelopt."""
+    num_images: int = 128
+    """Images to calibrate on."""
+    split: str = "test"
+    """Split to evaluate on."""
+
+
 @command
 def main(argv: Optional[List[str]] = None) -> int:
     """Measures what is not yet measured, writes the result files after each row, and prints the rows."""
-    arguments = _parser().parse_args(argv)
-    check_tables(arguments.output)
-    _check_arguments(arguments)
+    options = ToolsOptions(**vars(_parser().parse_args(argv)))
+    check_tables(options.output)
+    _check_options(options)
     environment = read_environment()  # before anything is measured: the load is that which others cause
-    versions = tool_versions(arguments.modelopt_python)
-    finished = _finished_rows(Path(f"{arguments.output}.json"), arguments.models)
+    versions = tool_versions(options.modelopt_python)
+    finished = _finished_rows(Path(f"{options.output}.json"), options.models)
     with tempfile.TemporaryDirectory() as folder:
-        few, every = calibration_images(arguments, Path(folder))
-        planned = [(model, way) for model in arguments.models for way in WAYS]
+        few, every = calibration_images(options, Path(folder))
+        planned = [(model, way) for model in options.models for way in WAYS]
         rows: Dict[Tuple[str, Way], Row] = {}
 
         def begun(model: str, way: Way) -> Row:
@@ -130,10 +148,10 @@ def main(argv: Optional[List[str]] = None) -> int:
         for key in planned:
             if key not in rows:
                 row = begun(*key)
-                rows[key] = {**row, **measure(row, key[1], few, every, arguments.modelopt_python)}
+                rows[key] = {**row, **measure(row, key[1], few, every, options.modelopt_python)}
                 if key[1] == PREDICTIONS_FROM:
                     keep_finished()  # those of AS_OURS, too, where the final predictions are still the same
-                write_results([rows[one] for one in planned if one in rows], arguments, environment)
+                write_results([rows[one] for one in planned if one in rows], options, environment)
                 print(_line(rows[key]), flush=True)
     return 0
 
@@ -160,12 +178,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _check_arguments(arguments: argparse.Namespace) -> None:
-    if arguments.num_images < FEWEST_IMAGES:
-        raise ConfigError(f"--num-images is {arguments.num_images}; expected at least {FEWEST_IMAGES}")
-    if len(set(arguments.models)) < len(arguments.models):
-        raise ConfigError(f"the models are {' '.join(arguments.models)}; expected each of them once")
-    for model in arguments.models:
+def _check_options(options: ToolsOptions) -> None:
+    if options.num_images < FEWEST_IMAGES:
+        raise ConfigError(f"--num-images is {options.num_images}; expected at least {FEWEST_IMAGES}")
+    if len(set(options.models)) < len(options.models):
+        raise ConfigError(f"the models are {' '.join(options.models)}; expected each of them once")
+    for model in options.models:
         load_contract(model)
     if not CHILD.is_file():  # which another Python has to find
         raise ConfigError(f"there is no {CHILD} here; run this command in the folder of the checkout")
@@ -207,7 +225,7 @@ def _finished_rows(path: Path, models: Sequence[str]) -> List[Row]:
     return [row for row in document["rows"] if row["error"] is None]
 
 
-def calibration_images(arguments: argparse.Namespace, folder: Path) -> Tuple[Images, Images]:
+def calibration_images(options: ToolsOptions, folder: Path) -> Tuple[Images, Images]:
     """
     A quarter of the images to calibrate on, and all of them, as COCO files in `folder`.
 
@@ -215,12 +233,12 @@ def calibration_images(arguments: argparse.Namespace, folder: Path) -> Tuple[Ima
         ConfigError: the training split has fewer.
         DataError: the data is missing or not COCO, or an image is missing or truncated.
     """
-    annotations, images_dir = split_paths(arguments.data, "train")
-    split_paths(arguments.data, arguments.split)
-    chosen = spread(load_coco(annotations, images_dir, check_files=False).images, arguments.num_images)
-    if len(chosen) < arguments.num_images:
+    annotations, images_dir = split_paths(options.data, "train")
+    split_paths(options.data, options.split)
+    chosen = spread(load_coco(annotations, images_dir, check_files=False).images, options.num_images)
+    if len(chosen) < options.num_images:
         raise ConfigError(
-            f"--num-images is {arguments.num_images}; expected at most {len(chosen)}, as many as {annotations} has"
+            f"--num-images is {options.num_images}; expected at most {len(chosen)}, as many as {annotations} has"
         )
     check_image_files(chosen)
     document = read_json(annotations, MeasurementError, "COCO annotations")
@@ -236,7 +254,7 @@ def calibration_images(arguments: argparse.Namespace, folder: Path) -> Tuple[Ima
         }
         write_json(path, part)
         digest = hashlib.sha256("".join(sha256_of(image.path) for image in images).encode()).hexdigest()
-        return Images(len(images), path, images_dir, digest, arguments.data, arguments.split)
+        return Images(len(images), path, images_dir, digest, options.data, options.split)
 
     return written(len(chosen) // 4), written(len(chosen))
 
@@ -407,18 +425,18 @@ def _audit(model: Path) -> Row:
     }
 
 
-def write_results(rows: Sequence[Row], arguments: argparse.Namespace, environment: Mapping[str, Any]) -> None:
+def write_results(rows: Sequence[Row], options: ToolsOptions, environment: Mapping[str, Any]) -> None:
     """Writes the result file, with every row's numbers, and the tables."""
-    annotations = {split: split_paths(arguments.data, split)[0] for split in ("train", arguments.split)}
+    annotations = {split: split_paths(options.data, split)[0] for split in ("train", options.split)}
     document = {
-        **provenance({**dict(zip(arguments.models, arguments.models)), **annotations}),
+        **provenance({**dict(zip(options.models, options.models)), **annotations}),
         "kind": KIND,
         "environment": environment,
-        "split": arguments.split,
-        "rows_planned": len(arguments.models) * len(WAYS),
+        "split": options.split,
+        "rows_planned": len(options.models) * len(WAYS),
         "rows": list(rows),
     }
-    write_tables(arguments.output, document, markdown_of(document))
+    write_tables(options.output, document, markdown_of(document))
 
 
 COLUMNS = (

@@ -11,6 +11,7 @@ while slows all of them. A ratio is that of two medians of one round; its spread
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import statistics
 import sys
@@ -49,7 +50,27 @@ Times = Mapping[str, Any]
 """What one process measured: the JSON of `crosskd.workers.time_training`."""
 
 
-def times_of_variant(variant: str, arguments: argparse.Namespace) -> Times:
+@dataclasses.dataclass(frozen=True)
+class TrainingStepOptions:
+    """What a step is measured with."""
+
+    config: str
+    """Config of a distillation."""
+    size: Sequence[int] = (320, 320)
+    """Width and height of the images, pixels."""
+    batch: int = 4
+    """Images in a step."""
+    steps: int = 20
+    """Timed steps in a round."""
+    rounds: int = 3
+    """Rounds of all variants."""
+    threads: Optional[int] = None
+    """CPU threads; None: torch's choice."""
+    output: Optional[str] = None
+    """JSON to write; None: the table is only printed."""
+
+
+def times_of_variant(variant: str, options: TrainingStepOptions) -> Times:
     """
     The times of one process, and the machine's load average over a minute before it as `load_average`.
 
@@ -57,17 +78,17 @@ def times_of_variant(variant: str, arguments: argparse.Namespace) -> Times:
         MeasurementError: the command failed, or wrote something else.
     """
     load_average = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
-    words = [arguments.config, "--variant", variant, "--size", *map(str, arguments.size)]
-    words += ["--batch", str(arguments.batch), "--steps", str(arguments.steps)]
-    words += ["--threads", str(arguments.threads)] if arguments.threads is not None else []
+    words = [options.config, "--variant", variant, "--size", *map(str, options.size)]
+    words += ["--batch", str(options.batch), "--steps", str(options.steps)]
+    words += ["--threads", str(options.threads)] if options.threads is not None else []
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "times.json"
         run_relayed("crosskd.workers.time_training", *words, "-o", output)
         times = read_json(output, MeasurementError, "the times of crosskd.workers.time_training")
     count = len(times.get("samples_s", ())) if isinstance(times, dict) else 0
-    if count != arguments.steps:
+    if count != options.steps:
         raise MeasurementError(
-            f"crosskd.workers.time_training wrote {count} samples of {variant}; expected {arguments.steps}"
+            f"crosskd.workers.time_training wrote {count} samples of {variant}; expected {options.steps}"
         )
     return {**times, "load_average": load_average}
 
@@ -150,40 +171,40 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _check_arguments(arguments: argparse.Namespace) -> None:
-    if arguments.output is not None:
-        check_writable(arguments.output)
+def _check_options(options: TrainingStepOptions) -> None:
+    if options.output is not None:
+        check_writable(options.output)
     for flag in ("batch", "steps", "rounds", "threads"):
-        value = getattr(arguments, flag)
+        value = getattr(options, flag)
         if value is not None and value < 1:
             raise ConfigError(f"--{flag} is {value}; expected at least 1")
-    if not Path(arguments.config).is_file():
-        raise ConfigError(f"no such config: {arguments.config}; expected the config of a distillation")
+    if not Path(options.config).is_file():
+        raise ConfigError(f"no such config: {options.config}; expected the config of a distillation")
 
 
 @command
 def main(argv: Optional[List[str]] = None) -> int:
     """Measures, prints the tables, writes the result file, and says so if a variant was not stable."""
-    arguments = _parser().parse_args(argv)
-    _check_arguments(arguments)
+    options = TrainingStepOptions(**vars(_parser().parse_args(argv)))
+    _check_options(options)
     environment = read_environment()  # before anything is measured: the load is that which others cause
-    rounds: List[Dict[str, Times]] = [{} for _ in range(arguments.rounds)]
+    rounds: List[Dict[str, Times]] = [{} for _ in range(options.rounds)]
     order = [(times, variant) for times in rounds for variant in VARIANTS]
     for times, variant in progress(order, len(order), "runs"):
-        times[variant] = times_of_variant(variant, arguments)
+        times[variant] = times_of_variant(variant, options)
     numbers = numbers_from_rounds(rounds)
     fast = numbers["variants"]["distill-fast"]
-    width, height = arguments.size
-    print(f"{arguments.config}, {arguments.batch} images of {width} x {height}, {fast['device']}, "
-          f"{fast['threads']} threads, {arguments.rounds} rounds of {arguments.steps} steps")  # fmt: skip
+    width, height = options.size
+    print(f"{options.config}, {options.batch} images of {width} x {height}, {fast['device']}, "
+          f"{fast['threads']} threads, {options.rounds} rounds of {options.steps} steps")  # fmt: skip
     print("\n".join(lines_from_numbers(numbers)))
-    if arguments.output is not None:
-        settings = {key: getattr(arguments, key) for key in ("size", "batch", "steps", "rounds", "threads")}
+    if options.output is not None:
+        settings = {key: getattr(options, key) for key in ("size", "batch", "steps", "rounds", "threads")}
         write_json(
-            arguments.output,
+            options.output,
             {
                 "result_version": RESULT_VERSION,
-                **provenance({"config": arguments.config}),
+                **provenance({"config": options.config}),
                 "kind": "training_step",
                 "environment": environment,
                 "settings": settings,

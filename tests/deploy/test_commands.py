@@ -112,6 +112,8 @@ def test_what_a_command_prints_is_returned() -> None:
         ("error: one\nmore\n", 2, "one"),
         ("usage: x\nx: error: no such flag\n", 2, "x: error: no such flag"),
         ("error: of another\nKeyError: 'x'\n\n", 1, "KeyError: 'x'"),
+        ("KeyError: 'x'\nerror: this is a fault of the program\n", 3, "KeyError: 'x'"),
+        ("error: killed\n", -9, "error: killed"),
         ("\n", 1, ""),
     ],
 )

@@ -549,7 +549,10 @@ def test_the_real_commands_do_what_is_asked_of_them(real, tmp_path, monkeypatch)
     assert len(list((tmp_path / "runs" / "real").glob("*.statistics.npz"))) == 1
 
     arguments = calibration._parser().parse_args([*words, "-o", str(output)])
-    row = rows_of(calibration_methods.Model.from_argument(words[1], tmp_path / "runs"), arguments, [])[0]
+    options = calibration_methods.MethodsOptions(
+        models=arguments.models, output=arguments.output, targets=arguments.targets, max_ap_drop=arguments.max_ap_drop
+    )
+    row = rows_of(calibration_methods.Model.from_argument(words[1], tmp_path / "runs"), options, [])[0]
     assert row.file.is_file()
     assert set(latency_of(row.model, row.file)) == set(best["latency"]) - {"created_utc", "environment"}
     assert is_finished(row)

@@ -130,7 +130,7 @@ def bench(tmp_path, monkeypatch):
 
     def arguments_of(name, *words):
         folders = ["--runs-dir", str(run.runs), "-o", str(run.out), "--jobs", "1"]
-        return distillation._parser().parse_args([name, *folders, *words])
+        return distillation.DistillationOptions(**vars(distillation._parser().parse_args([name, *folders, *words])))
 
     run.runs, run.out, run.arguments_of = tmp_path / "runs", tmp_path / "out", arguments_of
     distillation._resampled_ap.cache_clear()
