@@ -155,7 +155,8 @@ def state_for_detector(path: AnyPath, checkpoint: dict[str, Any], names: Collect
         path: for messages. names: of the detector's own state_dict.
 
     Raises:
-        CheckpointError: there are no tensors, several sets that differ, or values that are no numbers.
+        CheckpointError: there are no tensors, not all of a set whose names have a prefix,
+            several sets that differ, or values that are no numbers.
     """
     found = detector_weights_in(checkpoint, names)
     if not found:
@@ -170,6 +171,12 @@ def state_for_detector(path: AnyPath, checkpoint: dict[str, Any], names: Collect
             "save the one that you mean alone, as state_dict, beside the same meta, and give that file."
         )
     chosen = plain or (meant[0] if meant else max(found, key=lambda one: len(one.keys)))
+    if not whole and (chosen.prefix or chosen.place not in ("", "state_dict")):
+        missing = sorted(needed - chosen.keys.keys())
+        raise CheckpointError(
+            f"{path} is not a checkpoint of this detector: {chosen} holds {len(chosen.keys)} of its tensors and lacks "
+            f"{len(missing)} (such as {missing[0]}). Give the config that it was trained with."
+        )
     known = set(chosen.keys.values())
     averages = {key for one in found if one.prefix == EMA_PREFIX for key in one.keys.values()}
     among = [key for key in chosen.tensors if key.startswith(chosen.prefix) and key not in known | averages]
@@ -280,6 +287,7 @@ def load_detector_weights(
     unexpected = sorted(key for key in state.keys() - own.keys() if not key.endswith(OPTIONAL))
     differing = sorted(key for key in own.keys() & state.keys() if own[key].shape != state[key].shape)
     if missing or unexpected or differing:
+        only_head = not missing and not unexpected and all(key.startswith("bbox_head.") for key in differing)
         parts = [
             f"{len(keys)} {what} (such as {keys[0]})"
             for keys, what in (
@@ -291,7 +299,7 @@ def load_detector_weights(
         ]
         raise CheckpointError(
             f"{path} is not a checkpoint of this {type(detector).__name__}: {', '.join(parts)}. Give the config "
-            f"that it was trained with.{f' {START_FROM}' if differing and not missing and not unexpected else ''}"
+            f"that it was trained with.{f' {START_FROM}' if only_head else ''}"
         )
     detector.load_state_dict(state, strict=False)
 

@@ -326,6 +326,16 @@ def test_two_sets_of_weights_are_named_and_none_is_guessed(
         load_detector_weights(build("gfl_tiny.py"), _save(tmp_path / "x.pth", content(state, other)))
 
 
+def test_a_part_of_a_detector_is_named_with_where_it_was_found(build: Callable[..., Any], tmp_path: Path) -> None:
+    state = build("gfl_tiny.py").state_dict()
+    backbone = {f"module.teacher.{key}": value for key, value in state.items() if key.startswith("backbone.")}
+    path = _save(tmp_path / "x.pth", {"state_dict": backbone})
+    with pytest.raises(
+        CheckpointError, match=r"state_dict with names that begin with 'module\.teacher\.' holds \d+ of"
+    ):
+        load_detector_weights(build("gfl_tiny.py"), path)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_no_numbers_are_refused_by_name(
     value: float, build: Callable[..., Any], detector: Any, tmp_path: Path
