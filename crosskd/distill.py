@@ -50,8 +50,8 @@ from crosskd.training import (
 from deploy.contract import read_sidecar
 from deploy.errors import ConfigError, command
 from deploy.files import check_writable
+from deploy.targets import QUANTISED_FOR
 
-TARGETS = ("onnxruntime", "tensorrt")
 LEARNING_RATE = "optim_wrapper.optimizer.lr"
 
 
@@ -68,7 +68,7 @@ class DistillationOptions:
     int8: bool = False
     """Whether the student learns to live with the rounding of INT8."""
     target: str | None = None
-    """The runtime that INT8 is for, one of TARGETS; None: tensorrt, or that of `calibrated`."""
+    """The runtime that INT8 is for, one of `deploy.targets.QUANTISED_FOR`; None: tensorrt, or that of `calibrated`."""
     calibrated: Path | None = None
     """INT8 file of the weights `start`, whose placement and ranges to start with; None: made on the way."""
 
@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
         "--from", dest="start", metavar="FILE", help="weights of a finished run of the student to start from"
     )
     group.add_argument("--quantize", choices=("int8",), help="train for INT8; with --from")
-    group.add_argument("--target", choices=TARGETS, help="runtime that INT8 is for (default: tensorrt)")
+    group.add_argument("--target", choices=QUANTISED_FOR, help="runtime that INT8 is for (default: tensorrt)")
     group.add_argument(
         "--calibrated",
         metavar="FILE",

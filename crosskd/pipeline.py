@@ -23,10 +23,9 @@ from deploy.errors import ConfigError, PipelineError, command
 from deploy.files import check_writable
 from deploy.freshness import is_made, read_start, start_from, write_start
 from deploy.layouts import SPLITS, split_paths
+from deploy.targets import QUANTISED_FOR
 from deploy.tensorrt.bindings import load_tensorrt
 from deploy.tensorrt.cuda import load_cuda
-
-TARGETS = ("onnxruntime", "tensorrt")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +41,7 @@ class PipelineOptions:
     teacher_checkpoint: str | None = None
     """Weights of a teacher that is already trained; None: the config's, or it is trained."""
     target: str = "onnxruntime"
-    """What the model shall run on: one of TARGETS."""
+    """What the model shall run on: one of `deploy.targets.QUANTISED_FOR`."""
     limits: str | None = None
     """TOML file of limits for the verdict; None: the config's report_limits."""
     seed: int = 0
@@ -102,7 +101,10 @@ def command_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--teacher-checkpoint", metavar="FILE", help="weights of a teacher that is already trained")
     parser.add_argument(
-        "--target", choices=TARGETS, default="onnxruntime", help="what the model shall run on (default: onnxruntime)"
+        "--target",
+        choices=QUANTISED_FOR,
+        default="onnxruntime",
+        help="what the model shall run on (default: onnxruntime)",
     )
     parser.add_argument("--limits", metavar="FILE", help="TOML file of limits for the verdict, see benchmarks.report "
                         "(default: the config's report_limits)")  # fmt: skip

@@ -23,13 +23,14 @@ import argparse
 import sys
 from typing import List, Optional
 
-from benchmarks.studies.calibration_methods import METHODS, TARGETS, MethodsOptions, run_methods
+from benchmarks.studies.calibration_methods import METHODS, MethodsOptions, run_methods
 from benchmarks.studies.calibration_training import Int8AwareOptions, run_int8_aware
 from benchmarks.studies.jobs import Processes, end_as_by_ctrl_c
 from benchmarks.studies.tables import check_tables
 from deploy.contract import read_sidecar, weights_of_run
 from deploy.errors import command
 from deploy.layouts import SPLITS, split_paths
+from deploy.targets import QUANTISED_FOR
 
 
 @command
@@ -62,7 +63,9 @@ def _parser() -> argparse.ArgumentParser:
                          "on (split val or test, the default)")  # fmt: skip
     methods.add_argument("--int8-aware", nargs="+", default=[], metavar="NAME=FILE.int8.onnx",
                          help="of crosskd.distill --quantize int8: a row for the target that it is for")  # fmt: skip
-    methods.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS), help="(default: both)")
+    methods.add_argument(
+        "--targets", nargs="+", choices=QUANTISED_FOR, default=list(QUANTISED_FOR), help="(default: both)"
+    )
     methods.add_argument("--max-ap-drop", type=float, default=0.3, metavar="POINTS",
                          help="of the row with a budget, met on the val split (default: %(default)s)")  # fmt: skip
     aware = tables.add_parser("int8-aware", help="what INT8-aware training wins back")
@@ -73,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     aware.add_argument("--epochs", type=int, required=True, help="of each fine-tuning")
     aware.add_argument("--learning-rate", type=float, required=True, metavar="RATE", help="of each fine-tuning")
     aware.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED", help="(default: 0 1 2)")
-    aware.add_argument("--target", choices=TARGETS, default="tensorrt", help="(default: %(default)s)")
+    aware.add_argument("--target", choices=QUANTISED_FOR, default="tensorrt", help="(default: %(default)s)")
     aware.add_argument("--method", choices=METHODS, default="max", help="of calibration (default: %(default)s)")
     aware.add_argument("--jobs", type=int, default=2, help="trainings at a time, a thread each; 1: one, with all the "
                        "threads (default: %(default)s)")  # fmt: skip

@@ -37,8 +37,8 @@ from deploy.images import read_image
 from deploy.layouts import SPLITS, split_paths
 from deploy.runtime.preprocess import preprocess
 from deploy.runtime.session import Session
+from deploy.targets import QUANTISED_FOR, TARGETS
 
-TARGETS = {"onnxruntime": "ONNX Runtime", "tensorrt": "TensorRT"}
 """Of calibration.quantize, and what the tables call them."""
 METHODS = ("max", "percentile", "entropy", "mse", "auto")
 MOST_IMAGES = 512
@@ -202,7 +202,7 @@ def trained_files(texts: Sequence[str], models: Sequence[Model]) -> Dict[str, Li
         if name not in found or not file:
             raise ConfigError(f"--int8-aware {text}; expected NAME=FILE.int8.onnx, NAME one of {', '.join(found)}")
         target = read_sidecar(file)["details"].get("target")
-        if target not in TARGETS:
+        if target not in QUANTISED_FOR:
             raise ConfigError(
                 f"--int8-aware {text}: its sidecar has the target {target!r}; expected a file of crosskd.distill "
                 "--quantize int8 or of calibration.quantize"
@@ -410,7 +410,7 @@ def methods_markdown(document: Mapping[str, Any]) -> str:
             rows = [row for row in model["rows"] if row["target"] == target]
             timed = any(row.get("latency") for row in rows)
             lines += [
-                f"### {model['name']}, {TARGETS[target]}",
+                f"### {model['name']}, {TARGETS[target].title}",
                 "",
                 *table(
                     (*COLUMNS, *(LATENCY_COLUMNS if timed else ())),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from calibration.placement import PLACEMENTS
 from deploy.errors import ConfigError, ContractError
 from deploy.runtime.session import Session
 from deploy.targets import QUANTISED_FOR, TARGETS, target_from_path, version_numbers
@@ -53,6 +54,7 @@ def test_each_entry_is_whole(name: str) -> None:
 
 def test_int8_graphs_are_made_for_two_of_them() -> None:
     assert QUANTISED_FOR == ("onnxruntime", "tensorrt")
+    assert sorted(PLACEMENTS) == sorted(QUANTISED_FOR)
 
 
 def test_numbers_of_a_version() -> None:
