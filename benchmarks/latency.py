@@ -26,7 +26,6 @@ from typing import Any, Dict, List, Mapping, Optional
 import cv2
 
 from benchmarks.measuring.detection import open_detection
-from benchmarks.measuring.environment import usable_cores
 from benchmarks.measuring.result import STAGES, STATISTICS, summarize, write_result
 from benchmarks.measuring.subject import (
     Subject,
@@ -43,6 +42,7 @@ from benchmarks.measuring.timing import LatencyOptions, device_memory_used_mib, 
 from deploy.dataset import CocoSet
 from deploy.errors import MeasurementError, command
 from deploy.images import read_image
+from deploy.machine import usable_cores
 
 IMAGES = 8
 """Images of the data that are detected in, in turn."""

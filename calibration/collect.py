@@ -21,6 +21,7 @@ from deploy.errors import CalibrationError, MissingDependencyError
 from deploy.files import sha256_of
 from deploy.graphs.graph import producers, with_outputs
 from deploy.images import read_image
+from deploy.machine import thread_limit
 from deploy.progress import progress
 from deploy.runtime.preprocess import preprocess
 
@@ -217,6 +218,7 @@ def runtime_session(model: onnx.ModelProto, needed_for: str, quiet: bool = False
         raise MissingDependencyError("onnxruntime", needed_for, "pip install onnxruntime") from error
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors only
+    options.intra_op_num_threads = thread_limit() or 0  # 0: its own choice
     if quiet:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:

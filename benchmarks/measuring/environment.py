@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import os
 import platform
-import subprocess
 import time
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Tuple
+
+from deploy.machine import L4T_RELEASE, board_model, output_of, power_mode, text_of, usable_cores
 
 VARYING = ("load_average", "now")
 """Keys of `read_environment` that differ from one measurement to the next on the same machine."""
@@ -54,7 +55,7 @@ def read_environment() -> Dict[str, Any]:
     except NotHere:
         gpu = None
     return {
-        "machine": _first_line("/proc/device-tree/model"),  # boards name themselves here, PCs do not have it
+        "machine": board_model(),
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
         "cores_usable": usable_cores(),
@@ -63,17 +64,17 @@ def read_environment() -> Dict[str, Any]:
         "cpu_clock_min_mhz": min((low for low, _ in clocks), default=None),
         "cpu_clock_max_mhz": max((high for _, high in clocks), default=None),
         "cpu_turbo": _cpu_turbo(),
-        **(gpu.facts() if gpu else _jetson_gpu_facts()),
+        **_merged(gpu.facts() if gpu else {}, _jetson_gpu_facts()),
         "jetpack": _jetpack(),
-        "nvpmodel": _nvpmodel(),
+        "nvpmodel": power_mode(),
         "memory_mib": _memory_mib(),
         "os": platform.platform(),
         "load_average": _load_average(),
         "now": {
             "temperatures_c": _temperatures_c(),
             "cpu_clock_mhz": _mhz(_SYS / "devices/system/cpu/cpu0/cpufreq/scaling_cur_freq"),
-            "gpu_clock_mhz": gpu.clock_mhz() if gpu else _jetson_gpu_mhz("cur_freq"),
-            "gpu_temperature_c": gpu.temperature_c() if gpu else None,
+            "gpu_clock_mhz": gpu_clock_mhz(gpu),
+            "gpu_temperature_c": gpu_temperature_c(gpu),
         },
         "commit": _commit(),
     }
@@ -158,6 +159,19 @@ def open_gpu() -> Gpu:
     )
 
 
+def gpu_clock_mhz(gpu: Optional[Gpu]) -> Optional[float]:
+    """The present clock of the GPU: as NVML says, else as a Jetson's files do."""
+    said = gpu.clock_mhz() if gpu is not None else None
+    return said if said is not None else _jetson_gpu_mhz("cur_freq")
+
+
+def gpu_temperature_c(gpu: Optional[Gpu]) -> Optional[float]:
+    """As NVML says, else that of a Jetson's thermal zone: "gpu-thermal", on Xavier "GPU-therm"."""
+    said = gpu.temperature_c() if gpu is not None else None
+    seen = (degrees for zone, degrees in _temperatures_c().items() if zone.lower().startswith("gpu-therm"))
+    return said if said is not None else next(seen, None)
+
+
 # Clocks, throttling and load
 
 
@@ -181,19 +195,27 @@ def clock_reasons(on_gpu: bool) -> List[str]:
         reasons.append(f"the CPU governor is {' and '.join(sorted(map(str, moving)))}, not performance")
     if _cpu_turbo():
         reasons.append("the CPU's turbo is on")
-    for device in jetson_gpus() if on_gpu else []:
-        if not _is_fixed(device / "min_freq", "max_freq"):
-            reasons.append("the clocks of the Jetson's GPU are not locked: sudo jetson_clocks")
+    if on_gpu and not all(_is_fixed(device / "min_freq", "max_freq") for device in jetson_gpus()):
+        reasons.append("the clocks of the Jetson's GPU are not locked: sudo jetson_clocks")
     return reasons
 
 
 def jetson_gpus() -> List[Path]:
-    """The GPU of a Jetson among the devices with clocks: 17000000.ga10b or .gpu on Orin, 17000000.gv11b on Xavier."""
+    """
+    The GPU of a Jetson among the devices with clocks, that of its computing units first: 17000000.ga10b or .gpu on
+    Orin, 17000000.gv11b on Xavier; on Thor gpu-gpc-0, and gpu-nvd-0 of its video engines.
+    """
     return [
         path
         for path in sorted(_SYS.glob("class/devfreq/*"))
         if path.name.rpartition(".")[2] in ("gpu", "ga10b", "gv11b", "gp10b", "gm20b")
+        or path.name.startswith(("gpu-gpc-", "gpu-nvd-"))
     ]
+
+
+def _merged(said: Dict[str, Any], seen: Dict[str, Any]) -> Dict[str, Any]:
+    """`said` by NVML, and what it does not say as `seen` in files: on an Orin of JetPack 6 or 7 it supports nothing."""
+    return {**said, **{name: value for name, value in seen.items() if said.get(name) is None}}
 
 
 def _jetson_gpu_facts() -> Dict[str, Any]:
@@ -224,12 +246,14 @@ def throttle_count() -> int:
 def thermal_limits() -> List[str]:
     """
     What holds clocks down at present because the device is hot: the cooling devices of cpufreq and devfreq, and the
-    alerts of a Jetson ("gpu-throttle-alert"), that are at work. Kernel: Documentation/driver-api/thermal/sysfs-api.rst.
+    alerts of a Jetson ("gpu-throttle-alert"), that are at work. Kernel: Documentation/driver-api/thermal/sysfs-api.rst;
+    before 5.13 their names were numbers, "thermal-cpufreq-0" (drivers/thermal/cpufreq_cooling.c).
     """
     found = set()
     for device in _SYS.glob("class/thermal/cooling_device*"):
         kind, state = _first_line(device / "type") or "", _first_line(device / "cur_state") or ""
-        if (kind.startswith(("cpufreq", "devfreq")) or "throttle" in kind) and state.isdigit() and int(state) > 0:
+        slows = any(word in kind for word in ("cpufreq", "devfreq", "throttle"))
+        if slows and state.isdigit() and int(state) > 0:
             found.add(kind)
     return sorted(found)
 
@@ -250,13 +274,6 @@ def busy_cores(seconds: float) -> Optional[float]:
     time.sleep(seconds)
     after, elapsed_s = busy_s(), time.perf_counter() - start
     return None if before is None or after is None else (after - before) / elapsed_s
-
-
-def usable_cores() -> Optional[int]:
-    """How many processors this process may use."""
-    if not hasattr(os, "sched_getaffinity"):  # Linux only
-        return os.cpu_count()
-    return len(os.sched_getaffinity(0))
 
 
 def process_memory_mib(pid: int) -> Optional[Tuple[float, float]]:
@@ -329,16 +346,9 @@ def _temperatures_c() -> Dict[str, float]:
 
 
 def _jetpack() -> Optional[str]:
-    """The release of Jetson Linux: "R35 (release), REVISION: 4.1" of the first line of its own file."""
-    line = _first_line("/etc/nv_tegra_release")
-    return None if line is None else ",".join(line.lstrip("# ").split(",")[:2])
-
-
-def _nvpmodel() -> Optional[str]:
-    """The power mode of a Jetson: `nvpmodel -q` prints "NV Power Mode: MAXN", then the number of the mode."""
-    lines = (_output_of("nvpmodel", "-q") or "").splitlines()
-    modes = [line.split(":", 1)[1].strip() for line in lines if line.startswith("NV Power Mode:")]
-    return modes[0] if modes else None
+    """The release of Jetson Linux: "R35 (release), REVISION: 4.1" of its own file."""
+    text = text_of(L4T_RELEASE)
+    return None if text is None else ",".join(text.lstrip("# ").split(",")[:2])
 
 
 def _cpu_model() -> Optional[str]:
@@ -373,13 +383,4 @@ def _commit() -> Optional[str]:
 
 
 def _git(*words: str) -> Optional[str]:
-    return _output_of("git", "-C", str(Path(__file__).parent), *words)
-
-
-def _output_of(*words: str) -> Optional[str]:
-    command: Sequence[str] = words
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    return output_of("git", "-C", str(Path(__file__).parent), *words)

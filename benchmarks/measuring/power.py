@@ -23,17 +23,20 @@ MOST_READINGS = 36_000
 MODULE_RAILS = (
     ("VDD_IN",),
     ("VDD_GPU_SOC", "VDD_CPU_CV", "VIN_SYS_5V0"),
+    ("VDD_GPU", "VDD_CPU_SOC_MSS", "VIN_SYS_5V0"),
     ("GPU", "CPU", "SOC", "CV", "VDDRQ", "SYS5V"),
+    ("POM_5V_IN",),
 )
 """
 Rails of tegrastats that together are what the whole module takes; the first set that is there whole counts.
 
-Orin NX, Orin Nano, Xavier NX: one rail. AGX Orin: three (its VDDQ_VDD2_1V8AO is fed by VIN_SYS_5V0). AGX Xavier: six.
+Orin NX, Orin Nano, Xavier NX: one rail. AGX Orin: three (its VDDQ_VDD2_1V8AO is fed by VIN_SYS_5V0). AGX Thor: three;
+its VIN is the input of the whole board, carrier included (jetson_stats, pull request 900). AGX Xavier: six. Nano: one.
 Jetson Linux Developer Guide, Platform Power and Performance, "3-Channel INA3221 Power Monitors" of each series.
 """
 TEGRASTATS_PATIENCE_S = 3.0
 
-_RAIL = re.compile(r"(?<!\S)([A-Z][A-Z0-9_]*) (\d+)(?:mW)?/\d+(?:mW)?(?!\S)")
+_RAIL = re.compile(r"(?<!\S)([A-Z][A-Z0-9_]*) (-?\d+)(?:mW(?:/-?\d+mW){0,2}|(?:/-?\d+){1,2})(?!\S)")
 _POWERCAP = Path("/sys/class/powercap")
 
 
@@ -115,7 +118,12 @@ class RaplPower(PowerSource):
 
 
 def rails_from_tegrastats(line: str) -> Dict[str, float]:
-    """Rail -> watts at present, of one line that tegrastats prints: "VDD_IN 4067mW/4067mW", in old releases no unit."""
+    """
+    Rail -> watts at present, of one line that tegrastats prints.
+
+    "VDD_IN 4067mW/4067mW" is the present value and the mean. JetPack 7.2 prints a third, releases before 5 no unit. A
+    rail at rest may be read as slightly below zero.
+    """
     return {name: int(milliwatts) / 1e3 for name, milliwatts in _RAIL.findall(line)}
 
 
@@ -129,6 +137,8 @@ def module_rails(rails: Mapping[str, float]) -> Tuple[str, ...]:
     for names in MODULE_RAILS:
         if all(name in rails for name in names):
             return names
+    if not rails:
+        raise NotHere("tegrastats prints no rails here: some boards tell them only to root, so run this with sudo")
     raise NotHere(f"tegrastats names the rails {sorted(rails)}, which are those of no board known here")
 
 

@@ -22,6 +22,7 @@ from benchmarks.measuring.environment import (
     NotHere,
     busy_cores,
     clock_reasons,
+    gpu_clock_mhz,
     jetson_gpus,
     open_gpu,
     thermal_limits,
@@ -184,6 +185,7 @@ def numbers_from_samples(
 class Watch:
     """What is read of the device while it is measured; None what cannot be."""
 
+    on_gpu: bool
     gpu: Optional[Gpu]
     power: Optional[PowerSource]
     power_reason: Optional[str]
@@ -191,8 +193,10 @@ class Watch:
 
     def readers(self) -> Dict[str, Callable[[], Optional[float]]]:
         readers: Dict[str, Callable[[], Optional[float]]] = {}
+        if self.on_gpu:
+            readers["clock_mhz"] = lambda: gpu_clock_mhz(self.gpu)
         if self.gpu is not None:
-            readers.update(clock_mhz=self.gpu.clock_mhz, slowdowns=self.gpu.slowdowns, used_mib=self.gpu.used_mib)
+            readers.update(slowdowns=self.gpu.slowdowns, used_mib=self.gpu.used_mib)
         if self.power is not None:
             readers["watts"] = self.power.watts
         return readers
@@ -210,7 +214,7 @@ def open_watch(on_gpu: bool) -> Iterator[Watch]:
     except NotHere as error:
         reason = str(error)
     try:
-        yield Watch(gpu, power, reason)
+        yield Watch(on_gpu, gpu, power, reason)
     finally:
         if power is not None:
             power.close()
@@ -225,7 +229,8 @@ def gpu_reasons(clocks_mhz: Sequence[float], slowdowns: Sequence[float]) -> List
         reasons.append(Reason("gpu_slowed", f"the GPU was slowed down by {' and '.join(held)}"))
     if clocks_mhz and min(clocks_mhz) < (1 - MOVING_CLOCK) * max(clocks_mhz):
         moved = f"the GPU's clock moved between {min(clocks_mhz):.0f} and {max(clocks_mhz):.0f} MHz"
-        reasons.append(Reason("gpu_clock", f"{moved}: lock it with nvidia-smi --lock-gpu-clocks"))
+        lock = "sudo jetson_clocks" if jetson_gpus() else "nvidia-smi --lock-gpu-clocks"
+        reasons.append(Reason("gpu_clock", f"{moved}: lock it with {lock}"))
     return reasons
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from deploy.contract import load_contract
 from deploy.errors import ContractError, MissingDependencyError, PipelineError
 from deploy.files import AnyPath
+from deploy.machine import thread_limit
 from deploy.runtime.session import Arrays, Session, TensorInfo, check_tensors
 
 OPENVINO_TYPES = {"f32": "float32", "f16": "float16", "u8": "uint8", "i32": "int32", "i64": "int64"}
@@ -27,7 +28,8 @@ class OpenVinoSession(Session):
 
     Args:
         path: the ONNX file, with its sidecar.
-        threads: for operators; None leaves the choice to OpenVINO (one per physical core).
+        threads: for operators; None leaves the choice to OpenVINO (one per physical core), but for what a container may
+            use.
 
     Raises:
         MissingDependencyError: openvino is not installed.
@@ -40,6 +42,7 @@ class OpenVinoSession(Session):
         except ImportError as error:
             raise MissingDependencyError("openvino", f"running {Path(path).name}", "pip install openvino") from error
         self.contract = load_contract(path)
+        threads = thread_limit() if threads is None else threads
         words = f"{threads} threads" if threads is not None else "default threads"
         self.description = f"OpenVINO {openvino.__version__.partition('-')[0]}, CPU, {words}"
         settings: Dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}

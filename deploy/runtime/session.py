@@ -17,6 +17,7 @@ import numpy as np
 from deploy.contract import ModelContract, load_contract
 from deploy.errors import ConfigError, ContractError, MissingDependencyError, PipelineError
 from deploy.files import AnyPath
+from deploy.machine import thread_limit
 
 Arrays = Dict[str, np.ndarray]
 TensorInfo = Tuple[str, str, Tuple[int, ...]]
@@ -105,7 +106,7 @@ class OrtSession(Session):
         path: the ONNX file, with its sidecar.
         provider: the execution provider, by ONNX Runtime's name: "CPUExecutionProvider", "CUDAExecutionProvider",
             "TensorrtExecutionProvider". It must take the whole graph.
-        threads: for operators; None leaves the choice to ONNX Runtime (one per core).
+        threads: for operators; None leaves the choice to ONNX Runtime (one per core), but for what a container may use.
 
     Attributes:
         runtime: ONNX Runtime's own session.
@@ -124,6 +125,7 @@ class OrtSession(Session):
                 "onnxruntime", f"running {Path(path).name}", "pip install onnxruntime"
             ) from error
         self.contract = load_contract(path)
+        threads = thread_limit() if threads is None else threads
         words = f"{threads} threads" if threads is not None else "default threads"
         self.description = f"ONNX Runtime {onnxruntime.__version__}, {provider}, {words}"
         self.runtime: Any = _runtime_session(onnxruntime, path, provider, threads)

@@ -10,6 +10,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from benchmarks.measuring import environment
+from deploy import machine
 
 DATA = Path(__file__).parent / "data"
 
@@ -62,7 +63,7 @@ def test_nothing_to_find_is_none(monkeypatch):
     monkeypatch.setattr(environment.Path, "read_text", missing)
     monkeypatch.setattr(environment.os, "sysconf", missing)
     monkeypatch.setattr(environment.os, "getloadavg", missing)
-    monkeypatch.setattr(environment.subprocess, "run", missing)
+    monkeypatch.setattr(machine.subprocess, "run", missing)
     monkeypatch.setitem(sys.modules, "pynvml", None)
     found = environment.read_environment()
     there = {key for key, value in found.items() if value is not None}
@@ -95,7 +96,7 @@ def test_the_commit_is_that_of_this_file(tmp_path, monkeypatch):
 
 def test_the_power_mode_of_a_jetson(monkeypatch):
     text = (DATA / "nvpmodel_agx_orin.txt").read_text()
-    monkeypatch.setattr(environment, "_output_of", lambda *words: text if words[0] == "nvpmodel" else None)
+    monkeypatch.setattr(machine, "output_of", lambda *words: text if words[0] == "nvpmodel" else None)
     assert environment.read_environment()["nvpmodel"] == "MODE_30W"
 
 
@@ -150,6 +151,15 @@ CPU = "devices/system/cpu"
             },
             [],
         ),
+        (
+            {
+                "class/devfreq/gpu-gpc-0/min_freq": "315000000",  # Thor
+                "class/devfreq/gpu-gpc-0/max_freq": "1575000000",
+                "class/devfreq/gpu-nvd-0/min_freq": "315000000",
+                "class/devfreq/gpu-nvd-0/max_freq": "1692000000",
+            },
+            ["the clocks of the Jetson's GPU are not locked: sudo jetson_clocks"],
+        ),
     ],
 )
 def test_clocks_that_move_are_a_reason(sys_files, files, reasons):
@@ -178,20 +188,38 @@ def test_only_what_holds_clocks_down_is_a_thermal_limit(sys_files):
         ("devfreq-17000000.gpu", 0),
         ("pwm-fan", 3),
         ("Processor", 1),
+        ("thermal-cpufreq-0", 1),  # before kernel 5.13
+        ("thermal-devfreq-1", 0),
     ]
     for number, (kind, state) in enumerate(kinds):
         sys_files(f"class/thermal/cooling_device{number}/type", kind)
         sys_files(f"class/thermal/cooling_device{number}/cur_state", str(state))
-    assert environment.thermal_limits() == ["cpufreq-cpu0", "gpu-throttle-alert"]
+    assert environment.thermal_limits() == ["cpufreq-cpu0", "gpu-throttle-alert", "thermal-cpufreq-0"]
 
 
-def test_the_clocks_of_a_jetsons_gpu(sys_files, monkeypatch):
+@pytest.mark.parametrize("device", ["17000000.gpu", "17000000.ga10b", "17000000.gv11b", "gpu-gpc-0"])
+def test_the_clocks_of_a_jetsons_gpu(sys_files, monkeypatch, device):
     monkeypatch.setitem(sys.modules, "pynvml", None)
     for name, hertz in (("min_freq", 306000000), ("max_freq", 1300500000), ("cur_freq", 612000000)):
-        sys_files(f"class/devfreq/17000000.gpu/{name}", str(hertz))
+        sys_files(f"class/devfreq/{device}/{name}", str(hertz))
+        sys_files(f"class/devfreq/gpu-nvd-0/{name}", "999000000")  # of Thor's video engines: does not count
     found = environment.read_environment()
     assert (found["gpu_clock_min_mhz"], found["gpu_clock_max_mhz"]) == (306.0, 1300.5)
     assert found["now"]["gpu_clock_mhz"] == 612.0
+
+
+def test_what_nvml_does_not_say_of_an_orin_is_read_from_its_files(sys_files, nvml):
+    nvml.nvmlDeviceGetName = lambda gpu: "Orin (nvgpu)"
+    for name, hertz in (("min_freq", 306000000), ("max_freq", 918000000), ("cur_freq", 612000000)):
+        sys_files(f"class/devfreq/17000000.gpu/{name}", str(hertz))
+    sys_files("class/thermal/thermal_zone0/type", "gpu-thermal")
+    sys_files("class/thermal/thermal_zone0/temp", "47812")
+    found = environment.read_environment()
+    assert (found["gpu"], found["gpu_driver"]) == ("Orin (nvgpu)", "580.1")
+    assert (found["gpu_clock_min_mhz"], found["gpu_clock_max_mhz"]) == (306.0, 918.0)
+    assert (found["now"]["gpu_clock_mhz"], found["now"]["gpu_temperature_c"]) == (612.0, 47.812)
+    nvml.nvmlDeviceGetClockInfo = lambda gpu, clock: 500
+    assert environment.read_environment()["now"]["gpu_clock_mhz"] == 500
 
 
 def test_the_load_of_others_is_what_kept_processors_busy(tmp_path, monkeypatch):

@@ -45,6 +45,28 @@ def test_the_rails_are_the_present_power_and_nothing_else_of_the_line():
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("line", "watts"),
+    [
+        ("tj@50C/50C VDD_IN 4711mW/4698mW/6120mW VDD_CPU_GPU_CV 502mW/498mW/811mW VDD_SOC 1mW/1mW/1mW", 4.711),
+        ("VDD_GPU 11mW/0mW VDD_CPU_SOC_MSS 5500mW/5512mW VIN_SYS_5V0 5100mW/5080mW VIN 16900mW/16850mW", 10.611),
+        ("VIN 19000mW/1mW/1mW VDD_GPU -7mW/1mW/1mW VDD_CPU_SOC_MSS 5900mW/1mW/1mW VIN_SYS_5V0 5600mW/1mW/1mW", 11.493),
+        ("VDD_GPU_SOC 1592mW/-1592mW VDD_CPU_CV -25mW/-12mW VIN_SYS_5V0 2624mW/2624mW", 4.191),
+        ("RAM 1790/3964MB SWAP 0/0MB APE 150 VIC_FREQ 115 GPU@36C POM_5V_IN 1022/1030 POM_5V_GPU 0/0", 1.022),
+        ("APE 150 VDD_IN 3990mW VDD_SOC 800mW", 3.99),
+    ],
+)  # fmt: skip
+def test_lines_of_other_releases_and_boards(line, watts):
+    rails = power.rails_from_tegrastats(line)
+    assert not {"APE", "RAM", "SWAP", "VIC_FREQ"} & set(rails)
+    assert sum(rails[name] for name in power.module_rails(rails)) == pytest.approx(watts)
+
+
+def test_rails_that_only_root_sees_are_said():
+    with pytest.raises(environment.NotHere, match="sudo"):
+        power.module_rails(power.rails_from_tegrastats("RAM 721/31927MB (lfb 7291x4MB) CPU [2%@1190] GPU@37.5C"))
+
+
 def test_rails_of_an_unknown_board_are_not_added_up():
     with pytest.raises(environment.NotHere, match=r"\['VDD_OTHER'\]"):
         power.module_rails({"VDD_OTHER": 3.0})

@@ -11,6 +11,7 @@ import pytest
 from deploy.contract import load_contract, sidecar_path, write_sidecar
 from deploy.detector import open_session
 from deploy.errors import ConfigError, ContractError, MissingDependencyError, PipelineError
+from deploy.runtime import session as session_module
 from deploy.runtime.session import OrtSession, Session
 from deploy.targets import TARGETS
 from deploy.tensorrt.cuda import load_cuda
@@ -166,13 +167,17 @@ def model(small_file: Callable[..., Path]) -> Path:
     return small_file("topk")
 
 
-def test_threads_and_provider_are_said(model: Path) -> None:
+def test_threads_and_provider_are_said(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session_module, "thread_limit", lambda: None)
     with open_session(model, threads=1) as session:
         assert isinstance(session, OrtSession)
         assert session.contract == load_contract(model)
         assert "CPUExecutionProvider, 1 threads" in session.description
     with open_session(model, provider="CPUExecutionProvider") as session:
         assert "CPUExecutionProvider, default threads" in session.description
+    monkeypatch.setattr(session_module, "thread_limit", lambda: 3)  # a container's quota
+    with OrtSession(model) as session:
+        assert "CPUExecutionProvider, 3 threads" in session.description
 
 
 def test_a_truncated_file_is_refused(model: Path) -> None:
