@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import importlib.util
 import json
 import os
-import re
 import shutil
 import signal
 import socket
@@ -23,7 +21,6 @@ import pytest
 
 from benchmarks import fleet
 from benchmarks.boards import ssh
-from benchmarks.boards.list import Board, boards_from_file
 from benchmarks.measuring.result import STAGES, STATISTICS, read_result, write_result
 from benchmarks.reporting.wording import UNKNOWN
 from deploy.board.archive import pack
@@ -31,7 +28,6 @@ from deploy.board.commands import BUNDLE_VERSION
 from deploy.board.run import MANIFEST
 from deploy.bundle import main as make_bundle
 from deploy.contract import sidecar_path, write_sidecar
-from deploy.errors import ConfigError
 from tests.stand_ins.detector import CONTRACT, write_detector
 from tests.stand_ins.tensorrt import write_module
 
@@ -513,56 +509,6 @@ def test_a_real_bundle_with_a_stand_in_of_tensorrt(server, boards_file, tmp_path
 GOOD = "[[board]]\nname = 'a'\nhost = 'h'\n"
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "has no [[board]]; expected one [[board]] for each board"),
-        ("board = []", "has no [[board]]"),
-        ("[board]\nname = 'a'", "has no [[board]]"),
-        ("x = 1\n" + GOOD, "has x; expected one [[board]] for each board, and nothing else"),
-        ("[[board", "is not TOML"),
-        ("[[board]]\nname = 'a'", "[[board]] 'a' has no host"),
-        ("[[board]]\nhost = 'a'", "[[board]] 1 has no name"),
-        (GOOD + "password = 'x'", "has a password; expected none, since files are copied"),
-        (GOOD + "passphrase = 'x'", "has a passphrase; expected none"),
-        (GOOD + "hots = 'x'", "unknown key 'hots'; expected some of name, host, port"),
-        (GOOD + "port = 0", "port is 0; expected a number from 1 to 65535"),
-        (GOOD + "port = true", "port is True"),
-        (GOOD + "timeout_s = nan", "timeout_s is nan; expected a positive number"),
-        (GOOD + "folder = '~you/x'", "folder is '~you/x'; expected a path that starts with / or ~/"),
-        (GOOD + "precisions = ['int4']", "precisions is ['int4']; expected a list of some of int8, fp16, fp32"),
-        (GOOD + "precisions = [['int8']]", "expected a list of some of int8"),
-        (GOOD + "precisions = 'int8'", "expected a list of some of int8"),
-        (GOOD + "environment = {PATH = 1}", "expected a table of names and strings"),
-        (GOOD + "environment = {'A;B' = 'x'}", "expected a table of names and strings"),
-        (GOOD + "key = 'nope'", "and {folder}/nope is no file"),
-        ("[[board]]\nname = '../a'\nhost = 'h'", "name is '../a'; expected letters"),
-        ("[[board]]\nname = 'a'\nhost = '-oProxyCommand=id'", "expected a host name, an address or an alias"),
-        (GOOD + GOOD.replace("'a'", "'A'").replace("'h'", "'g'"), "a and A have the same name"),
-        (GOOD + GOOD.replace("'a'", "'b'").replace("'h'", "'H'"), "a and b have the same host and port"),
-    ],
-)
-def test_a_list_of_boards_that_will_not_do(text, message, tmp_path):
-    path = tmp_path / "boards.toml"
-    path.write_text(text)
-    with pytest.raises(ConfigError, match=re.escape(message.format(folder=tmp_path))) as error:
-        boards_from_file(path)
-    assert "\n" not in str(error.value)
-
-
-def test_the_example_is_good(tmp_path, home):
-    (home / ".ssh" / "id_ed25519").write_text("")
-    (tmp_path / "known_hosts").write_text("")
-    shutil.copy(EXAMPLE, tmp_path)
-    first, second = boards_from_file(tmp_path / EXAMPLE.name)
-    assert (first.name, first.user, first.precisions) == ("orin-nano-1", None, ())
-    assert second.precisions == ("int8", "fp16")
-    assert second.key == home / ".ssh" / "id_ed25519"
-    assert {field.name for field in dataclasses.fields(Board)} == set(
-        re.findall(r"^(\w+) =", EXAMPLE.read_text(), re.M)
-    )
-
-
 def test_a_bundle_that_will_not_do(bundle, tmp_path, capsys):
     boards = tmp_path / "boards.toml"
     boards.write_text(GOOD + "precisions = ['fp16', 'fp32']")
@@ -588,15 +534,3 @@ def test_without_the_package(bundle, tmp_path, capsys, monkeypatch):
         "benchmarks.fleet needs the package asyncssh, which is not installed here. Do: pip install 'crosskd[fleet]'"
         in (capsys.readouterr().err)
     )
-
-
-def test_words_reach_the_board_as_they_are(tmp_path):
-    """A shell takes the command apart again into the same words."""
-    (tmp_path / "a 'b").mkdir()
-    words = ["bench", "--engine", "x; touch y", "$(id)", "-o", 'q"']
-    show = '#!/bin/sh\npwd\necho "$V"\nprintf \'%s\\n\' "$@"\n'
-    (tmp_path / "py thon").write_text(show)
-    (tmp_path / "py thon").chmod(0o755)
-    line = ssh.command_line(str(tmp_path / "a 'b"), str(tmp_path / "py thon"), words, {"V": "`id` 'x'"}, 2.5)
-    shown = subprocess.run(["sh", "-c", line], capture_output=True, text=True, check=True).stdout
-    assert shown.splitlines() == [str(tmp_path / "a 'b"), "`id` 'x'", "-u", "run.py", *words]

@@ -1,0 +1,69 @@
+"""The list of boards: what is in it, and what is said of one that will not do."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from benchmarks.boards.list import Board, boards_from_file
+from deploy.errors import ConfigError
+
+EXAMPLE = Path(__file__).parents[3] / "docs" / "boards.example.toml"
+GOOD = "[[board]]\nname = 'a'\nhost = 'h'\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "has no [[board]]; expected one [[board]] for each board"),
+        ("board = []", "has no [[board]]"),
+        ("[board]\nname = 'a'", "has no [[board]]"),
+        ("x = 1\n" + GOOD, "has x; expected one [[board]] for each board, and nothing else"),
+        ("[[board", "is not TOML"),
+        ("[[board]]\nname = 'a'", "[[board]] 'a' has no host"),
+        ("[[board]]\nhost = 'a'", "[[board]] 1 has no name"),
+        (GOOD + "password = 'x'", "has a password; expected none, since files are copied"),
+        (GOOD + "passphrase = 'x'", "has a passphrase; expected none"),
+        (GOOD + "hots = 'x'", "unknown key 'hots'; expected some of name, host, port"),
+        (GOOD + "port = 0", "port is 0; expected a number from 1 to 65535"),
+        (GOOD + "port = true", "port is True"),
+        (GOOD + "timeout_s = nan", "timeout_s is nan; expected a positive number"),
+        (GOOD + "folder = '~you/x'", "folder is '~you/x'; expected a path that starts with / or ~/"),
+        (GOOD + "precisions = ['int4']", "precisions is ['int4']; expected a list of some of int8, fp16, fp32"),
+        (GOOD + "precisions = [['int8']]", "expected a list of some of int8"),
+        (GOOD + "precisions = 'int8'", "expected a list of some of int8"),
+        (GOOD + "environment = {PATH = 1}", "expected a table of names and strings"),
+        (GOOD + "environment = {'A;B' = 'x'}", "expected a table of names and strings"),
+        (GOOD + "key = 'nope'", "and {folder}/nope is no file"),
+        ("[[board]]\nname = '../a'\nhost = 'h'", "name is '../a'; expected letters"),
+        ("[[board]]\nname = 'a'\nhost = '-oProxyCommand=id'", "expected a host name, an address or an alias"),
+        (GOOD + GOOD.replace("'a'", "'A'").replace("'h'", "'g'"), "a and A have the same name"),
+        (GOOD + GOOD.replace("'a'", "'b'").replace("'h'", "'H'"), "a and b have the same host and port"),
+    ],
+)
+def test_a_list_of_boards_that_will_not_do(text, message, tmp_path):
+    path = tmp_path / "boards.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=re.escape(message.format(folder=tmp_path))) as error:
+        boards_from_file(path)
+    assert "\n" not in str(error.value)
+
+
+def test_the_example_is_good(tmp_path, monkeypatch):
+    home = tmp_path / "home"
+    (home / ".ssh").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(home))
+    (home / ".ssh" / "id_ed25519").write_text("")
+    (tmp_path / "known_hosts").write_text("")
+    shutil.copy(EXAMPLE, tmp_path)
+    first, second = boards_from_file(tmp_path / EXAMPLE.name)
+    assert (first.name, first.user, first.precisions) == ("orin-nano-1", None, ())
+    assert second.precisions == ("int8", "fp16")
+    assert second.key == home / ".ssh" / "id_ed25519"
+    assert {field.name for field in dataclasses.fields(Board)} == set(
+        re.findall(r"^(\w+) =", EXAMPLE.read_text(), re.M)
+    )
