@@ -28,10 +28,11 @@ class Capture(enum.Enum):
 
 def cuda_python_stand_in() -> ModuleType:
     """
-    `cuda.bindings.runtime` on host memory.
+    The module `cuda.bindings.runtime`, whose device memory is host memory.
 
-    `memory` has what is allocated, `handles` what was created and lives; `full` makes the next of either fail,
-    `capture_fails` the next capture. `captured` is what the stream records during a capture, else None.
+    `memory` holds the allocated blocks by address, `handles` what was created and not destroyed yet. `full` makes each
+    allocation and creation fail, `capture_fails` the end of each capture. `captured` is the list of steps that the
+    stream records during a capture, else None.
     """
     runtime: Any = ModuleType("cuda.bindings.runtime")
     runtime.memory, runtime.freed, runtime.full = {}, [], False

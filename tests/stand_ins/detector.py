@@ -15,7 +15,9 @@ import numpy as np
 from deploy.contract import ModelContract, write_sidecar
 
 SIZE_PX = 64
+"""Height and width of the network input."""
 BEST = 40
+"""Candidates that are taken from each of the two levels."""
 CONTRACT = ModelContract(
     input_name="images",
     input_shape=(1, 3, SIZE_PX, SIZE_PX),
@@ -34,7 +36,7 @@ CONTRACT = ModelContract(
 
 
 class Net:
-    """Builds a graph node by node: `net("Relu", x)` is the name of its output."""
+    """Builds an ONNX graph node by node: `net("Relu", x)` adds a node and gives the name of its output."""
 
     def __init__(self, quantised: type | None) -> None:
         self.nodes: list[Any] = []
@@ -57,7 +59,7 @@ class Net:
         return name
 
     def pair(self, name: str, largest: float) -> str:
-        """Q/DQ of a tensor, symmetric."""
+        """Adds QuantizeLinear and DequantizeLinear, symmetric, for values up to `largest`."""
         zero = self.constant(128 if self.quantised is np.uint8 else 0, self.quantised)
         scale = self.constant(largest / 127)
         return self("DequantizeLinear", self("QuantizeLinear", name, scale, zero), scale, zero)
@@ -76,7 +78,12 @@ class Net:
 
 
 def mini_detector(quantised: type | None = None) -> Any:
-    """An ONNX model with what real detectors have: residual, top-down path, shared head, distribution decode, top-k."""
+    """
+    An ONNX model with what real detectors have: residual, top-down path, shared head, distribution decode, top-k.
+
+    Args:
+        quantised: np.int8 or np.uint8 puts Q/DQ pairs of that type around its convolutions but the final ones.
+    """
     import onnx
     from onnx import helper, numpy_helper
 

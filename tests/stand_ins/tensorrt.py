@@ -40,7 +40,11 @@ def unoptimised_session(model: bytes) -> Any:
 
 
 def layers_json(plan: bytes, major: int) -> str:
-    """What the inspector of that TensorRT says of a graph built as it is: each node a layer, a pair before it INT8."""
+    """
+    The JSON of TensorRT's engine inspector for an engine that has a layer for each node of an ONNX graph.
+
+    An input that comes from a DequantizeLinear is INT8. TensorRT 11 writes types under other keys than those before.
+    """
     import onnx
 
     graph = onnx.shape_inference.infer_shapes(onnx.load_from_string(plan)).graph
@@ -62,10 +66,11 @@ def layers_json(plan: bytes, major: int) -> str:
 
 def tensorrt_stand_in(version: str) -> ModuleType:
     """
-    A module with the part of tensorrt that is used here, as `version` has it.
+    A module with the part of TensorRT's Python API that is used here, as `version` has it.
 
-    Its `test` says what was done (flags, config, network, ...) and what shall go wrong (parser_errors, build_error,
-    shift_px) or be otherwise (dla_cores, takes_cache, inspector: what the inspector says of any engine).
+    Its attribute `test` is the tests' own. It holds what was done (flags, config, network, ...), and takes what shall
+    go wrong (parser_errors, build_error, shift_px, ...) or be otherwise (dla_cores, takes_cache, inspector: the JSON of
+    any engine's inspector).
     """
     major = int(version.split(".")[0])
     trt: Any = ModuleType("tensorrt")
