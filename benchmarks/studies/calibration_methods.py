@@ -153,7 +153,7 @@ class MethodsOptions:
     """Folder of what is made on the way; None: runs/bench/calibration/methods."""
     int8_aware: Sequence[str] = ()
     """NAME=FILE.int8.onnx of models that were trained for INT8."""
-    targets: Sequence[str] = tuple(TARGETS)
+    targets: Sequence[str] = QUANTISED_FOR
     """What to quantise for."""
     max_ap_drop: float = 0.3
     """Points that the row with a budget may lose on the val split."""
