@@ -11,6 +11,8 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from crosskd.schedule import set_epochs
+from crosskd.settings import check_given_key, check_overrides, check_version, set_data_preprocessor
 from deploy.errors import ConfigError, MissingDependencyError
 
 if TYPE_CHECKING:
@@ -52,6 +54,7 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None, subst
             register_all_modules(init_default_scope=True)
             from crosskd import transforms  # noqa: F401  registers them
             from crosskd.loop import amp  # noqa: F401  registers them
+            from crosskd.loop import hooks as training_hooks  # noqa: F401  registers them
             from crosskd.models import (
                 backbones,
                 detector,  # noqa: F401  registers them
@@ -72,6 +75,7 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None, subst
         raise
     except Exception as error:  # a config is Python: anything can come out of it
         raise ConfigError(f"{name} is not a config that mmengine can read: {type(error).__name__}: {error}") from error
+    check_version(config, name)
     if not isinstance(config.get("model"), dict):
         raise ConfigError(
             f"{name} has no `model` that is a dict; expected a config of an mmdet detector or of a CrossKDDetector"
@@ -90,6 +94,7 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None, subst
         if not any(hook["type"] == "FreezeHeadNormsHook" for hook in hooks):
             config.custom_hooks = [*hooks, dict(type="FreezeHeadNormsHook", begin=0.6)]
     backbones.fit_to_backbone(student)
+    set_data_preprocessor(config, name)
     teacher = config.model.get("teacher")
     if teacher is not None and "model" not in teacher:
         if "config" not in teacher:
@@ -98,42 +103,6 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None, subst
             )
         teacher.model = load_config(path_beside(teacher.config, name)).model
     return config
-
-
-def check_overrides(config: Config, overrides: dict[str, Any]) -> None:
-    """Raises ConfigError if an override would have no effect: it has no place in the config, or another one wins."""
-    for key in overrides:
-        place: Any = config
-        for part in key.split(".")[:-1]:
-            place = place.get(part) if hasattr(place, "get") else place
-            if place is None:
-                raise ConfigError(f"cannot set {key}: the config has no {part!r} there; look for a typing error")
-    if "train_cfg.max_epochs" in overrides and "max_epochs" in config:
-        raise ConfigError("cannot set train_cfg.max_epochs: this config has max_epochs, which wins; use --epochs")
-
-
-def set_epochs(config: Config, epochs: int) -> None:
-    """
-    Sets the number of epochs and stretches every schedule that counts in epochs.
-
-    Raises:
-        ConfigError: not a number, fewer than one, or the config does not count in epochs.
-    """
-    if not isinstance(epochs, int) or epochs < 1:
-        raise ConfigError(f"max_epochs is {epochs!r}; expected a number, at least 1")
-    if "max_epochs" not in config.get("train_cfg", {}):
-        raise ConfigError(
-            f"max_epochs is {epochs}, but train_cfg has no max_epochs to be set; expected a config of epochs"
-        )
-    factor = epochs / config.train_cfg.max_epochs
-    config.train_cfg.max_epochs = epochs
-    for scheduler in config.param_scheduler:
-        if scheduler.get("by_epoch", True):
-            for key in ("begin", "end", "T_max"):
-                if key in scheduler:
-                    scheduler[key] = round(scheduler[key] * factor)
-            if "milestones" in scheduler:
-                scheduler.milestones = [round(epoch * factor) for epoch in scheduler.milestones]
 
 
 def set_input_size(config: Config, size: Any) -> None:
@@ -209,13 +178,14 @@ def overrides_from_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
     Dotted key -> value of `--set`; a value that is no Python literal is a string.
 
     Raises:
-        ConfigError: a word without '='.
+        ConfigError: a word without '=', or a key whose value the command line or the data give.
     """
     overrides = {}
     for word in arguments.overrides:
         key, equals, text = word.partition("=")
         if not equals:
             raise ConfigError(f"--set {word}: expected KEY=VALUE")
+        check_given_key(key)
         try:
             overrides[key] = ast.literal_eval(text)
         except (ValueError, SyntaxError):

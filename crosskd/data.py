@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import inspect
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from crosskd.settings import EVALUATORS, datasets_of, metrics_of, transforms_of
 from deploy.dataset import CocoSet, coco_document, load_coco, renumbered
 from deploy.errors import ConfigError, DataError
 from deploy.files import write_json
@@ -69,32 +71,167 @@ def data_from_arguments(arguments: argparse.Namespace) -> TrainingData:
     return TrainingData(train, val)
 
 
-def set_data(config: Config, data: TrainingData, folder: Path, write: bool = True) -> None:
-    """
-    Points the config's loaders and evaluators at `data`, with its class names.
+CLASS_LISTS = ("classes", "CLASSES", "class_names", "class_name", "CLASS_NAMES")
+"""Names that configs give to a list of classes."""
+METRICS_OF_BOXES = ("CocoMetric", "DumpDetResults", "DumpProposals")
+"""mmdet's metrics that data in COCO format have all for."""
 
-    mmdet reads annotation files of its own: those that this writes to `folder` hold the clipped boxes, and the keys
-    (`area`, `iscrowd`) that mmdet demands and many sets leave out.
+
+def set_data(config: Config, data: TrainingData, folder: Path) -> None:
     """
-    files = {split: folder / f"annotations_{split}.json" for split in ("train", "val")}
-    for split, path in files.items() if write else ():
+    Points the config's loaders and evaluators at `data`, as `write_annotations` writes them to `folder`.
+
+    Raises:
+        ConfigError: the config asks for more than `--data` gives (several sets, masks, metrics of another format), or
+            names classes that the data do not have.
+    """
+    check_class_lists(config, data.class_names)
+    files = annotation_files(folder)
+    for key, split in (("train_dataloader", "train"), ("val_dataloader", "val"), ("test_dataloader", "val")):
+        for dataset in plain_datasets(config, key):
+            _point_dataset(dataset, getattr(data, split), files[split], data.class_names, key)
+    for dataset in plain_datasets(config, "train_dataloader"):
+        _say_what_is_filtered(dataset.setdefault("filter_cfg", dict(filter_empty_gt=False, min_size=0)), data.train)
+    for key in EVALUATORS:
+        for metric in metrics_of(config.get(key)):
+            _point_metric(metric, files["val"], key)
+
+
+def annotation_files(folder: Path) -> dict[str, Path]:
+    return {split: folder / f"annotations_{split}.json" for split in ("train", "val")}
+
+
+def write_annotations(data: TrainingData, folder: Path) -> None:
+    """
+    Writes annotation files for mmdet, which hold the clipped boxes, and the keys (`area`, `iscrowd`) that mmdet demands
+    and many sets leave out.
+    """
+    for split, path in annotation_files(folder).items():
         write_json(path, coco_document(renumbered(getattr(data, split))))
-    for split, loader in (
-        ("train", config.train_dataloader),
-        ("val", config.val_dataloader),
-        ("val", config.test_dataloader),
-    ):
-        dataset = loader.dataset
-        while "dataset" in dataset:  # RepeatDataset, ClassBalancedDataset, ... wrap the real one
-            dataset = dataset.dataset
-        dataset.update(
-            type="CocoDataset",
-            data_root="",
-            ann_file=str(files[split].resolve()),
-            data_prefix=dict(img=f"{getattr(data, split).images_dir.resolve()}/"),
-            metainfo=dict(classes=data.class_names),
+
+
+def plain_datasets(config: Config, key: str) -> list[Any]:
+    """
+    The data sets of a loader, without what wraps them (RepeatDataset, ClassBalancedDataset, MultiImageMixDataset).
+
+    Raises:
+        ConfigError: there are several different ones, or what is evaluated is wrapped.
+    """
+    loader = config.get(key)
+    datasets = list(datasets_of(loader))
+    if key != "train_dataloader" and len(datasets) > 1:
+        raise ConfigError(
+            f"{key}.dataset is a {datasets[0].type}; expected a plain data set: an image that is there twice, or "
+            "not at all, would make AP wrong"
         )
-        if split == "train":
-            dataset["filter_cfg"] = dict(filter_empty_gt=False, min_size=0)  # images without boxes are data too
-    for evaluator in (config.val_evaluator, config.test_evaluator):
-        evaluator.ann_file = str(files["val"].resolve())
+    plain = [dataset for dataset in datasets if "dataset" not in dataset and "datasets" not in dataset]
+    if len({str([dataset.get(name) for name in ("ann_file", "data_root", "data_prefix")]) for dataset in plain}) > 1:
+        raise ConfigError(
+            f"{key}.dataset joins {len(plain)} sets of different annotations, --data gives one; merge their COCO files "
+            "into one, or train on them one after the other (load_from)"
+        )
+    for step in transforms_of(loader):
+        if step.get("with_mask") or step.get("with_seg"):
+            raise ConfigError(
+                f"{key} loads masks ({step.type} with with_mask or with_seg); expected boxes alone: this project "
+                "trains and deploys detectors of boxes"
+            )
+    return plain
+
+
+def check_class_lists(config: Config, class_names: tuple[str, ...]) -> None:
+    """
+    Compares the classes that a config names, if any, with those of the data, which are the ones that count.
+
+    Raises:
+        ConfigError: they are others, or a string in place of a list.
+    """
+    named = {key: config[key] for key in CLASS_LISTS if key in config}
+    holders = [("metainfo", config.get("metainfo"))]
+    for loader in ("train_dataloader", "val_dataloader", "test_dataloader"):
+        for dataset in datasets_of(config.get(loader)):
+            holders += [(f"{loader}.dataset", dataset), (f"{loader}.dataset.metainfo", dataset.get("metainfo"))]
+    for place, holder in holders:
+        if isinstance(holder, dict):
+            named |= {f"{place}.{key}": holder[key] for key in CLASS_LISTS if holder.get(key) is not None}
+    for place, classes in named.items():
+        if isinstance(classes, str):
+            raise ConfigError(
+                f"{place} of the config is the string {classes!r}, of which each letter would be a class; expected "
+                f"({classes!r},), or nothing: the classes are those of the annotations"
+            )
+        if not isinstance(classes, (list, tuple)) or sorted(map(str, classes)) != sorted(class_names):
+            raise ConfigError(
+                f"{place} of the config is {classes}, the data have the classes {list(class_names)}; take it out of "
+                "the config (the classes are those of the annotations), or give the data of these classes"
+            )
+        if tuple(classes) != class_names:
+            print(f"{place} of the config is in another order than the annotations; theirs counts: {list(class_names)}")
+
+
+def _point_dataset(dataset: Any, coco: CocoSet, annotations: Path, class_names: tuple[str, ...], key: str) -> None:
+    from mmdet.datasets import CocoDataset
+
+    kind = dataset.get("type", "CocoDataset")
+    if kind not in ("CocoDataset", "mmdet.CocoDataset"):
+        known = {name for base in CocoDataset.__mro__[:-1] for name in inspect.signature(base).parameters} | {"type"}
+        unknown = sorted(set(dataset) - known)
+        without = f", without its {', '.join(unknown)}" if unknown else ""
+        print(f"{key}: {kind} of the config is replaced by CocoDataset{without}; it reads the data that are given")
+        for name in unknown:
+            del dataset[name]
+    if key != "train_dataloader":
+        if dataset.get("indices") is not None:
+            raise ConfigError(f"{key}.dataset.indices is {dataset.indices}; expected none: AP is that of all images")
+        dataset["test_mode"] = True
+    dataset.update(
+        type="CocoDataset",
+        data_root="",
+        ann_file=str(annotations.resolve()),
+        data_prefix=dict(img=f"{coco.images_dir.resolve()}/"),
+        metainfo=dict(classes=class_names),
+    )
+
+
+def _say_what_is_filtered(filter_cfg: Any, coco: CocoSet) -> None:
+    """mmdet's own configs leave out images without boxes and small ones; images without boxes are data too."""
+    filter_cfg = filter_cfg or {}
+    least_px = filter_cfg.get("min_size", 0)
+    kept = [
+        image
+        for image in coco.images
+        if min(image.width_px, image.height_px) >= least_px
+        and (len(image.labels) or not filter_cfg.get("filter_empty_gt"))
+    ]
+    if not kept:
+        raise ConfigError(
+            f"train_dataloader.dataset.filter_cfg is {dict(filter_cfg)}, which leaves no image of {len(coco.images)}; "
+            "set it to None"
+        )
+    if len(kept) < len(coco.images):
+        print(
+            f"filter_cfg of the config leaves out {len(coco.images) - len(kept):,} of {len(coco.images):,} training "
+            "images: without boxes, or too small. To train on them: --set train_dataloader.dataset.filter_cfg=None"
+        )
+
+
+def _point_metric(metric: Any, annotations: Path, key: str) -> None:
+    from mmdet.registry import METRICS
+
+    kind = METRICS.get(metric.type)
+    if kind is not None and kind.__module__.startswith("mmdet.") and kind.__name__ not in METRICS_OF_BOXES:
+        raise ConfigError(
+            f"{key} is a {metric.type}, which does not measure data in COCO format; expected "
+            "dict(type='CocoMetric', metric='bbox')"
+        )
+    kinds = metric.get("metric", "bbox")
+    wrong = sorted({"segm", "proposal_fast"} & set([kinds] if isinstance(kinds, str) else kinds))
+    if wrong:
+        why = (
+            "the data have no masks"
+            if wrong == ["segm"]
+            else "mmdet's proposal_fast fails where images differ in boxes"
+        )
+        raise ConfigError(f"{key} measures {wrong}; expected 'bbox' or 'proposal': {why}")
+    if kind is not None and "ann_file" in inspect.signature(kind).parameters:
+        metric.ann_file = str(annotations.resolve())

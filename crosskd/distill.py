@@ -35,10 +35,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from crosskd.config import load_config, set_classes, set_epochs
+from crosskd.config import load_config, set_classes
 from crosskd.data import TrainingData, data_from_arguments
 from crosskd.int8 import int8_aware
 from crosskd.loop.distributed import first_of_each_machine_first, is_first_process, joined_processes, wait_for_all
+from crosskd.schedule import set_epochs
+from crosskd.settings import check_settings
 from crosskd.training import (
     TeacherCheck,
     TrainingOptions,
@@ -157,6 +159,9 @@ def distil(config_path: str, data: TrainingData, training: TrainingOptions, dist
             f"{config_path}: model.type is {config.model.type}; expected CrossKDDetector. Train others with "
             f"crosskd.train."
         )
+    check_settings(config, config_path)
+    if config.get("load_from") and distillation.start is not None:
+        raise ConfigError(f"{config_path} has load_from, and --from is given; expected one of them to start from")
     if distillation.teacher_checkpoint:
         config.model.teacher.checkpoint = distillation.teacher_checkpoint
     set_classes(config, data.class_names)

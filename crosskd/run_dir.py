@@ -2,15 +2,113 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
 from crosskd.config import load_config
 from crosskd.data import TrainingData
 from crosskd.loop.distributed import is_first_process
+from crosskd.settings import datasets_of
 from deploy.contract import read_sidecar, weights_of_run, write_sidecar
-from deploy.errors import CheckpointError
-from deploy.files import sha256_of
+from deploy.dataset import CocoSet
+from deploy.errors import CheckpointError, ConfigError
+from deploy.files import read_json, sha256_of, write_json
+
+RECORD = "training.json"
+"""In the run directory: what the training was started with, for --resume."""
+RECORDED = ("model", "optim_wrapper", "param_scheduler", "train_cfg", "auto_scale_lr")
+"""Keys of the config that a run is resumed with as it was started."""
+NOT_RECORDED = ("model.teacher.config", "model.teacher.checkpoint", "train_cfg.val_", "train_cfg.dynamic_intervals")
+"""Beginnings of keys that may change: places of files, and how often is validated."""
+
+
+def training_record(config: Any, data: TrainingData, inputs: dict[str, Any]) -> dict[str, Any]:
+    """What a run is resumed with as it was started: classes, annotations, input files, and settings of the config."""
+    settings = {
+        f"{key}{rest}": value
+        for key in RECORDED
+        for rest, value in _flat(json.loads(json.dumps(_plain(config.get(key)), default=str)))
+        if not f"{key}{rest}".startswith(NOT_RECORDED)
+    }
+    if "train_dataloader" in config:
+        pipelines = [step for dataset in datasets_of(config.train_dataloader) for step in dataset.get("pipeline") or []]
+        settings["train_dataloader.dataset.pipeline"] = json.dumps(_plain(pipelines), default=str)
+    return {
+        "class_names": list(data.class_names),
+        "annotations": {split: _set_record(getattr(data, split)) for split in ("train", "val")},
+        "inputs": {name: sha256_of(path) for name, path in inputs.items()},
+        "settings": settings,
+    }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+def _flat(value: Any, key: str = "") -> list[tuple[str, Any]]:
+    """(.key.of.a.leaf, leaf) of nested dicts and lists."""
+    if isinstance(value, (dict, list)) and value:
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return [leaf for name, inner in items for leaf in _flat(inner, f"{key}.{name}")]
+    return [(key, value)]
+
+
+def _set_record(coco: CocoSet) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    for image in coco.images:
+        name = image.path.relative_to(coco.images_dir).as_posix()
+        digest.update(f"{image.image_id} {name} {image.width_px} {image.height_px}\n".encode())
+        for values in (image.boxes_xyxy, image.labels, image.crowd):
+            digest.update(values.tobytes())
+    boxes = sum(len(image.labels) for image in coco.images)
+    return {"images": len(coco.images), "boxes": boxes, "sha256": digest.hexdigest()}
+
+
+def check_resumed(record: dict[str, Any], run_dir: Path) -> None:
+    """
+    Compares what a run is resumed with, by `training_record`, with what it was started with.
+
+    Raises:
+        ConfigError: they differ; names what does. A run of an earlier version has no record, and is compared by the
+            shapes of its weights only (AtomicCheckpointHook).
+    """
+    path = run_dir / RECORD
+    if not path.is_file():
+        return
+    started = read_json(path, ConfigError, "the start of a run")
+    advice = "Resume it with what it was started with, or start a new run; load_from starts one from trained weights."
+    if started["class_names"] != record["class_names"]:
+        raise ConfigError(
+            f"the run in {run_dir} was started with the classes {started['class_names']}, the data have "
+            f"{record['class_names']}. {advice}"
+        )
+    for split, before in started["annotations"].items():
+        now = record["annotations"][split]
+        if now != before:
+            raise ConfigError(
+                f"the run in {run_dir} was started with other {split} data ({before['images']} images, "
+                f"{before['boxes']} boxes; now {now['images']} and {now['boxes']}, or the same number of others). "
+                f"{advice}"
+            )
+    for kind, what in (("inputs", "file"), ("settings", "setting")):
+        before, now = started[kind], record[kind]
+        names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+        if names:
+            name = min(names, key=lambda key: "max_epochs" not in key)  # what was changed, not what follows from it
+            more = f" (and {len(names) - 1} more differ)" if len(names) > 1 else ""
+            raise ConfigError(
+                f"the run in {run_dir} was started with another {what}: {name} was {_shown(before, name)}, now it is "
+                f"{_shown(now, name)}{more}. {advice}"
+            )
+
+
+def _shown(values: dict[str, Any], name: str) -> str:
+    text = repr(values[name]) if name in values else "not there"
+    return text if len(text) < 80 else f"{text[:76]}..."
 
 
 def set_run_dir(config: Any, run_dir: Path, resume: bool) -> None:
@@ -27,8 +125,12 @@ def set_run_dir(config: Any, run_dir: Path, resume: bool) -> None:
     config.resume, config.load_from = resume, str(latest_checkpoint(run_dir)) if resume else None
     if is_first_process():
         remove_leftovers(run_dir)
-        if not resume:  # until this run has a checkpoint there is nothing to resume, least of all an earlier run's
-            (run_dir / "last_checkpoint").unlink(missing_ok=True)
+
+
+def start_run(run_dir: Path, record: dict[str, Any]) -> None:
+    """Notes with what a run starts. Until it has a checkpoint there is nothing to resume: not an earlier run's."""
+    (run_dir / "last_checkpoint").unlink(missing_ok=True)
+    write_json(run_dir / RECORD, record)
 
 
 def save_run(
@@ -45,6 +147,7 @@ def save_run(
 
     save_detector_weights(detector, weights, meta={"dataset_meta": {"classes": data.class_names}})
     config_path = weights.with_name("config.py")
+    config.resume, config.load_from = False, None  # how this training began is in the sidecar
     config.dump(config_path)
     write_sidecar(
         weights,

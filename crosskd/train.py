@@ -13,6 +13,7 @@ import sys
 from crosskd.config import load_config, set_classes
 from crosskd.data import TrainingData, data_from_arguments
 from crosskd.loop.distributed import is_first_process, joined_processes
+from crosskd.settings import check_settings
 from crosskd.training import (
     TrainingOptions,
     add_training_arguments,
@@ -42,6 +43,7 @@ def train(config_path: str, data: TrainingData, options: TrainingOptions) -> Non
     config = load_config(config_path, options.overrides)
     if "student" in config.model:
         config.model = config.model.student
+    check_settings(config, config_path)
     set_classes(config, data.class_names)
 
     from crosskd.models.detector import detector_from_config

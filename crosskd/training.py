@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from crosskd.config import add_override_argument, overrides_from_arguments
-from crosskd.data import TrainingData, add_data_arguments, set_data
+from crosskd.data import TrainingData, add_data_arguments, set_data, write_annotations
 from crosskd.loop.distributed import is_first_process, local_rank, process_count, wait_for_all
-from crosskd.run_dir import save_run, set_run_dir
+from crosskd.run_dir import check_resumed, save_run, set_run_dir, start_run, training_record
+from crosskd.schedule import say_long_warm_ups
+from crosskd.settings import EVALUATORS, metrics_of
 from deploy.errors import ConfigError, MissingDependencyError
 
 WRAPPERS = {"fp32": "OptimWrapper", "bf16": "Bf16OptimWrapper", "fp16": "AmpOptimWrapper"}
@@ -166,8 +168,10 @@ def run_training(
     import torch
 
     from crosskd.loop.guard import accept_single_values, guard_training
+    from crosskd.loop.hooks import FirstStepHook, errors_before
     from crosskd.loop.runner import TrainingRunner
     from crosskd.loop.teacher import check_teacher
+    from crosskd.models.starting_weights import start_from_checkpoint
 
     set_precision(config, detector, options.precision, "cuda" if torch.cuda.is_available() else "cpu")
     set_optimisation(config, options)
@@ -175,19 +179,39 @@ def run_training(
     set_hooks(config, options.ema)
     set_processes(config)
     set_reproducible(config, options.seed)
+    set_data(config, data, options.run_dir)
+    student = getattr(detector, "student", detector)
+    load_from = config.get("load_from")
+    if load_from and not options.resume:
+        start_from_checkpoint(student, load_from, data.class_names)
+        detector.has_weights = True
+    if load_from and Path(load_from).is_file():
+        inputs = {**inputs, "load_from": load_from}
+    record = training_record(config, data, inputs)
+    if options.resume:
+        check_resumed(record, options.run_dir)
     set_run_dir(config, options.run_dir, options.resume)
-    set_data(config, data, options.run_dir, write=is_first_process())
+    if is_first_process():
+        write_annotations(data, options.run_dir)
     wait_for_all()
 
     accept_single_values(detector)
     names = set(inspect.signature(TrainingRunner.__init__).parameters) - {"self", "model", "cfg"}
-    runner = TrainingRunner(model=detector, cfg=config, **{name: config[name] for name in names if name in config})
     details: dict[str, Any] = {}
-    if teacher_check is not None:
-        details = check_teacher(config, detector, data, teacher_check.images, teacher_check.min_ap)
-    guard_training(runner.model, options.patience)
-    runner.train()
-    student = getattr(detector, "student", detector)
+
+    def on_start(runner: Any) -> None:
+        say_long_warm_ups(config, runner.max_iters)
+        if not options.resume:
+            start_run(options.run_dir, record)
+
+    first_step = FirstStepHook(on_start)
+    with errors_before(first_step, options.run_dir):
+        runner = TrainingRunner(model=detector, cfg=config, **{name: config[name] for name in names if name in config})
+        runner.register_hook(first_step)
+        if teacher_check is not None:
+            details = check_teacher(config, detector, data, teacher_check.images, teacher_check.min_ap)
+        guard_training(runner.model, options.patience)
+        runner.train()
     config.model = config.model.get("student", config.model)
     details |= {
         "seed": options.seed,
@@ -223,7 +247,7 @@ def set_optimisation(config: Any, options: TrainingOptions) -> None:
         config.optim_wrapper.pop("clip_grad", None)  # all of it: a limit of another kind may be there
         config.optim_wrapper.clip_grad = dict(max_norm=options.clip_grad)
     if options.auto_scale_lr:
-        if "base_batch_size" not in config.get("auto_scale_lr", {}):
+        if "base_batch_size" not in (config.get("auto_scale_lr") or {}):
             raise ConfigError(
                 "--auto-scale-lr: the config has no auto_scale_lr.base_batch_size, the batch size that its learning "
                 "rate is meant for; add it, or set optim_wrapper.optimizer.lr"
@@ -243,8 +267,8 @@ def set_log_backends(config: Any, packages: Sequence[str]) -> None:
     for package in packages:
         if importlib.util.find_spec(package) is None:
             raise MissingDependencyError(package, f"--log-to {package}", f"pip install {package}")
-        visualizer = config.get("visualizer", dict(type="DetLocalVisualizer", name="visualizer"))
-        backends = visualizer.get("vis_backends", [dict(type="LocalVisBackend")])
+        visualizer = config.get("visualizer") or dict(type="DetLocalVisualizer", name="visualizer")
+        backends = visualizer.get("vis_backends") or [dict(type="LocalVisBackend")]
         config.visualizer = {**visualizer, "vis_backends": [*backends, dict(type=LOG_BACKENDS[package])]}
 
 
@@ -262,9 +286,9 @@ def set_hooks(config: Any, ema_momentum: float | None) -> None:
         raise ConfigError(f"--ema is {ema_momentum}; expected a number between 0 and 1")
     config.default_hooks = {
         "checkpoint": dict(type="CheckpointHook", interval=1),
-        **config.get("default_hooks", {}),
+        **(config.get("default_hooks") or {}),
     }
-    own = [hook for hook in config.get("custom_hooks", []) if ema_momentum is None or hook["type"] != "EMAHook"]
+    own = [hook for hook in config.get("custom_hooks") or [] if ema_momentum is None or hook["type"] != "EMAHook"]
     if ema_momentum is not None:
         own.append(dict(type="EMAHook", ema_type="MomentumAnnealingEMA", momentum=ema_momentum, update_buffers=True))
     config.custom_hooks = [
@@ -283,22 +307,32 @@ def set_processes(config: Any) -> None:
     """Sets what mmengine needs to train in the processes that torchrun started, with GPUs or without."""
     import torch
 
+    config.launcher = "none" if process_count() == 1 else "pytorch"
     if process_count() == 1:
         return
-    config.launcher = "pytorch"
+    given = config.get("model_wrapper_cfg") or {}
     config.model_wrapper_cfg = dict(
         type="MMDistributedDataParallel",
         device_ids=[local_rank()] if torch.cuda.is_available() else None,
         broadcast_buffers=False,  # SameBuffersHook does, once an epoch
-        find_unused_parameters=config.get("find_unused_parameters", False),
+        find_unused_parameters=config.get("find_unused_parameters", given.get("find_unused_parameters", False)),
     )
-    for evaluator in (config.val_evaluator, config.test_evaluator):
-        evaluator.collect_device = "gpu"  # by messages, as gloo can too; "cpu" means by files in a common folder
+    for key in EVALUATORS:
+        for metric in metrics_of(config.get(key)):
+            metric.collect_device = "gpu"  # by messages, as gloo can too; "cpu" means by files in a common folder
 
 
 def set_reproducible(config: Any, seed: int) -> None:
-    """Sets what, with EpochSeedHook, makes every epoch draw what it would draw in a run that is not interrupted."""
-    config.randomness = dict(seed=seed)
+    """
+    Sets what, with EpochSeedHook, makes every epoch draw what it would draw in a run that is not interrupted.
+
+    Raises:
+        ConfigError: the config has another seed.
+    """
+    randomness = dict(config.get("randomness") or {})
+    if randomness.get("seed") not in (None, seed):
+        raise ConfigError(f"randomness.seed of the config is {randomness['seed']}, --seed is {seed}; give the same")
+    config.randomness = {**randomness, "seed": seed}
     loader = config.train_dataloader
     loader.setdefault("worker_init_fn", dict(type="seed_worker"))
     loader.persistent_workers = False  # a worker that lives on has a random state that nothing restores
@@ -314,7 +348,7 @@ def set_precision(config: Any, detector: Any, precision: str | None, device: str
         device: "cpu" or "cuda".
 
     Raises:
-        ConfigError: fp16 without a GPU.
+        ConfigError: fp16 without a GPU, or a two-stage detector in another precision than fp32.
     """
     import torch
 
@@ -322,6 +356,12 @@ def set_precision(config: Any, detector: Any, precision: str | None, device: str
 
     if precision == "fp16" and device != "cuda":
         raise ConfigError("--precision fp16 needs a GPU (its loss scaling does); use bf16 on a CPU")
+    student = getattr(detector, "student", detector)
+    if not hasattr(student, "bbox_head"):
+        if precision not in (None, "fp32"):
+            raise ConfigError(f"--precision {precision}: a {type(student).__name__}, of two stages, trains in fp32")
+        precision = "fp32"
+        print(f"precision: fp32, as a {type(student).__name__}, of two stages, trains in no other")
     if precision is None and config.optim_wrapper.get("type", "OptimWrapper") == "OptimWrapper":
         precision = "bf16" if computes_in_bf16(device) else "fp32"
         print(f"precision: {precision}, the fastest on this {device}; --precision fp32 or bf16 to choose")
@@ -329,7 +369,7 @@ def set_precision(config: Any, detector: Any, precision: str | None, device: str
         config.optim_wrapper.type = WRAPPERS[precision]
     dtype = {WRAPPERS["bf16"]: torch.bfloat16, WRAPPERS["fp16"]: torch.float16}.get(config.optim_wrapper.type)
     if dtype is not None:
-        keep_losses_in_float32(getattr(detector, "student", detector).bbox_head)
+        keep_losses_in_float32(student.bbox_head)
     if hasattr(detector, "prepare_teacher"):
         detector.prepare_teacher(dtype)
 

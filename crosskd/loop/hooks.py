@@ -5,11 +5,12 @@ the log as JSON lines, and the moving average of the student's weights.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ import torch
 from mmengine.dist import broadcast, get_rank, is_main_process
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook, EMAHook, Hook
+from mmengine.logging import MMLogger
 from mmengine.model import is_model_wrapper
 from mmengine.registry import FUNCTIONS, HOOKS, MODELS
 from torch import nn
 
-from deploy.errors import CheckpointError, ConfigError
+from deploy.errors import CheckpointError, ConfigError, PipelineError
 from deploy.files import AnyPath, replacing
 
 
@@ -154,6 +156,7 @@ class AtomicCheckpointHook(CheckpointHook):
                 f"the run was started {'with' if averaged else 'without'} a moving average of the weights and is "
                 f"resumed {'with' if averages else 'without'} one; resume with the same --ema"
             )
+        _check_same_weights(detector_of(runner), checkpoint.get("state_dict", {}))
         expected = meta["epoch"] * len(runner.train_dataloader)
         if self.by_epoch and meta["iter"] != expected:
             raise ConfigError(
@@ -197,6 +200,17 @@ class AtomicCheckpointHook(CheckpointHook):
     def _save_best_checkpoint(self, runner: Any, metrics: dict[str, Any]) -> None:
         super()._save_best_checkpoint(runner, metrics)
         self.file_backend.remove_outdated()
+
+
+def _check_same_weights(detector: nn.Module, saved: dict[str, Any]) -> None:
+    """mmengine would keep the random weights of a layer that has another shape in the checkpoint, and only log it."""
+    own = detector.state_dict()
+    differing = [key for key in own if key in saved and saved[key].shape != own[key].shape]
+    if differing:
+        raise ConfigError(
+            f"the run was started with another model or other classes: {len(differing)} of its weights have another "
+            f"shape, such as {differing[0]}; resume it with the config and the data that it was started with"
+        )
 
 
 @HOOKS.register_module()
@@ -323,6 +337,51 @@ class FreezeHeadNormsHook(Hook):
             for module in part.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.eval()
+
+
+class FirstStepHook(Hook):
+    """
+    Knows whether a training has taken its first step: until then an error is most likely one of the config or the data.
+
+    Args:
+        on_start: called with the runner once everything is built, before the first epoch; by the first process only.
+    """
+
+    priority = "LOWEST"
+
+    def __init__(self, on_start: Callable[[Any], None]) -> None:
+        self.on_start, self.taken = on_start, False
+
+    def before_train(self, runner: Any) -> None:
+        if is_main_process():
+            self.on_start(runner)
+
+    def after_train_iter(self, *_args: Any, **_kwargs: Any) -> None:
+        self.taken = True
+
+
+@contextlib.contextmanager
+def errors_before(first_step: FirstStepHook, run_dir: Path) -> Iterator[None]:
+    """
+    Makes an error in the block, up to the first step of a training, one message; its traceback goes into the log file.
+
+    Raises:
+        ConfigError: in place of what mmengine and mmdet raise of settings that they do not take.
+    """
+    try:
+        yield
+    except PipelineError:
+        raise
+    except Exception as error:
+        if first_step.taken:
+            raise
+        MMLogger.get_current_instance().info("the first step was not taken", exc_info=True)
+        lines = [line for line in str(error.args[0] if error.args else error).splitlines() if line.strip()] or [""]
+        words = lines[-1 if "Traceback" in lines[0] or "worker process" in lines[0] else 0]
+        raise ConfigError(
+            f"the training cannot take its first step: {type(error).__name__}: {words}. Look at the part of the config "
+            f"that this names; the traceback is in the log file in {run_dir}"
+        ) from error
 
 
 @HOOKS.register_module()

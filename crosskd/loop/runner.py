@@ -12,6 +12,7 @@ from mmengine.runner import Runner
 from torch import nn
 
 from crosskd.loop.layout import use_channels_last
+from deploy.errors import ConfigError
 
 PROGRESS = re.compile(r"(Epoch|Iter)\((train|val)\)")
 EXPECTED = re.compile(r"is skipped since its requires_grad=False")
@@ -27,7 +28,15 @@ class TrainingRunner(Runner):
     def wrap_model(self, model_wrapper_cfg: Any, model: nn.Module) -> nn.Module:
         # First weights are drawn before the layout is changed, in mmdet's own and so with its own values, and gradients
         # are gathered from several processes after.
-        model.init_weights()
+        if not getattr(model, "has_weights", False):
+            try:
+                model.init_weights()
+            except Exception as error:  # of whatever reads weights, over the network or from a file
+                raise ConfigError(
+                    f"the initial weights cannot be read: {type(error).__name__}: {error}. They are those of an "
+                    "init_cfg=dict(type='Pretrained', checkpoint=...) in the config's model. Without a network, fetch "
+                    "the file elsewhere and give its path as the checkpoint; init_cfg=None draws weights at random"
+                ) from error
         use_channels_last(model, get_device())
         return super().wrap_model(model_wrapper_cfg, model)
 

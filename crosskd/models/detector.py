@@ -81,6 +81,12 @@ class CrossKDDetector(BaseDetector):
         if self.teacher is None:
             return
         self.teacher.requires_grad_(False).eval()
+        for role, detector in (("student", self.student), ("teacher", self.teacher)):
+            if not hasattr(detector, "bbox_head"):
+                raise ConfigError(
+                    f"the {role} is a {type(detector).__name__}, which has no bbox_head on its pyramid; expected a "
+                    "detector of one stage, such as GFL, ATSS, FCOS, RetinaNet, TOOD, PAA, VFNet or RTMDet"
+                )
         student_head, teacher_head = self.student.bbox_head, self.teacher.bbox_head
         self.methods = [method(distill, student_head, teacher_head) for method in methods]
         self.loss_weights = loss_weights(distill, student_head)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from crosskd.config import load_config
-from crosskd.data import TrainingData, add_data_arguments, data_from_arguments, set_data
+from crosskd.data import TrainingData, add_data_arguments, data_from_arguments, set_data, write_annotations
 from deploy.dataset import load_coco
 from deploy.errors import ConfigError, DataError
 
@@ -101,6 +101,7 @@ def test_the_loaders_read_what_was_checked(
         type="RepeatDataset", times=2, dataset=config.train_dataloader.dataset
     )  # whose real data set lies one deeper
     set_data(config, data, Path("run"))
+    write_annotations(data, Path("run"))
     monkeypatch.chdir("/")  # paths of the config hold from anywhere
 
     from mmdet.registry import DATASETS

@@ -15,7 +15,7 @@ from mmengine.runner import EpochBasedTrainLoop, Runner
 
 from crosskd import distill, train
 from crosskd.config import load_config, set_classes
-from crosskd.data import TrainingData, set_data
+from crosskd.data import TrainingData, set_data, write_annotations
 from crosskd.training import seed_everything
 from deploy.contract import read_sidecar
 from deploy.dataset import load_split
@@ -136,6 +136,7 @@ def test_no_distillation_is_plain_mmdet_training_weight_for_weight(
     data = TrainingData(*(load_split(shapes_dir, split) for split in ("train", "val")))
     set_classes(plain, data.class_names)
     set_data(plain, data, tmp_path)
+    write_annotations(data, tmp_path)
     plain.work_dir, plain.randomness = str(tmp_path / "plain"), dict(seed=3)
     seed_everything(3)  # as the command does before it builds the detector
     detector = MODELS.build(plain.model)

@@ -22,7 +22,7 @@ from mmengine.structures import InstanceData
 from torch import nn
 
 from crosskd.config import load_config, set_classes
-from crosskd.data import TrainingData, set_data
+from crosskd.data import TrainingData, set_data, write_annotations
 from crosskd.loop.guard import accept_single_values, guard_training
 from crosskd.models.detector import detector_from_config
 from deploy.dataset import load_coco
@@ -120,6 +120,7 @@ def test_a_run_goes_on_as_if_the_batch_had_not_been_there(
         config = load_config(configs / name)
         set_classes(config, data.class_names)
         set_data(config, data, folder)
+        write_annotations(data, folder)
         config.train_cfg = LOOPS[loop]
         config.train_dataloader.sampler.type = "InfiniteSampler" if loop == "iterations" else "DefaultSampler"
         config.optim_wrapper.update(type="OptimWrapper", accumulative_counts=accumulate)

@@ -1,0 +1,241 @@
+"""
+The settings of an mmdet config: each is honoured, or refused with what to use in its place; none is dropped in silence.
+
+`check_version` and `check_overrides` hold for every config that is read, `check_settings` for one that is trained.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from typing import Any
+
+from deploy.errors import ConfigError
+
+READ_KEYS = frozenset({
+    # by mmengine's runner
+    "model", "work_dir", "train_dataloader", "val_dataloader", "test_dataloader", "train_cfg", "val_cfg", "test_cfg",
+    "auto_scale_lr", "optim_wrapper", "param_scheduler", "val_evaluator", "test_evaluator", "default_hooks",
+    "custom_hooks", "data_preprocessor", "load_from", "resume", "launcher", "env_cfg", "log_processor", "log_level",
+    "visualizer", "default_scope", "randomness", "experiment_name", "model_wrapper_cfg", "find_unused_parameters",
+    "sync_bn", "activation_checkpointing", "efficient_conv_bn_eval", "custom_imports",
+    # by us
+    "max_epochs", "input_size", "batchnorm_head", "report_limits",
+})  # fmt: skip
+"""Keys of a config's first level that something reads. Others are variables of the file, used up when it is read."""
+VERSION_2_KEYS = ("data", "optimizer", "optimizer_config", "lr_config", "runner", "evaluation", "checkpoint_config")
+VERSION_2_TRANSFORMS = ("Normalize", "DefaultFormatBundle", "Collect", "ImageToTensor", "MultiScaleFlipAug")
+SET_BY_US = {
+    "work_dir": "the run's folder is that of -o",
+    "resume": "give --resume to go on with a run",
+    "launcher": "start several processes with torchrun",
+    "randomness.seed": "give --seed",
+}
+"""Key -> why --set cannot change it."""
+FROM_DATA = ("ann_file", "data_root", "data_prefix", "metainfo", "num_classes", "classes")
+"""Names of entries, anywhere in a config, that the annotations of --data give."""
+
+
+def check_version(config: Any, name: str) -> None:
+    """
+    Raises ConfigError for a config of mmdet 2: mmdet 3 reads none of its settings, and would build its model without
+    the normalisation of images, which stands in the pipelines there.
+    """
+    keys = [key for key in VERSION_2_KEYS if key in config and "optim_wrapper" not in config]
+    pipelines = [value for key, value in config.items() if key.endswith("pipeline") and isinstance(value, list)]
+    types = {step.get("type") for pipeline in pipelines for step in pipeline if isinstance(step, dict)}
+    keys += [f"{kind} in a pipeline" for kind in VERSION_2_TRANSFORMS if kind in types]
+    if keys:
+        raise ConfigError(
+            f"{name} is written for mmdet 2 (it has {', '.join(keys)}); expected a config of mmdet 3: images are "
+            "normalised by model.data_preprocessor, data are in train_dataloader and val_dataloader, the optimiser is "
+            "in optim_wrapper, its schedule in param_scheduler. mmdet 3 has a config of the same name for most "
+            "detectors: mmdet::FAMILY/NAME.py; its own weights of mmdet 2 fit them."
+        )
+
+
+def set_data_preprocessor(config: Any, name: str) -> None:
+    """
+    Puts a `data_preprocessor` of the config's first level into the model, as mmengine's runner does.
+
+    Raises:
+        ConfigError: the detector has none, so that nothing would normalise its images.
+    """
+    detector = config.model.get("student", config.model)
+    if "type" in detector and "detector" not in detector and detector.get("data_preprocessor") is None:
+        if config.get("data_preprocessor") is None:
+            raise ConfigError(
+                f"{name} has no model.data_preprocessor, so that nothing would normalise images; expected such as "
+                "dict(type='DetDataPreprocessor', mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], "
+                "bgr_to_rgb=True, pad_size_divisor=32), with the values that the weights were trained with"
+            )
+        detector.data_preprocessor = config.data_preprocessor
+
+
+def check_overrides(config: Any, overrides: dict[str, Any]) -> None:
+    """Raises ConfigError if an override would have no effect: nothing reads it, or something else sets the value."""
+    for key in overrides:
+        parts = key.split(".")
+        place: Any = config
+        for part in parts[:-1]:
+            place = place.get(part) if hasattr(place, "get") else place
+            if place is None:
+                raise ConfigError(f"cannot set {key}: the config has no {part!r} there; look for a typing error")
+        if parts[0] not in READ_KEYS:
+            close = difflib.get_close_matches(parts[0], sorted(READ_KEYS), n=1, cutoff=0.75)
+            variable = "it is a variable, used up when the file was read" if parts[0] in config else "no such setting"
+            raise ConfigError(
+                f"cannot set {key}: nothing reads it ({variable}); give the full key of the setting, such as "
+                f"{close[0] if close else 'optim_wrapper.optimizer.lr'}"
+            )
+    if "train_cfg.max_epochs" in overrides and "max_epochs" in config:
+        raise ConfigError("cannot set train_cfg.max_epochs: this config has max_epochs, which wins; use --epochs")
+
+
+def check_given_key(key: str) -> None:
+    """Raises ConfigError for a key of --set whose value the command line or the data give."""
+    if key in SET_BY_US:
+        raise ConfigError(f"cannot set {key}: {SET_BY_US[key]}")
+    if key.split(".")[-1] in FROM_DATA:
+        raise ConfigError(f"cannot set {key}: it is taken from the annotations of the data")
+
+
+def check_settings(config: Any, name: str) -> None:
+    """
+    Checks a config before a training, and says which of its settings the command line gives in their place.
+
+    Raises:
+        ConfigError: a setting cannot be honoured, a type is not known, or the config lacks a part of a training.
+    """
+    for key in ("train_dataloader", "test_dataloader", "train_cfg", "optim_wrapper"):
+        if not isinstance(config.get(key), dict):
+            raise ConfigError(
+                f"{name} has no `{key}` that is a dict; expected a config for training and testing: data come from "
+                "--data, but loaders, pipelines, optimiser and schedule from the config. See configs/_base_"
+            )
+    validation = [key for key in ("val_dataloader", "val_cfg", "val_evaluator") if config.get(key) is None]
+    if 0 < len(validation) < 3:
+        raise ConfigError(f"{name} has no {' and no '.join(validation)}, but the rest of a validation")
+    for key in config:
+        close = difflib.get_close_matches(key, READ_KEYS, n=1, cutoff=0.88)
+        if key not in READ_KEYS and close and isinstance(config[key], (dict, list)):
+            raise ConfigError(f"{name}: nothing reads {key}; did you mean {close[0]}?")
+    _check_launch(config, name)
+    for part, known in (
+        ("env_cfg", {"cudnn_benchmark", "mp_cfg", "dist_cfg", "resource_limit"}),
+        ("auto_scale_lr", {"enable", "base_batch_size"}),
+    ):
+        unknown = sorted(set(config.get(part) or {}) - known)
+        if unknown:
+            raise ConfigError(f"{name}: nothing reads {part}.{unknown[0]}; expected some of {', '.join(sorted(known))}")
+    if "teacher" in config.model:
+        unknown = sorted(set(config.model.teacher) - {"config", "checkpoint", "model"})
+        if unknown:
+            raise ConfigError(f"{name}: nothing reads model.teacher.{unknown[0]}; expected config and checkpoint")
+    check_types(config)
+
+
+def _check_launch(config: Any, name: str) -> None:
+    """Of the settings by which mmdet's own script starts a training, the command line gives most."""
+    if config.get("resume"):
+        raise ConfigError(f"{name}: resume is {config.resume!r}; expected False: {SET_BY_US['resume']}")
+    dist = dict((config.get("env_cfg") or {}).get("dist_cfg") or {})
+    if set(dist) - {"backend"} or dist.get("backend", "nccl") not in ("nccl", "gloo"):
+        raise ConfigError(f"{name}: env_cfg.dist_cfg is {dist}; expected none: NCCL is used on GPUs, gloo on CPUs")
+    wrapper = dict(config.get("model_wrapper_cfg") or {})
+    unknown = set(wrapper) - {"type", "device_ids", "broadcast_buffers", "find_unused_parameters"}
+    if wrapper.get("type", "MMDistributedDataParallel") != "MMDistributedDataParallel" or unknown:
+        raise ConfigError(
+            f"{name}: model_wrapper_cfg is {wrapper}; expected none, or MMDistributedDataParallel with "
+            "find_unused_parameters"
+        )
+    if config.get("work_dir") is not None:
+        print(f"work_dir of the config is not used: {SET_BY_US['work_dir']}")
+    if config.get("launcher", "none") != "none":
+        print(f"launcher of the config is not used: {SET_BY_US['launcher']}")
+
+
+def check_types(config: Any) -> None:
+    """Raises ConfigError, with the names that are most like it, if a `type` of a training config is not registered."""
+    from mmdet import registry
+
+    loaders = [(key, config.get(key)) for key in ("train_dataloader", "val_dataloader", "test_dataloader")]
+    hooks = [*(config.get("default_hooks") or {}).values(), *(config.get("custom_hooks") or [])]
+    parts: list[tuple[str, Any, Any]] = [
+        ("optim_wrapper", config.optim_wrapper, registry.OPTIM_WRAPPERS),
+        ("optim_wrapper.optimizer", config.optim_wrapper.get("optimizer"), registry.OPTIMIZERS),
+        *(("a hook", hook, registry.HOOKS) for hook in hooks),
+        *(("param_scheduler", one, registry.PARAM_SCHEDULERS) for one in schedulers_of(config)),
+        *((key, config.get(key), registry.LOOPS) for key in ("train_cfg", "val_cfg", "test_cfg")),
+        *(("an evaluator", one, registry.METRICS) for key in EVALUATORS for one in metrics_of(config.get(key))),
+        *((f"{key}.dataset", one, registry.DATASETS) for key, loader in loaders for one in datasets_of(loader)),
+        *(("a pipeline", step, registry.TRANSFORMS) for _, loader in loaders for step in transforms_of(loader)),
+        *((f"{key}.sampler", loader.get("sampler"), registry.DATA_SAMPLERS) for key, loader in loaders if loader),
+        *((f"{key}.batch_sampler", loader.get("batch_sampler"), registry.DATA_SAMPLERS)
+          for key, loader in loaders if loader),
+        ("visualizer", config.get("visualizer"), registry.VISUALIZERS),
+        ("log_processor", config.get("log_processor"), registry.LOG_PROCESSORS),
+    ]  # fmt: skip
+    constructor = config.optim_wrapper.get("constructor")
+    if constructor:
+        parts.append(("optim_wrapper.constructor", {"type": constructor}, registry.OPTIM_WRAPPER_CONSTRUCTORS))
+    for place, part, kind in parts:
+        if part is None:
+            continue
+        if not isinstance(part, dict):
+            raise ConfigError(f"{place} is {part!r}; expected a dict with its type")
+        name = part.get("type")
+        if name is None and kind not in (registry.LOOPS, registry.LOG_PROCESSORS, registry.OPTIM_WRAPPERS):
+            raise ConfigError(f"{place} is {dict(part)}, without a type")
+        if isinstance(name, str) and kind.get(name) is None:
+            close = ", ".join(difflib.get_close_matches(name, sorted(_names_in(kind)), n=3, cutoff=0))
+            raise ConfigError(
+                f"{place} has the type {name!r}, which is not known; the closest that are: {close}. A module of your "
+                "own that registers it goes into custom_imports"
+            )
+
+
+def _names_in(registry: Any) -> set[str]:
+    """All names that a registry finds: its own and those of the registries above it."""
+    names: set[str] = set()
+    while registry is not None:
+        names |= set(registry.module_dict)
+        registry = registry.parent
+    return names
+
+
+EVALUATORS = ("val_evaluator", "test_evaluator")
+
+
+def schedulers_of(config: Any) -> list[Any]:
+    """The dicts of `param_scheduler`: one, a list, or a list for each of several optimisers."""
+    given = config.get("param_scheduler") or []
+    if isinstance(given, dict) and "type" not in given:
+        return [one for part in given.values() for one in (part if isinstance(part, (list, tuple)) else [part])]
+    return list(given) if isinstance(given, (list, tuple)) else [given]
+
+
+def metrics_of(evaluator: Any) -> list[Any]:
+    """The dicts of an evaluator: one metric, a list of them, or an Evaluator with its `metrics`."""
+    if isinstance(evaluator, dict) and "metrics" in evaluator:
+        evaluator = evaluator["metrics"]
+    return [] if evaluator is None else list(evaluator) if isinstance(evaluator, (list, tuple)) else [evaluator]
+
+
+def datasets_of(loader: Any) -> Iterator[Any]:
+    """The dicts of a loader's data set: the wrappers (RepeatDataset, ConcatDataset, ...) and what they wrap."""
+
+    def visit(dataset: Any) -> Iterator[Any]:
+        yield dataset
+        inner = dataset.get("datasets") or dataset.get("dataset")
+        for one in inner if isinstance(inner, (list, tuple)) else [inner] if inner else []:
+            yield from visit(one)
+
+    if loader and loader.get("dataset"):
+        yield from visit(loader.dataset)
+
+
+def transforms_of(loader: Any) -> Iterator[Any]:
+    """The dicts of the transforms in a loader's pipelines, of wrappers too."""
+    for dataset in datasets_of(loader):
+        yield from dataset.get("pipeline") or []
