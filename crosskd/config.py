@@ -69,12 +69,13 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None, subst
             if name.startswith("mmdet::")
             else Config.fromfile(name, use_predefined_variables=substitute, use_environment_variables=substitute)
         )
-        check_overrides(config, overrides or {})
-        config.merge_from_dict(overrides or {})
-    except ConfigError:
-        raise
     except Exception as error:  # a config is Python: anything can come out of it
         raise ConfigError(f"{name} is not a config that mmengine can read: {type(error).__name__}: {error}") from error
+    check_overrides(config, overrides or {})
+    try:
+        config.merge_from_dict(overrides or {})
+    except Exception as error:  # of a list's index, or of a dict in place of what was none
+        raise ConfigError(f"{overrides} cannot be set in {name}: {type(error).__name__}: {error}") from error
     check_version(config, name)
     if not isinstance(config.get("model"), dict):
         raise ConfigError(

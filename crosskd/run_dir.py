@@ -62,7 +62,7 @@ def _set_record(coco: CocoSet) -> dict[str, Any]:
     for image in coco.images:
         name = image.path.relative_to(coco.images_dir).as_posix()
         digest.update(f"{image.image_id} {name} {image.width_px} {image.height_px}\n".encode())
-        for values in (image.boxes_xyxy, image.labels, image.crowd):
+        for values in (image.boxes_xyxy, image.labels, image.crowd, image.ignored):
             digest.update(values.tobytes())
     boxes = sum(len(image.labels) for image in coco.images)
     return {"images": len(coco.images), "boxes": boxes, "sha256": digest.hexdigest()}

@@ -307,9 +307,11 @@ def set_processes(config: Any) -> None:
     """Sets what mmengine needs to train in the processes that torchrun started, with GPUs or without."""
     import torch
 
-    config.launcher = "none" if process_count() == 1 else "pytorch"
     if process_count() == 1:
+        if "launcher" in config:
+            config.launcher = "none"
         return
+    config.launcher = "pytorch"
     given = config.get("model_wrapper_cfg") or {}
     config.model_wrapper_cfg = dict(
         type="MMDistributedDataParallel",

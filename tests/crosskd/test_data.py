@@ -120,3 +120,155 @@ def test_the_loaders_read_what_was_checked(
     written = load_coco(tmp_path / "run" / "annotations_train.json", tmp_path / "edited" / "images")
     assert written.clipped == 0
     assert written.category_ids == data.train.category_ids
+
+
+@pytest.fixture
+def data(shapes_dir: Path) -> TrainingData:
+    return _data("--data", str(shapes_dir))
+
+
+@pytest.fixture
+def config(configs: Path) -> Any:
+    return load_config(configs / "gfl_tiny.py")
+
+
+def _built_train_set(config: Any, data: TrainingData, folder: Path) -> Any:
+    from mmdet.registry import DATASETS
+
+    set_data(config, data, folder)
+    write_annotations(data, folder)
+    return DATASETS.build(config.train_dataloader.dataset)
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "length"),
+    [
+        (lambda part: dict(type="ConcatDataset", datasets=[part, dict(part)]), 16),
+        (lambda part: dict(type="RepeatDataset", times=3, dataset=part), 24),
+        (lambda part: dict(type="MultiImageMixDataset", pipeline=[dict(type="PackDetInputs")], dataset=part), 8),
+        (lambda part: dict(type="RepeatDataset", times=2, dataset=dict(type="ConcatDataset", datasets=[part] * 2)), 32),
+    ],
+)  # fmt: skip
+def test_data_sets_that_wrap_and_join_others_read_the_data(
+    wrapper: Callable[[Any], Any], length: int, config: Any, data: TrainingData, tmp_path: Path
+) -> None:
+    config.train_dataloader.dataset = wrapper(config.train_dataloader.dataset)
+    built = _built_train_set(config, data, tmp_path)
+    assert len(built) == length
+    assert built.metainfo["classes"] == data.class_names
+
+
+def test_rare_classes_are_repeated(config: Any, data: TrainingData, tmp_path: Path) -> None:
+    part = config.train_dataloader.dataset
+    config.train_dataloader.dataset = dict(type="ClassBalancedDataset", oversample_thr=0.9, dataset=part)
+    assert len(_built_train_set(config, data, tmp_path)) > 8
+
+
+def test_sets_of_different_files_cannot_be_joined(config: Any, data: TrainingData, tmp_path: Path) -> None:
+    part = config.train_dataloader.dataset
+    parts = [{**part, "ann_file": f"{name}.json"} for name in "ab"]
+    config.train_dataloader.dataset = dict(type="ConcatDataset", datasets=parts)
+    with pytest.raises(ConfigError, match="joins 2 sets of different annotations, --data gives one; merge"):
+        set_data(config, data, tmp_path)
+
+
+def test_what_is_evaluated_is_every_image_once(config: Any, data: TrainingData, tmp_path: Path) -> None:
+    plain = config.val_dataloader.dataset
+    config.val_dataloader.dataset = dict(type="RepeatDataset", times=2, dataset=plain)
+    with pytest.raises(ConfigError, match=r"val_dataloader.dataset is a RepeatDataset; expected a plain data set"):
+        set_data(config, data, tmp_path)
+    config.val_dataloader.dataset = {**plain, "indices": 3}
+    with pytest.raises(ConfigError, match=r"val_dataloader.dataset.indices is 3; expected none"):
+        set_data(config, data, tmp_path)
+
+
+def test_a_voc_data_set_is_replaced_and_its_metric_refused(
+    config: Any, data: TrainingData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config.train_dataloader.dataset.update(type="VOCDataset", ann_subdir="Annotations", img_subdir="JPEGImages")
+    assert len(_built_train_set(config, data, tmp_path)) == 8
+    said = "VOCDataset of the config is replaced by CocoDataset, without its ann_subdir, img_subdir"
+    assert said in capsys.readouterr().out
+    config.val_evaluator = dict(type="VOCMetric", metric="mAP")
+    with pytest.raises(ConfigError, match=r"val_evaluator is a VOCMetric.*expected dict\(type='CocoMetric'"):
+        set_data(config, data, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("metric", "named"),
+    [("segm", "the data have no masks"), (["bbox", "proposal_fast"], "fails where images differ in boxes")],
+)
+def test_a_measure_that_cannot_be_had_is_refused(
+    metric: Any, named: str, config: Any, data: TrainingData, tmp_path: Path
+) -> None:
+    config.val_evaluator.metric = metric
+    with pytest.raises(ConfigError, match=f"val_evaluator measures .*{named}"):
+        set_data(config, data, tmp_path)
+
+
+def test_every_evaluator_of_a_list_gets_the_annotations(config: Any, data: TrainingData, tmp_path: Path) -> None:
+    config.val_evaluator = [dict(type="CocoMetric", metric="bbox"), dict(type="CocoMetric", metric="proposal")]
+    config.test_evaluator = dict(type="Evaluator", metrics=[dict(type="CocoMetric")])
+    set_data(config, data, tmp_path)
+    expected = config.val_dataloader.dataset.ann_file
+    assert [one.ann_file for one in [*config.val_evaluator, *config.test_evaluator.metrics]] == [expected] * 3
+
+
+def test_a_config_without_validation_has_none(config: Any, data: TrainingData, tmp_path: Path) -> None:
+    config.val_dataloader = config.val_evaluator = config.val_cfg = None
+    set_data(config, data, tmp_path)
+    assert config.test_dataloader.dataset.ann_file
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (dict(CLASSES="shape"), r"CLASSES of the config is the string 'shape', .* expected \('shape',\)"),
+        (dict(metainfo=dict(classes="shape")), "metainfo.classes of the config is the string 'shape'"),
+        (dict(classes=("car", "bus")), r"classes of the config is \('car', 'bus'\), the data have the classes"),
+    ],
+)
+def test_a_class_list_that_contradicts_the_data_is_refused(
+    change: dict[str, Any], named: str, config: Any, data: TrainingData, tmp_path: Path
+) -> None:
+    for key, value in change.items():
+        config[key] = value
+    with pytest.raises(ConfigError, match=named):
+        set_data(config, data, tmp_path)
+
+
+def test_so_is_one_of_a_data_set_and_another_order_is_said(
+    config: Any, data: TrainingData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config.train_dataloader.dataset.metainfo = dict(classes="shape")
+    with pytest.raises(ConfigError, match=r"train_dataloader.dataset.metainfo.classes of the config is the string"):
+        set_data(config, data, tmp_path)
+    config.train_dataloader.dataset.metainfo = dict(classes=data.class_names[::-1])
+    set_data(config, data, tmp_path)
+    assert "is in another order than the annotations; theirs counts: ['circle'" in capsys.readouterr().out
+    assert config.train_dataloader.dataset.metainfo.classes == data.class_names
+    set_data(config, data, tmp_path)  # the same classes are nothing to speak of
+    assert capsys.readouterr().out == ""
+
+
+def test_a_filter_of_the_config_holds_and_says_what_it_leaves_out(
+    config: Any, edited: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def empty_one(document: Any) -> None:
+        image_id = document["images"][-1]["id"]
+        document["annotations"] = [one for one in document["annotations"] if one["image_id"] != image_id]
+
+    data = _data("--data", str(edited("train", empty_one)))
+    config.train_dataloader.dataset.filter_cfg = dict(filter_empty_gt=True, min_size=32)
+    capsys.readouterr()
+    assert len(_built_train_set(config, data, tmp_path)) == 7
+    assert "filter_cfg of the config leaves out 1 of 8 training images" in capsys.readouterr().out
+    config.train_dataloader.dataset.filter_cfg = dict(min_size=1000)
+    with pytest.raises(ConfigError, match="which leaves no image of 8"):
+        set_data(config, data, tmp_path)
+
+
+def test_masks_are_refused(config: Any, data: TrainingData, tmp_path: Path) -> None:
+    config.train_dataloader.dataset.pipeline[1].with_mask = True
+    with pytest.raises(ConfigError, match=r"train_dataloader loads masks .*expected boxes alone"):
+        set_data(config, data, tmp_path)

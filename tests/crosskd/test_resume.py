@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import shutil
 import signal
 import traceback
 from collections.abc import Callable, Iterator
@@ -227,8 +228,20 @@ def test_a_run_that_is_started_afresh_cannot_be_resumed_from_an_earlier_one(word
 
 
 def test_a_run_is_resumed_only_as_it_was_started(
-    words: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    words: list[str], shapes_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    others = {}
+    for name, change in (
+        ("other_classes", lambda document: document["categories"][0].update(name="disc")),
+        ("other_boxes", lambda document: document["annotations"].pop()),
+    ):
+        others[name] = tmp_path / name
+        shutil.copytree(shapes_dir, others[name])
+        for split in ("train", "val"):
+            path = others[name] / "annotations" / f"instances_{split}.json"
+            document = json.loads(path.read_text())
+            change(document)
+            path.write_text(json.dumps(document))
     run_dir = tmp_path / "run"
 
     def killed() -> int:
@@ -240,8 +253,17 @@ def test_a_run_is_resumed_only_as_it_was_started(
         (["--seed", "1"], "the run has the seed 0, --seed is 1; resume with the same"),
         (["--ema"], "started without a moving average of the weights and is resumed with one"),
         (["train_dataloader.batch_size=4"], "had taken 4 steps after 1 epochs; with these data, batch size and number"),
+        (["--epochs", "5"], "started with another setting: train_cfg.max_epochs was 3, now it is 5 (and"),
+        (["optim_wrapper.optimizer.lr=0.5"], "optim_wrapper.optimizer.lr was 0.0015, now it is 0.5. Resume it with"),
+        (["model.bbox_head.feat_channels=24"], "model.bbox_head.feat_channels was 16, now it is 24"),
+        (["--data", str(others["other_classes"])], "started with the classes ['circle', 'triangle', "),
+        (["--data", str(others["other_boxes"])], "started with other train data (8 images, "),
     ):
         # The last word of `words` is one of --set, whose values the batch size joins.
         resumed = [*words, *changed, "-o", str(run_dir), "--resume"]
         assert _in_child(lambda resumed=resumed: train.main(resumed)) >> 8 == 2
         assert named in capfd.readouterr().err
+    (run_dir / "training.json").unlink()  # a run of an earlier version has none
+    resumed = [*words, "model.bbox_head.feat_channels=24", "-o", str(run_dir), "--resume"]
+    assert _in_child(lambda: train.main(resumed)) >> 8 == 2
+    assert "started with another model or other classes" in capfd.readouterr().err

@@ -131,11 +131,11 @@ def test_a_setting_that_cannot_be_honoured_is_one_message(
 def test_names_of_data_sets_transforms_and_samplers_are_known(configs: Path) -> None:
     config = load_config(configs / "gfl_tiny.py")
     config.train_dataloader.dataset.pipeline[0].type = "LoadImageFromFiles"
-    with pytest.raises(ConfigError, match="a pipeline has the type 'LoadImageFromFiles'.*LoadImageFromFile"):
+    with pytest.raises(ConfigError, match=r"a pipeline has the type 'LoadImageFromFiles'.*LoadImageFromFile"):
         check_types(config)
     config = load_config(configs / "gfl_tiny.py")
     config.train_dataloader.sampler.type = "DefaultSamplr"
-    with pytest.raises(ConfigError, match="train_dataloader.sampler has the type 'DefaultSamplr'.*DefaultSampler"):
+    with pytest.raises(ConfigError, match=r"train_dataloader.sampler has the type 'DefaultSamplr'.*DefaultSampler"):
         check_types(config)
 
 

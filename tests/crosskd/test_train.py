@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -72,3 +73,43 @@ def test_a_run_directory_that_cannot_be_made_is_refused(
     words = [str(configs / "gfl_tiny.py"), "--data", str(shapes_dir), "-o", str(tmp_path / "file" / "run")]
     assert train.main(words) == 2
     assert capsys.readouterr().err.startswith(f"error: cannot write {tmp_path}/file/run/detector.pth")
+
+
+def test_load_from_is_what_a_training_starts_with_and_the_sidecar_names_it(
+    configs: Path, shapes_dir: Path, teacher_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = teacher_run / "detector.pth"
+    words = [str(configs / "gfl_tiny_teacher.py"), "--data", str(shapes_dir), "-o", str(tmp_path / "run")]
+    still = ["--set", f"load_from={weights}", "optim_wrapper.optimizer.lr=0.0", "param_scheduler=[]"]
+    assert train.main([*words, *still]) == 0
+    assert f"starting from {weights}: all of it" in capsys.readouterr().out
+    assert read_sidecar(tmp_path / "run" / "detector.pth")["inputs"]["load_from"]["sha256"] == sha256_of(weights)
+    before, after = (
+        torch.load(path, weights_only=True)["state_dict"] for path in (weights, tmp_path / "run/detector.pth")
+    )
+    parameters = [key for key in before if "running" not in key and "num_batches" not in key]
+    assert all(torch.equal(before[key], after[key]) for key in parameters)
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["optim_wrapper.optimizer.lrr=0.1"], "the training cannot take its first step: TypeError: .*'lrr'"),
+        (["model.neck.in_channels=[8, 16, 32, 72]"], "cannot take its first step: RuntimeError: .*72"),
+        (["model.backbone.init_cfg={'_delete_': True, 'type': 'Pretrained', 'checkpoint': '/nowhere/r18.pth'}"],
+         "the initial weights cannot be read: FileNotFoundError: /nowhere/r18.pth.*init_cfg=None draws"),
+        (["custom_hooks=[{'type': 'EMAHook', 'momentun': 0.1}]"], "take its first step: TypeError: .*'momentun'"),
+    ],
+)  # fmt: skip
+def test_what_mmengine_does_not_take_is_one_message_and_keeps_an_earlier_run(
+    words: list[str], named: str, configs: Path, shapes_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "last_checkpoint").write_text("epoch_3.pth")  # of an earlier run, which could go on
+    command = [str(configs / "gfl_tiny.py"), "--data", str(shapes_dir), "-o", str(run_dir), "--set", *words]
+    assert train.main(command) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(f"^error: .*{named}", error)
+    # A forward pass is the first that shows widths that do not fit together: the run has begun then.
+    assert (run_dir / "last_checkpoint").exists() == ("in_channels" not in words[0])
