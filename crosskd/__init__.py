@@ -10,5 +10,5 @@ that follow it:
 - models: the detector of student and teacher, methods of distillation, families of heads, losses, backbones, weights.
 
 What commands and workers share of int8, loop and models stands above these three: training, run_dir, and config, which
-registers what a config may name. Ground, below all: data, written_config, transforms, download.
+registers what a config may name. Ground, below all: data, schedule, written_config, transforms, download, settings.
 """

@@ -5,11 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
-from torch import nn
 
 from crosskd import distill
-from crosskd.loop.runner import keep_narrow_strides_contiguous
 
 
 def test_the_console_has_progress_and_the_log_file_everything(
@@ -29,18 +26,3 @@ def test_the_console_has_progress_and_the_log_file_everything(
         assert noise not in shown
         assert noise in logged
     assert len(shown.splitlines()) < 60
-
-
-def test_a_narrow_strided_convolution_has_its_input_in_the_default_layout() -> None:
-    """Its backward pass in channels_last ends the process with a segmentation fault, one time in two."""
-    narrow, wide = nn.Conv2d(8, 16, 1, 2), nn.Conv2d(16, 16, 1, 2)
-    model = nn.Sequential(narrow, wide).to(memory_format=torch.channels_last)
-    keep_narrow_strides_contiguous(model)
-    seen = {}
-    for name, module in (("narrow", narrow), ("wide", wide)):
-        module.register_forward_hook(lambda _module, inputs, _outputs, name=name: seen.update({name: inputs[0]}))
-    images = torch.randn(4, 8, 24, 24).to(memory_format=torch.channels_last)
-    outputs = model(images)
-    assert seen["narrow"].is_contiguous()
-    assert wide._forward_pre_hooks == {}
-    torch.testing.assert_close(outputs, wide(nn.functional.conv2d(images, narrow.weight, narrow.bias, 2)))
