@@ -187,6 +187,7 @@ def distil(config_path: str, data: TrainingData, training: TrainingOptions, dist
     if not distillation.int8:
         run_training(config, detector, data, training, "student.pth", inputs, check)
         return
+    assert start is not None, "--quantize int8 is refused without --from"
     int8 = int8_to_start_with(training, distillation, data)
     inputs["calibrated"] = str(int8)
     detector.quantization = int8_aware.fake_quantization_of(detector.student, int8, start)
@@ -244,7 +245,7 @@ def int8_to_start_with(training: TrainingOptions, distillation: DistillationOpti
             raise ConfigError(
                 f"the run was started for the target {started_for}, --target is {target}; resume with the same"
             )
-    elif not distillation.calibrated and is_first_process():
+    elif distillation.start is not None and not distillation.calibrated and is_first_process():
         int8_aware.quantize_start(distillation.start, data, target or "tensorrt", training.seed, run_dir)
     wait_for_all()
     return int8

@@ -121,6 +121,10 @@ class FakeQuantization(nn.Module):
             training than in evaluation.
     """
 
+    calibrated: Tensor
+    """(ranges,): the scales that training starts with."""
+    zero_points: Tensor
+    """(ranges,)"""
     offsets: nn.Parameter
     """(ranges,): of each scale, by exp(offset), from the calibrated one."""
 
@@ -269,11 +273,12 @@ def rounded_weight(weight: Tensor, norm: _BatchNorm | None) -> Tensor:
 
 def _factor_of(norm: _BatchNorm) -> Tensor:
     """(channels, 1, 1, 1): what a norm in evaluation mode multiplies by."""
-    factor = (norm.running_var + norm.eps).rsqrt()
+    variance: Any = norm.running_var  # None in a norm that tracks nothing, which no exported graph folds
+    factor = (variance + norm.eps).rsqrt()
     return (factor if norm.weight is None else factor * norm.weight).view(-1, 1, 1, 1)
 
 
-def recorded_calls(detector: nn.Module, images: Tensor) -> list[_Call]:
+def recorded_calls(detector: Any, images: Tensor) -> list[_Call]:
     """The calls of torch's functions in a forward pass of the detector in evaluation mode, as far as its head goes."""
     norms = {id(m.running_mean): m for m in detector.modules() if isinstance(m, _BatchNorm)}
     own = {id(tensor) for tensor in (*detector.parameters(), *detector.buffers())}

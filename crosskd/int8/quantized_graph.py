@@ -82,7 +82,7 @@ def read_quantized_graph(int8_path: str | Path, float_path: str | Path, feed: di
             source = pair.input[1].removesuffix(SCALE_SUFFIX)
             operands[tensor] = source
             scale, zero_point = (numpy_helper.to_array(fixed[constant]) for constant in pair.input[1:])
-            quantizations[source] = Quantization(float(scale), zero_point[()])
+            quantizations[source] = Quantization(float(scale), zero_point.reshape(-1)[0])
         if has_weight or any(operands.values()):
             found.append((node, operands, has_weight))
     if not found:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from crosskd.models.families.tood import keep_boxes_in_float32
+from crosskd.models.heads import DenseHead
 
 
 def computes_in_bf16(device: str) -> bool:
@@ -38,7 +39,7 @@ def _float32(values: Any) -> Any:
     return tree_map(lambda v: v.float() if isinstance(v, Tensor) and v.dtype == torch.bfloat16 else v, values)
 
 
-def keep_losses_in_float32(head: nn.Module) -> None:
+def keep_losses_in_float32(head: DenseHead) -> None:
     """
     Makes `head.loss_by_feat` run in float32 on float32 inputs, also inside autocast.
 

@@ -21,7 +21,7 @@ class _NonFiniteLossError(Exception):
     """A loss of this batch is not finite, here or in another process; says which parts, empty if none is here."""
 
 
-def guard_training(model: nn.Module, patience: int = 10) -> None:
+def guard_training(model: Any, patience: int = 10) -> None:
     """
     Makes `model.train_step` skip every batch of which a loss is not finite, and say which losses and images they were.
 

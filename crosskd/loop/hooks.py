@@ -28,7 +28,7 @@ from deploy.errors import CheckpointError, ConfigError, PipelineError
 from deploy.files import AnyPath, replacing
 
 
-def detector_of(runner: Any) -> nn.Module:
+def detector_of(runner: Any) -> Any:
     """The detector that `runner` trains, without the wrapper that several processes put around it."""
     return runner.model.module if is_model_wrapper(runner.model) else runner.model
 

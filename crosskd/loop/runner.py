@@ -25,7 +25,7 @@ class TrainingRunner(Runner):
     are in its log file.
     """
 
-    def wrap_model(self, model_wrapper_cfg: Any, model: nn.Module) -> nn.Module:
+    def wrap_model(self, model_wrapper_cfg: Any, model: Any) -> nn.Module:
         # First weights are drawn before the layout is changed, in mmdet's own and so with its own values, and gradients
         # are gathered from several processes after.
         if not getattr(model, "has_weights", False):

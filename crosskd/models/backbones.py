@@ -70,7 +70,7 @@ class TimmBackbone(BaseModule):
         self.model_kwargs = dict(model_kwargs or {})
         check_timm_model(model)
         try:
-            self.model = self._features()
+            self.model: Any = self._features()
             self.channels = tuple(self.model.feature_info.channels())
             self.strides = tuple(self.model.feature_info.reduction())
         except Exception as error:  # whatever timm raises of an index or an argument
@@ -83,7 +83,7 @@ class TimmBackbone(BaseModule):
         for module in self.frozen:
             module.requires_grad_(False)
 
-    def _features(self, **kwargs: Any) -> nn.Module:
+    def _features(self, **kwargs: Any) -> Any:
         import timm
 
         return timm.create_model(
@@ -164,7 +164,7 @@ def check_timm_model(name: str) -> None:
         )
 
 
-def frozen_modules(model: nn.Module, level: int) -> list[nn.Module]:
+def frozen_modules(model: Any, level: int) -> list[nn.Module]:
     """
     The modules that the feature level `level` of a timm feature extractor is made by, and nothing after it.
 

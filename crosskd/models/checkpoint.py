@@ -266,7 +266,7 @@ def load_detector_weights(
     checkpoint, own = read_checkpoint(path), detector.state_dict()
     state = state_for_detector(path, checkpoint, own.keys())
     known = classes_of_checkpoint(checkpoint)
-    head = getattr(detector, "bbox_head", None)
+    head: Any = getattr(detector, "bbox_head", None)
     predictor = getattr(FAMILIES.get(type(head).__name__), "predictor", None)
     if predictor and class_names and known and tuple(class_names) != known:
         missing_classes = [name for name in class_names if name not in known]

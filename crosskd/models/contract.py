@@ -63,13 +63,16 @@ def contract_from_config(
     if test_cfg.nms.get("type", "nms") != "nms":
         raise ExportError(f"test_cfg.nms.type is {test_cfg.nms.type!r}; deployment knows 'nms' only")
     sizes = {"N": batch, "3": 3, "height": height, "width": width}
+    input_shape: Any = tuple(sizes[name] for name in LAYOUTS[input_type])
+    numbers: Any = (tuple(float(value) for value in values) for values in (mean, std, pad_value))
+    mean, std, pad_value = numbers
     return ModelContract(
         input_name="image",
-        input_shape=tuple(sizes[name] for name in LAYOUTS[input_type]),
+        input_shape=input_shape,
         channel_order="rgb" if turned else "bgr",
-        mean=tuple(float(v) for v in mean),
-        std=tuple(float(v) for v in std),
-        pad_value=tuple(float(v) for v in pad_value),
+        mean=mean,
+        std=std,
+        pad_value=pad_value,
         resize="keep_ratio" if resize["type"] == "FitResize" or resize.get("keep_ratio") else "stretch",
         output_names=OUTPUTS[outputs],
         class_names=tuple(class_names),

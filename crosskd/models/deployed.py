@@ -137,10 +137,9 @@ def deployed_model(detector: Any, contract: ModelContract) -> nn.Module:
             for level, maps in enumerate(zip(*outputs, strict=True)):
                 priors = getattr(self, f"priors_{level}")
                 rows = [rows_of_priors(m, len(priors)) for m in maps]
-                boxes, scores, *factor = family.decode(head, level, priors, *rows)
-                found.append(
-                    best_candidates(boxes, scores, test_cfg.get("nms_pre", -1), *factor, threshold=test_cfg.score_thr)
-                )
+                boxes, scores, *factors = family.decode(head, level, priors, *rows)
+                limit, factor = test_cfg.get("nms_pre", -1), factors[0] if factors else None
+                found.append(best_candidates(boxes, scores, limit, factor, test_cfg.score_thr))
             return tuple(torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
 
     return Deployed().eval()

@@ -262,7 +262,7 @@ def _forgive_missing_teacher(_module: nn.Module, incompatible: Any) -> None:
     incompatible.missing_keys[:] = kept
 
 
-def detector_from_config(config: Any, load_weights: bool = True, class_names: Sequence[str] | None = None) -> nn.Module:
+def detector_from_config(config: Any, load_weights: bool = True, class_names: Sequence[str] | None = None) -> Any:
     """
     The detector of a config that `load_config` returned: a CrossKDDetector or a plain mmdet detector.
 

@@ -124,7 +124,7 @@ class HeadFamily:
             rest._modules[tower] = self._rest_of_tower(getattr(head, tower), index, split)
         return rest
 
-    def _rest_of_tower(self, tower: nn.ModuleList, index: int, split: int) -> nn.ModuleList:
+    def _rest_of_tower(self, tower: Any, index: int, split: int) -> nn.ModuleList:
         if _has_levels(tower):
             return nn.ModuleList([self._rest_of_tower(level, index, split) for level in tower])
         relu = split > 0 and isinstance(_activation_of(tower[split - 1]), nn.ReLU)
@@ -288,7 +288,8 @@ def positives_of_batch(labels: Sequence[Tensor], num_classes: int) -> Tensor:
     Args:
         labels: per level (N, anchors or points of an image).
     """
-    positive = sum(((level >= 0) & (level < num_classes)).sum(1) for level in labels)  # (N,)
+    counts = [((level >= 0) & (level < num_classes)).sum(1) for level in labels]  # per level (N,)
+    positive = torch.stack(counts).sum(0)  # (N,)
     return reduce_mean(positive.clamp(min=1).sum().float())
 
 

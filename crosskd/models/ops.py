@@ -253,8 +253,9 @@ def _modulated_deform_conv(
     **other: int,
 ) -> Tensor:
     stride, padding, dilation = (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w)
-    bias = bias if with_bias else None
-    return _deform_conv2d(input, offset, weight, bias, mask, stride=stride, padding=padding, dilation=dilation)
+    return _deform_conv2d(
+        input, offset, weight, bias if with_bias else None, mask, stride=stride, padding=padding, dilation=dilation
+    )
 
 
 def _deform_conv2d(

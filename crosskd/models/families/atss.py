@@ -33,5 +33,5 @@ class ATSSFamily(RetinaFamily):
         return losses
 
     def decode(self, head: DenseHead, level: int, priors: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
-        *rows, centerness = rows
-        return *super().decode(head, level, priors, *rows), centerness[..., 0].sigmoid()
+        *others, centerness = rows
+        return *super().decode(head, level, priors, *others), centerness[..., 0].sigmoid()

@@ -75,7 +75,7 @@ class FCOSFamily(HeadFamily):
         boxes, target = (head.bbox_coder.decode(points, distances) for distances in (cross_reg, teacher_reg))
         overlap = bbox_overlaps(boxes, target, is_aligned=True).clamp(min=1e-6)
         distance = -overlap.log() * teacher_cls.amax(1).sigmoid()
-        factor = call.avg_factor
+        factor = torch.as_tensor(call.avg_factor)
         scale = torch.where(factor > 0, 1 / factor.clamp(min=1e-6), 0)
         return {
             "loss_cls_kd": [kd_quality_focal_loss(cross_cls, teacher_cls).sum() * scale],

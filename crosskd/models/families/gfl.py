@@ -43,7 +43,8 @@ class GFLFamily(HeadFamily):
             divergence = distribution_kl(rows_of_maps(cross_reg, bins), rows_of_maps(teacher_reg, bins)).view(-1, 4)
             losses_reg.append((divergence.sum(1) * weight).sum())
             weights.append(weight.sum())
-        total = sum(weights).clamp(min=1e-6)
+        total: Any = sum(weights)
+        total = total.clamp(min=1e-6)
         return {"loss_cls_kd": losses_cls, "loss_reg_kd": [loss / total for loss in losses_reg]}
 
     def loss_ld(

@@ -27,9 +27,11 @@ class VFNetFamily(RetinaFamily):
     predictor = "vfnet_cls"
     default_weights: ClassVar = {"loss_cls_kd": 1.0, "loss_reg_kd": 1.0, "loss_feat_kd": 1.0}
 
-    def recorded_assignment(self, head: DenseHead) -> contextlib.AbstractContextManager[list[LossCall]]:
+    @contextlib.contextmanager
+    def recorded_assignment(self, head: DenseHead) -> Iterator[list[LossCall]]:
         """As of the base class, but one call for all levels."""
-        return _recorded_varifocal_loss(head) if head.use_vfl else super().recorded_assignment(head)
+        with _recorded_varifocal_loss(head) if head.use_vfl else super().recorded_assignment(head) as calls:
+            yield calls
 
     def outputs_as_in_eval(self, outputs: Any, head: DenseHead) -> Any:
         return (outputs[0], outputs[2]) if head.training else outputs
