@@ -50,8 +50,8 @@ class StoredArray(np.ndarray):
             or min(shape, default=0) < 0
         ):
             raise pickle.UnpicklingError("it asks for a numpy array that its bytes do not fit")
-        state = (1, shape, dtype.dtype, bool(fortran), bytes(data))
-        super().__setstate__(state)  # type: ignore[arg-type]  # numpy's stub leaves out the version, 1
+        written: Any = (1, shape, dtype.dtype, bool(fortran), bytes(data))
+        super().__setstate__(written)
 
 
 def stored_scalar(dtype: Any, data: Any) -> Any:
