@@ -20,7 +20,10 @@ INSTALL_TENSORRT = (
 
 def load_tensorrt(needed_for: str) -> ModuleType:
     """
-    The module tensorrt.
+    The module tensorrt, its plugins registered.
+
+    TensorRT 8 makes of some norms plugins (InstanceNormalization_TRT), which a process that loads an engine has to
+    register itself: for the one that builds it the ONNX parser does (release/8.5, plugin/api/InferPlugin.cpp).
 
     Raises:
         MissingDependencyError: it is not installed, or its libraries are not.
@@ -29,6 +32,7 @@ def load_tensorrt(needed_for: str) -> ModuleType:
         import tensorrt
     except (ImportError, OSError) as error:
         raise MissingDependencyError("tensorrt", needed_for, f"{INSTALL_TENSORRT}. Python says: {error}") from error
+    tensorrt.init_libnvinfer_plugins(logger(tensorrt), "")
     return tensorrt
 
 

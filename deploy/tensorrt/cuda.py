@@ -42,7 +42,7 @@ class Cuda:
     """
 
     def describe(self) -> Dict[str, str]:
-        """Keys device, compute_capability, cuda_runtime, cuda_driver."""
+        """Keys device, compute_capability, multiprocessors, cuda_runtime, cuda_driver."""
         raise NotImplementedError
 
     def stream(self) -> int:
@@ -132,6 +132,7 @@ class CudaPython(Cuda):
         return {
             "device": properties.name.split(b"\0")[0].decode(),
             "compute_capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": str(properties.multiProcessorCount),
             "cuda_runtime": _cuda_version(self._call("cudaRuntimeGetVersion")),
             "cuda_driver": _cuda_version(self._call("cudaDriverGetVersion")),
         }
@@ -250,6 +251,9 @@ class PyCuda(Cuda):
         return {
             "device": self._call(self._device.name),
             "compute_capability": f"{major}.{minor}",
+            "multiprocessors": str(
+                self._call(self._device.get_attribute, self._driver.device_attribute.MULTIPROCESSOR_COUNT)
+            ),
             "cuda_runtime": ".".join(str(part) for part in self._driver.get_version()[:2]),
             "cuda_driver": _cuda_version(self._driver.get_driver_version()),
         }

@@ -18,7 +18,8 @@ from types import ModuleType
 from typing import Any, Dict, Mapping, NamedTuple, Optional, Sequence
 
 from deploy.contract import ModelContract, sidecar_path, write_sidecar
-from deploy.files import AnyPath, check_writable, replacing
+from deploy.errors import ConfigError
+from deploy.files import AnyPath, check_writable, read_json, replacing, write_json
 from deploy.runtime.golden import TOLERANCES, check_agreement, words_of_agreement
 from deploy.runtime.session import Session
 from deploy.tensorrt.bindings import load_tensorrt
@@ -28,12 +29,15 @@ from deploy.tensorrt.cuda import load_cuda
 from deploy.tensorrt.options import BuildOptions, Recipe, describe_recipe, recipe_for, typing_of
 from deploy.tensorrt.session import PlanSession, describe_machine
 
+TIMED_ON = ("device", "compute_capability", "multiprocessors", "board", "power_mode", "tensorrt", "cuda_runtime")
+"""Of `describe_machine`, what the times of kernels hold for."""
+
 
 class Machine(NamedTuple):
     """The TensorRT and the device that build, and how."""
 
     trt: ModuleType
-    here: Dict[str, str]
+    here: Dict[str, Optional[str]]
     """Of `deploy.tensorrt.session.describe_machine`."""
     recipe: Recipe
     timing_cache: Optional[Path]
@@ -64,6 +68,7 @@ def open_machine(
 
     Raises:
         MissingDependencyError, PipelineError: there is no TensorRT, no CUDA or no device.
+        ConfigError: the timing cache was measured elsewhere.
         EngineBuildError: as `recipe_for`.
     """
     needed_for = f"building {output}"
@@ -74,6 +79,8 @@ def open_machine(
     finally:
         cuda.close()
     cache = None if no_timing_cache else timing_cache or default_timing_cache(here)
+    if cache is not None:
+        _check_timing_cache(cache, here)
     for path in filter(None, (output, cache)):
         check_writable(path)
     return Machine(trt, here, recipe_for(options, typing_of(trt)), cache, verbose)
@@ -107,6 +114,8 @@ def make_engine(
     start = time.monotonic()
     plan = build_plan(trt, source.model, options, source.float_tensors, source.amax, timing_cache, verbose)
     build_s = round(time.monotonic() - start, 1)
+    if timing_cache is not None:
+        write_json(_measured_on(timing_cache), {key: here[key] for key in TIMED_ON})
     found = coverage(trt, plan, options)
     check_precision(found, options.precision)
     golden = check_plan(trt, plan, reference, options) if reference is not None else None
@@ -138,16 +147,39 @@ def check_plan(trt: ModuleType, plan: bytes, reference: Session, options: BuildO
         return check_agreement(reference, engine, TOLERANCES[options.precision])
 
 
-def default_timing_cache(machine: Mapping[str, str]) -> Path:
+def default_timing_cache(machine: Mapping[str, Optional[str]]) -> Path:
     """
-    The file in the user's cache folder for this device, TensorRT and CUDA, to which such a cache is tied.
+    The file in the user's cache folder for this device, TensorRT, CUDA and power mode, to which times are tied.
 
     Args:
         machine: of `deploy.tensorrt.session.describe_machine`.
     """
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "crosskd" / "timing"
-    words = [machine["device"], f"tensorrt{machine['tensorrt']}", f"cuda{machine['cuda_runtime']}"]
-    return folder / (re.sub(r"[^\w.]+", "-", "-".join(words)) + ".cache")
+    words = [machine["device"], f"{machine['multiprocessors']}sm", machine["board"], machine["power_mode"]]
+    words += [f"tensorrt{machine['tensorrt']}", f"cuda{machine['cuda_runtime']}"]
+    return folder / (re.sub(r"[^\w.]+", "-", "-".join(filter(None, words))) + ".cache")
+
+
+def _measured_on(timing_cache: Path) -> Path:
+    """The file beside a timing cache that says where its times were measured, which TensorRT's format does not."""
+    return timing_cache.with_name(f"{timing_cache.name}.json")
+
+
+def _check_timing_cache(path: Path, here: Mapping[str, Optional[str]]) -> None:
+    """
+    Raises ConfigError if the times were measured elsewhere. Of a file that another tool wrote only TensorRT can tell.
+    """
+    if not (path.is_file() and _measured_on(path).is_file()):
+        return
+    measured_on = read_json(_measured_on(path), ConfigError, "what a build writes beside its timing cache: remove both")
+    measured_on = measured_on if isinstance(measured_on, dict) else {}
+    for key in TIMED_ON:
+        if measured_on.get(key) != here[key]:
+            raise ConfigError(
+                f"the timing cache {path} was measured with {key} {measured_on.get(key)!r}; here it is {here[key]!r}. "
+                "Give another file, leave --timing-cache out for the one of this machine, or measure anew with "
+                "--no-timing-cache."
+            )
 
 
 def write_engine(

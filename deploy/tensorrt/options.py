@@ -198,7 +198,7 @@ def add_build_arguments(parser: argparse.ArgumentParser, default: str) -> None:
     cache.add_argument(
         "--timing-cache", type=Path, metavar="FILE",
         help="measured kernels, read and updated: makes the next build quick (default: one in the user's cache folder "
-        "for each device, TensorRT and CUDA)",
+        "for each device, power mode, TensorRT and CUDA)",
     )  # fmt: skip
     cache.add_argument("--no-timing-cache", action="store_true", help="measure every kernel anew, keep nothing")
     parser.add_argument("--dla-core", type=int, metavar="N", help="run on this DLA core of a Jetson")

@@ -6,6 +6,7 @@ Of TensorRT's run API only the part that goes by tensor names is used: 8.5 to 11
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Dict, Mapping, Optional, Tuple
@@ -15,6 +16,7 @@ import numpy as np
 from deploy.contract import ModelContract, load_contract, read_sidecar, sidecar_path
 from deploy.errors import ContractError, PipelineError
 from deploy.files import AnyPath
+from deploy.machine import board_model, power_mode
 from deploy.runtime.session import Arrays, Session
 from deploy.targets import version_numbers
 from deploy.tensorrt.bindings import load_tensorrt, logger
@@ -324,23 +326,38 @@ class TrtSession(PlanSession):
         trt = load_tensorrt(f"running {Path(path).name}")
         cuda = load_cuda(f"running {Path(path).name}")
         try:
-            check_same_machine(built_on, describe_machine(trt, cuda), path)
+            here = describe_machine(trt, cuda)
+            check_same_machine(built_on, here, path)
         except BaseException:
             cuda.close()
             raise
+        mode, mode_here = built_on.get("power_mode"), here["power_mode"]
+        if mode and mode_here and mode != mode_here:
+            print(
+                f"warning: {path} was built in the power mode {mode}, the board is in {mode_here} now: it runs, with "
+                "kernels that were the fastest then. Build it again here before its speed is measured.",
+                file=sys.stderr,
+            )
         dla_core, version_compatible = built_on.get("dla_core"), bool(built_on.get("version_compatible"))
         super().__init__(plan, contract, trt, cuda, dla_core, version_compatible)
         self.description += f", {built_on['precision']}"
 
 
-def describe_machine(trt: ModuleType, cuda: Cuda) -> Dict[str, str]:
-    """What an engine is built by and for: keys tensorrt, device, compute_capability, cuda_runtime, cuda_driver."""
-    return {"tensorrt": trt.__version__, **cuda.describe()}
+def describe_machine(trt: ModuleType, cuda: Cuda) -> Dict[str, Optional[str]]:
+    """
+    What an engine is built by and for: keys tensorrt, device, compute_capability, multiprocessors, cuda_runtime,
+    cuda_driver, board, power_mode. The last two are None where there are none.
+    """
+    return {"tensorrt": trt.__version__, **cuda.describe(), "board": board_model(), "power_mode": power_mode()}
 
 
-def check_same_machine(built_on: Mapping[str, Any], here: Mapping[str, str], path: AnyPath) -> None:
+def check_same_machine(built_on: Mapping[str, Any], here: Mapping[str, Optional[str]], path: AnyPath) -> None:
     """
     Raises ContractError if the engine at `path` cannot run here: it was built by another TensorRT or for another GPU.
+
+    Every Jetson Orin calls itself "Orin" of compute capability 8.7, and TensorRT lets an engine of an AGX be loaded on
+    an NX, where it fails ("Cask unknown internal error"): hence multiprocessors, of which power modes switch some off,
+    and the board's name. Inside a container that may be unknown, and then says nothing.
 
     Built `version_compatible`, it runs on the same major version of TensorRT, not older than that (TensorRT 11.3
     support matrix, "Engine Portability"). Built `hardware_compatible`, it runs on every GPU of compute capability 8.0
@@ -350,18 +367,20 @@ def check_same_machine(built_on: Mapping[str, Any], here: Mapping[str, str], pat
         built_on: the `details` of its sidecar.
         here: as `describe_machine` returns it.
     """
-    for key in ("tensorrt", "device", "compute_capability"):
-        built, found = str(built_on.get(key)), here[key]
+    for key in ("tensorrt", "device", "compute_capability", "multiprocessors", "board"):
+        built, found = str(built_on.get(key)), str(here[key])
+        if key == "board" and "None" in (built, found):
+            continue
         if key == "tensorrt" and built_on.get("version_compatible"):
             old, new = version_numbers(built), version_numbers(found)
             fits = old[:1] == new[:1] and old <= new
             rule = "Version-compatible engines run on the same major version of TensorRT, on that one or newer"
         elif key != "tensorrt" and built_on.get("hardware_compatible"):
-            fits = key == "device" or version_numbers(found) >= AMPERE
+            fits = key != "compute_capability" or version_numbers(found) >= AMPERE
             rule = "Hardware-compatible engines run on GPUs of compute capability 8.0 or higher"
         else:
             fits = built == found
-            rule = "Engines do not move between TensorRT versions or GPUs"
+            rule = "Engines do not move between TensorRT versions, boards or GPUs"
         if not fits:
             raise ContractError(
                 f"{path} was built with {key} {built!r}; here it is {found!r}. {rule}: build it again here with "

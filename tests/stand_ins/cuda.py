@@ -65,7 +65,7 @@ def cuda_python_stand_in() -> ModuleType:
     runtime.cudaFree = runtime.cudaFreeHost = free
     runtime.cudaMemcpyAsync = copy
     runtime.cudaGetDevice = lambda: (Status.cudaSuccess, 0)
-    properties = SimpleNamespace(name=b"Stand-in GPU\0\0", major=8, minor=7)
+    properties = SimpleNamespace(name=b"Stand-in GPU\0\0", major=8, minor=7, multiProcessorCount=8)
     runtime.cudaGetDeviceProperties = lambda device: (Status.cudaSuccess, properties)
     runtime.cudaRuntimeGetVersion = lambda: (Status.cudaSuccess, 13000)
     runtime.cudaDriverGetVersion = lambda: (Status.cudaSuccess, 13010)

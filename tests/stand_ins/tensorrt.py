@@ -2,7 +2,8 @@
 The part of TensorRT's Python API that is used here, for any version: engines run on ONNX Runtime, in host memory.
 
 The engine is the parsed ONNX graph and the device's memory is the host's, so that all that is above the bindings is
-real. tests/deploy/tensorrt/test_bindings.py compares names and signatures with those of the real bindings.
+real. It refuses what the real one does where that has cost somebody a day (facts of its sources, in the code below).
+tests/deploy/tensorrt/test_bindings.py compares names and signatures with those of the real bindings.
 """
 
 from __future__ import annotations
@@ -39,6 +40,22 @@ def unoptimised_session(model: bytes) -> Any:
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
+def plan_of(model: bytes, **facts: str) -> bytes:
+    """The graph, which a plan of the stand-in is, with what a real plan knows beside it."""
+    import onnx
+
+    beside = onnx.ModelProto()
+    onnx.helper.set_model_props(beside, facts)
+    return model + beside.SerializeToString()  # protobuf merges messages that stand one after the other
+
+
+def facts_of(plan: bytes) -> dict[str, str]:
+    """What `plan_of` was told; nothing of a plan that was not made by it."""
+    import onnx
+
+    return {entry.key: entry.value for entry in onnx.load_from_string(plan).metadata_props}
+
+
 def layers_json(plan: bytes, major: int) -> str:
     """
     The JSON of TensorRT's engine inspector for an engine that has a layer for each node of an ONNX graph.
@@ -70,14 +87,15 @@ def tensorrt_stand_in(version: str) -> ModuleType:
 
     Its attribute `test` is the tests' own. It holds what was done (flags, config, network, ...), and takes what shall
     go wrong (parser_errors, build_error, shift_px, ...) or be otherwise (dla_cores, takes_cache, inspector: the JSON of
-    any engine's inspector).
+    any engine's inspector). Each is a process of its own, whose `test.plugins` are registered; what the GPU is, it asks
+    `test.cuda`.
     """
     major = int(version.split(".")[0])
     trt: Any = ModuleType("tensorrt")
     trt.__version__ = version
     trt.test = test = SimpleNamespace(
         flags=None, config=None, parser_errors=[], build_error="", shift_px=0.0, network=None, parser_flags=[],
-        dla_cores=0, takes_cache=True, inspector=None,
+        dla_cores=0, takes_cache=True, inspector=None, plugins=set(),
     )  # fmt: skip
 
     class ILogger:
@@ -86,6 +104,14 @@ def tensorrt_stand_in(version: str) -> ModuleType:
 
         def __init__(self) -> None:
             self._is_initialised = True
+
+    def init_libnvinfer_plugins(logger: ILogger, namespace: str) -> bool:
+        check_base(logger)
+        test.plugins.add("InstanceNormalization_TRT")
+        return True
+
+    def multiprocessors() -> str:
+        return str(test.cuda.cudaGetDeviceProperties(0)[1].multiProcessorCount) if test.cuda else ""
 
     class IProgressMonitor:
         def __init__(self) -> None:
@@ -186,7 +212,7 @@ def tensorrt_stand_in(version: str) -> ModuleType:
         """One layer for each node, but two for a Softmax, as the real parser makes several of some nodes."""
 
         def __init__(self) -> None:
-            self._model = b""
+            self._model, self._plugins = b"", ""
             self._layers: list[ILayer] = []
             self._inputs: list[ITensor] = []
             self.num_layers = self.num_inputs = 0
@@ -250,8 +276,9 @@ def tensorrt_stand_in(version: str) -> ModuleType:
                 if not test.takes_cache and not calibrator.get_batch(["images"]):
                     self._logger.log(ILogger.Severity.ERROR, "no calibration data")
                     return None
+            plan = plan_of(network._model, plugins=network._plugins, multiprocessors=multiprocessors())
             if major < 10:
-                return memoryview(network._model)
+                return memoryview(plan)
             check_base(config.progress_monitor)
             config.progress_monitor.phase_start("Building Engine", None, 1)
             config.progress_monitor.phase_start("Timing", "Building Engine", 5)
@@ -260,7 +287,7 @@ def tensorrt_stand_in(version: str) -> ModuleType:
             if not config.progress_monitor.step_complete("Building Engine", 0):
                 return None
             config.progress_monitor.phase_finish("Building Engine")
-            return memoryview(network._model)
+            return memoryview(plan)
 
     class ParserError:
         def __init__(self, operator: str, name: str, text: str) -> None:
@@ -281,15 +308,20 @@ def tensorrt_stand_in(version: str) -> ModuleType:
     class OnnxParser:
         def __init__(self, network: INetworkDefinition, logger: ILogger) -> None:
             check_base(logger)
+            init_libnvinfer_plugins(logger, "")  # as the real one does, for this process alone
             self._network = network
+            self._native_norms = major >= 10
             self.num_errors = len(test.parser_errors)
 
         def parse(self, model: bytes, path: str | None = None) -> bool:
             self._network._parse(model)
+            if not self._native_norms and b"InstanceNormalization" in model:
+                self._network._plugins = "InstanceNormalization_TRT"  # NvOnnxParser's importer of 8.5 and 8.6
             return not test.parser_errors
 
         def set_flag(self, flag: Any) -> None:
             test.parser_flags.append(flag.name)
+            self._native_norms = self._native_norms or flag.name == "NATIVE_INSTANCENORM"
 
         def get_error(self, index: int) -> ParserError:
             return ParserError(*test.parser_errors[index])
@@ -352,8 +384,10 @@ def tensorrt_stand_in(version: str) -> ModuleType:
                     return False
                 test.cuda.captured.append(self._run)
                 return True
-            if test.run_error:
-                self._engine._logger.log(ILogger.Severity.ERROR, test.run_error)
+            built_for = facts_of(self._engine._plan).get("multiprocessors")
+            foreign = "Cask unknown internal error" if built_for not in (None, "", multiprocessors()) else ""
+            if test.run_error or foreign:
+                self._engine._logger.log(ILogger.Severity.ERROR, test.run_error or foreign)
                 return False
             self._runs += 1
             return self._run()
@@ -429,11 +463,18 @@ def tensorrt_stand_in(version: str) -> ModuleType:
 
         def deserialize_cuda_engine(self, serialized_engine: bytes) -> ICudaEngine | None:
             try:
+                facts = facts_of(serialized_engine)
+                missing = set(filter(None, [facts.get("plugins")])) - test.plugins
+                if missing:
+                    raise ValueError(f"getPluginCreator could not find plugin: {', '.join(missing)} version: 1")
+                if facts.get("multiprocessors", "") not in ("", multiprocessors()):
+                    self._logger.log(ILogger.Severity.WARNING, "Using an engine plan file across different models")
                 return ICudaEngine(serialized_engine, self._logger)
             except Exception as error:  # ONNX Runtime raises a dozen types
                 self._logger.log(ILogger.Severity.ERROR, f"no plan: {error}")
                 return None
 
+    trt.init_libnvinfer_plugins = init_libnvinfer_plugins
     creation = {8: {"EXPLICIT_BATCH": 0}, 10: {"EXPLICIT_BATCH": 0, "STRONGLY_TYPED": 1}, 11: {"STRONGLY_TYPED": 0}}[
         major
     ]

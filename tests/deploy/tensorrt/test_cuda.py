@@ -51,8 +51,10 @@ class PyCudaDriver(ModuleType):
         self.runtime, self.kinds, self.contexts = runtime, runtime.cudaMemcpyKind, 0
         context = SimpleNamespace(push=lambda: self.count(1), pop=lambda: self.count(-1))
         self.Device = lambda index: SimpleNamespace(
-            retain_primary_context=lambda: context, compute_capability=lambda: (8, 7), name=lambda: "Stand-in GPU"
-        )
+            retain_primary_context=lambda: context, compute_capability=lambda: (8, 7), name=lambda: "Stand-in GPU",
+            get_attribute={"multiprocessor_count": 8}.__getitem__,
+        )  # fmt: skip
+        self.device_attribute = SimpleNamespace(MULTIPROCESSOR_COUNT="multiprocessor_count")
         self.Stream = lambda: SimpleNamespace(handle=77, synchronize=lambda: None)
         self.Event = PyCudaEvent
         self.init, self.get_version, self.get_driver_version = lambda: None, lambda: (13, 0, 0), lambda: 13010

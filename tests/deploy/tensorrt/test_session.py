@@ -13,10 +13,14 @@ from deploy.contract import load_contract, sidecar_path, write_sidecar
 from deploy.errors import ContractError, PipelineError
 from deploy.runtime.golden import noise_input
 from deploy.runtime.session import OrtSession
-from deploy.tensorrt.bindings import load_tensorrt
+from deploy.tensorrt import session as module
+from deploy.tensorrt.bindings import load_tensorrt, logger
+from deploy.tensorrt.builder import build_plan
 from deploy.tensorrt.cuda import load_cuda
+from deploy.tensorrt.options import BuildOptions
 from deploy.tensorrt.session import PlanSession, TrtSession, check_same_machine
 
+onnx = pytest.importorskip("onnx")
 File = Callable[..., Path]
 
 
@@ -46,7 +50,7 @@ def change_details(engine: Path, **details: Any) -> None:
     sidecar_path(engine).write_text(json.dumps(document))
 
 
-@pytest.mark.parametrize("key", ["tensorrt", "device", "compute_capability"])
+@pytest.mark.parametrize("key", ["tensorrt", "device", "compute_capability", "multiprocessors"])
 def test_an_engine_of_another_machine_is_refused(engine_file: Path, key: str, fake_cuda: Any) -> None:
     change_details(engine_file, **{key: "other"})
     with pytest.raises(ContractError, match=rf"built with {key} 'other'; here it is .*build it again"):
@@ -54,7 +58,86 @@ def test_an_engine_of_another_machine_is_refused(engine_file: Path, key: str, fa
     assert_all_given_back(fake_cuda)
 
 
-HERE = {"tensorrt": "10.13.3.9.post1", "device": "Stand-in GPU", "compute_capability": "8.7"}
+def test_an_engine_of_another_orin(engine_file: Path, fake_cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All are named "Orin", of compute capability 8.7."""
+    change_details(engine_file, board="NVIDIA Jetson AGX Orin Developer Kit", power_mode="MAXN")
+    with TrtSession(engine_file):  # in a container that does not see the board
+        pass
+    monkeypatch.setattr(module, "board_model", lambda: "NVIDIA Jetson Orin NX Engineering Reference Developer Kit")
+    with pytest.raises(
+        ContractError, match=r"built with board 'NVIDIA Jetson AGX .* here it is 'NVIDIA Jetson Orin NX"
+    ):
+        TrtSession(engine_file)
+    change_details(engine_file, board=None, multiprocessors="16")
+    with pytest.raises(ContractError, match=r"built with multiprocessors '16'; here it is '8'\. Engines do not move"):
+        TrtSession(engine_file)
+    assert_all_given_back(fake_cuda)
+
+
+def test_a_change_of_the_power_mode_is_said(
+    engine_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change_details(engine_file, power_mode="MAXN")
+    for mode, words in (
+        ("MAXN", ""),
+        ("15W", f"{engine_file} was built in the power mode MAXN, the board is in 15W now"),
+    ):
+        monkeypatch.setattr(module, "power_mode", lambda mode=mode: mode)
+        with TrtSession(engine_file):
+            pass
+        error = capsys.readouterr().err
+        assert words in error
+        assert bool(error) == bool(words)
+
+
+def test_what_tensorrt_does_with_an_engine_of_another_multiprocessor_count(
+    small_file: File, fake_tensorrt: Callable[[str], Any], fake_cuda: Any
+) -> None:
+    """It loads, with a warning in the log, and fails: seen where no sidecar warns before."""
+    trt, path = fake_tensorrt("10.3.0"), small_file("topk")
+    plan = build_plan(trt, path.read_bytes(), BuildOptions())
+    fake_cuda.cudaGetDeviceProperties(0)[1].multiProcessorCount = 16
+    with pytest.raises(PipelineError, match="could not run the engine: Cask unknown internal error"):
+        PlanSession(plan, load_contract(path), load_tensorrt("a test"), load_cuda("a test"))
+    assert_all_given_back(fake_cuda)
+
+
+NORM = """<ir_version: 8, opset_import: ["" : 17]>
+norm (float[2,3,4,4] pixels) => (float[2,3,4] boxes, float[2,3] scores, int64[2,3] labels)
+<float[3] scale = {1, 1, 1}, float[3] bias = {0, 0, 0}> {
+    x = InstanceNormalization (pixels, scale, bias)
+    boxes = ReduceMax <axes=[3], keepdims=0> (x)
+    scores = ReduceMax <axes=[2], keepdims=0> (boxes)
+    labels = ArgMax <axis=2, keepdims=0> (boxes)
+}"""
+
+
+@pytest.mark.parametrize(
+    ("version", "options", "plugin"),
+    [
+        ("8.5.3", BuildOptions(), True),
+        ("8.6.1", BuildOptions(), True),
+        ("8.6.1", BuildOptions(version_compatible=True), False),
+        ("10.3.0", BuildOptions(), False),
+    ],
+)
+def test_norms_of_tensorrt_8_are_plugins_that_each_process_registers(
+    version: str, options: BuildOptions, plugin: bool, small_file: File, fake_tensorrt: Callable[[str], Any]
+) -> None:
+    contract, model = load_contract(small_file("topk")), onnx.parser.parse_model(NORM)
+    plan = build_plan(fake_tensorrt(version), model.SerializeToString(), options)
+    other_process = fake_tensorrt(version)
+    runtime = other_process.Runtime(logger(other_process))
+    assert (runtime.deserialize_cuda_engine(plan) is None) == plugin
+    assert bool(logger(other_process).errors) == plugin
+    with PlanSession(plan, contract, load_tensorrt("a test"), load_cuda("a test")) as session:
+        assert session.infer(small_images(2))["boxes"].max() > 1  # normalised
+
+
+HERE = {
+    "tensorrt": "10.13.3.9.post1", "device": "Stand-in GPU", "compute_capability": "8.7", "multiprocessors": "8",
+    "board": None,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -69,6 +152,9 @@ HERE = {"tensorrt": "10.13.3.9.post1", "device": "Stand-in GPU", "compute_capabi
         ({"tensorrt": "10.3.0", "device": "other", "version_compatible": True}, False),
         ({"device": "other", "compute_capability": "9.0", "hardware_compatible": True}, True),
         ({"device": "other", "compute_capability": "9.0"}, False),
+        ({"multiprocessors": "16", "board": "other", "hardware_compatible": True}, True),
+        ({"multiprocessors": "16"}, False),
+        ({"board": "other"}, True),
         ({"device": "other", "tensorrt": "10.3.0", "hardware_compatible": True}, False),
         ({"device": "other", "tensorrt": "10.3.0", "hardware_compatible": True, "version_compatible": True}, True),
     ],
