@@ -37,10 +37,10 @@ from benchmarks.measuring.subject import (
 from benchmarks.reporting.operating_point import best_f1, comparison, found_scores
 from benchmarks.reporting.wording import between_points, points, signed_points
 from deploy.commands import run_relayed
-from deploy.dataset import CocoImage, CocoSet
+from deploy.dataset import CocoImage, CocoSet, coco_document
 from deploy.detector import open_session
-from deploy.errors import ConfigError, DataError, MeasurementError, command
-from deploy.files import check_writable, read_json
+from deploy.errors import ConfigError, DataError, command
+from deploy.files import check_writable
 from deploy.images import read_image
 from deploy.progress import progress
 from deploy.runtime.postprocess import Detections, postprocess
@@ -166,7 +166,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         raise ConfigError("--runtime does not go with a file of results: nothing is run")
     subject = load_detections_subject(arguments.model) if is_json else load_subject(arguments.model, arguments.runtime)
     check_role(role, subject)
-    data = load_data(arguments, check_files=not is_json)
+    data = load_data(arguments, check_files=not is_json, by_class=True)
     data = dataclasses.replace(data, images=data.images[: arguments.limit])
     if not data.images:
         raise DataError(f"{data.annotations_path} names no images; expected at least one")
@@ -182,7 +182,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         check_same_data([(arguments.against, other), (arguments.output, result)])
         inputs["against"] = Path(arguments.against)
     detections = _detect(subject, data, arguments.limit)
-    annotations = read_json(data.annotations_path, MeasurementError, "COCO annotations")
+    annotations = coco_document(data, as_annotated=True)
     numbers = numbers_from_detections(annotations, detections, [image.image_id for image in data.images])
     if other is not None:
         numbers["against"] = {"role": other["role"], **comparison(numbers, other["numbers"])}

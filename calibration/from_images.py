@@ -27,9 +27,9 @@ from calibration.quantizer import (
 from calibration.ranges import PERCENTILE, RANGE_METHODS
 from calibration.search import Journal, journal_path, kept_for_budget, text_of_result
 from deploy.contract import ModelContract
-from deploy.dataset import CocoImage, CocoSet, check_image_files
-from deploy.errors import CalibrationError, ConfigError
-from deploy.files import AnyPath, read_json, write_json
+from deploy.dataset import CocoImage, CocoSet, check_image_files, coco_document
+from deploy.errors import ConfigError
+from deploy.files import AnyPath, write_json
 from deploy.int8_format import FloatReason
 
 if TYPE_CHECKING:
@@ -239,10 +239,7 @@ def best_method(
     Raises:
         CalibrationError: an AP cannot be measured.
     """
-    document = read_json(calibration.annotations_path, CalibrationError, "COCO annotations")
-    ids = {image.image_id for image in held_out}
-    document["images"] = [entry for entry in document["images"] if entry["id"] in ids]
-    document["annotations"] = [entry for entry in document["annotations"] if entry["image_id"] in ids]
+    document = coco_document(dataclasses.replace(calibration, images=list(held_out)), as_annotated=True)
     ap: Dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         annotations = Path(folder) / "held_out.json"

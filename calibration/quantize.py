@@ -40,37 +40,15 @@ from calibration.quantizer import Quantized
 from calibration.ranges import PERCENTILE, RANGE_METHODS
 from calibration.search import journal_path
 from deploy.contract import ModelContract, write_sidecar
+from deploy.data_arguments import add_set_arguments, set_options
 from deploy.dataset import CocoSet, load_coco, load_split
 from deploy.errors import ConfigError, command
 from deploy.files import AnyPath, check_writable
 from deploy.graphs.calibration_cache import amax_from_quantised, write_cache
 from deploy.graphs.graph import check_graph, save_onnx
-from deploy.layouts import SPLITS, split_paths
+from deploy.layouts import SPLITS, has_split, split_paths
 
 NUM_IMAGES = QuantizeOptions.num_images
-
-
-def load_calibration_set(arguments: argparse.Namespace) -> CocoSet:
-    """
-    The annotation file that `--data` and `--split`, or `--annotations` and `--images-dir`, name.
-
-    Raises:
-        ConfigError: the flags do not go together.
-        DataError: the data is missing or not COCO.
-    """
-    if arguments.data:
-        if arguments.images_dir:
-            raise ConfigError(
-                f"--images-dir is {arguments.images_dir}; expected none with --data, whose images are in images/"
-            )
-        return load_coco(*split_paths(arguments.data, arguments.split or "train"), check_files=False)
-    if not arguments.images_dir:
-        raise ConfigError("--annotations is given without --images-dir; expected the folder of its images")
-    if arguments.split:
-        raise ConfigError(
-            f"--split is {arguments.split}; expected none with --annotations, which names the file itself"
-        )
-    return load_coco(arguments.annotations, arguments.images_dir, check_files=False)
 
 
 def load_evaluation_sets(arguments: argparse.Namespace, calibration: CocoSet) -> List[CocoSet]:
@@ -83,12 +61,11 @@ def load_evaluation_sets(arguments: argparse.Namespace, calibration: CocoSet) ->
     """
     if arguments.evaluation_images_dir and not arguments.evaluation_annotations:
         raise ConfigError("--evaluation-images-dir is given without --evaluation-annotations; expected both or neither")
-    paths = [Path(path) for path in arguments.evaluation_annotations]
-    if arguments.data and not paths:
-        folder = calibration.annotations_path.parent
-        paths = [path for path in (folder / f"instances_{split}.json" for split in ("val", "test")) if path.is_file()]
     images_dir = arguments.evaluation_images_dir or calibration.images_dir
-    return [load_coco(path, images_dir, check_files=False) for path in paths]
+    paths = [(path, images_dir) for path in arguments.evaluation_annotations]
+    if arguments.data and not paths:
+        paths = [split_paths(arguments.data, split) for split in SPLITS[1:] if has_split(arguments.data, split)]
+    return [load_coco(*one, check_files=False, strict=arguments.strict) for one in paths]
 
 
 def parse_arguments(argv: Optional[List[str]]) -> argparse.Namespace:
@@ -98,10 +75,7 @@ def parse_arguments(argv: Optional[List[str]]) -> argparse.Namespace:
     parser.add_argument("model", help="float ONNX file, with its sidecar")
     parser.add_argument("-o", "--output", required=True, help="INT8 ONNX file to write")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument(
-        "--data", metavar="DIR", help="folder with annotations/instances_{train,val,test}.json and images/"
-    )
-    source.add_argument("--annotations", metavar="FILE", help="COCO file of the calibration images; with --images-dir")
+    add_set_arguments(parser, SPLITS[0], "to calibrate on", source)
     source.add_argument(
         "--calibration-cache", metavar="FILE", help="ranges from a calibration cache of TensorRT instead of images"
     )
@@ -109,8 +83,6 @@ def parse_arguments(argv: Optional[List[str]]) -> argparse.Namespace:
         "--ranges", metavar="FILE",
         help="target, what is kept in float and ranges, of a student that was trained with INT8: its int8.json",
     )  # fmt: skip
-    parser.add_argument("--images-dir", metavar="DIR", help="folder of the images of --annotations")
-    parser.add_argument("--split", choices=SPLITS, help="split of --data to calibrate on (default: train)")
     parser.add_argument(
         "--target",
         choices=sorted(PLACEMENTS),
@@ -256,11 +228,11 @@ def data_from_arguments(arguments: argparse.Namespace) -> CalibrationData:
         ConfigError: the flags do not go together.
         DataError: the data is missing or not COCO.
     """
-    calibration = load_calibration_set(arguments)
+    calibration = set_options(arguments, SPLITS[0]).load(check_files=False)
     evaluations = load_evaluation_sets(arguments, calibration)
     if arguments.max_ap_drop is None:
         return CalibrationData(calibration, tuple(evaluations))
-    budget = load_split(arguments.data, arguments.budget_split or "val")
+    budget = load_split(arguments.data, arguments.budget_split or "val", strict=arguments.strict)
     if budget.annotations_path not in [evaluation.annotations_path for evaluation in evaluations]:
         evaluations.append(budget)
     return CalibrationData(calibration, tuple(evaluations), budget)

@@ -33,6 +33,7 @@ from calibration.quantizer import Quantizer, key_of_measurements, tensors_of_any
 from calibration.ranges import PERCENTILE, RANGE_METHODS
 from calibration.search import Drop, points
 from deploy.contract import ModelContract, provenance
+from deploy.data_arguments import add_data_argument, add_strict_argument
 from deploy.dataset import CocoSet, load_coco, load_split
 from deploy.errors import CalibrationError, ConfigError, command
 from deploy.files import check_writable, read_json, replacing, write_json
@@ -172,10 +173,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("model", help="float ONNX file, with its sidecar")
     parser.add_argument("-o", "--output", required=True, metavar="FILE", help="JSON file to write; goes on with one")
-    parser.add_argument(
-        "--data", required=True, metavar="DIR",
-        help="folder with annotations/instances_{train,val,test}.json and images/; calibrated on train",
-    )  # fmt: skip
+    add_data_argument(parser, required=True, use=", calibrated on its train split")
+    add_strict_argument(parser)
     parser.add_argument(
         "--target", choices=sorted(PLACEMENTS), default=DEFAULT_TARGET, help="runtime that will run it (%(default)s)"
     )
@@ -217,8 +216,8 @@ def main(argv: Optional[List[str]] = None) -> int:
         if path and not Path(path).is_file():
             check_writable(path)
     graph, contract = read_model(arguments.model, arguments.keep_float)
-    calibration = load_coco(*split_paths(arguments.data, "train"), check_files=False)
-    measured = load_split(arguments.data, arguments.split, arguments.limit)
+    calibration = load_coco(*split_paths(arguments.data, "train"), check_files=False, strict=arguments.strict)
+    measured = load_split(arguments.data, arguments.split, arguments.limit, arguments.strict)
     images = calibration_images(calibration, arguments.num_images, arguments.seed, [measured])
     settings = {
         "target": arguments.target,

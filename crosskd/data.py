@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from crosskd.settings import EVALUATORS, datasets_of, metrics_of, transforms_of
-from deploy.dataset import CocoSet, coco_document, load_coco, renumbered
+from deploy.data_arguments import add_data_argument, add_strict_argument
+from deploy.dataset import CocoSet, coco_document, load_coco, renumbered, with_classes
 from deploy.errors import ConfigError, DataError
 from deploy.files import write_json
-from deploy.layouts import split_paths
+from deploy.layouts import has_split, split_paths
 
 if TYPE_CHECKING:
     from mmengine.config import Config
@@ -32,21 +34,33 @@ class TrainingData:
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("data", "either --data, or the four explicit paths")
-    group.add_argument("--data", metavar="DIR", help="annotations/instances_{train,val}.json and images/")
+    add_data_argument(group)
     for split in ("train", "val"):
         group.add_argument(f"--{split}-annotations", metavar="FILE", help=f"COCO JSON of the {split} split")
         group.add_argument(f"--{split}-images-dir", metavar="DIR", help=f"folder of the {split} split's images")
+    add_training_data_arguments(parser)
+
+
+def add_training_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds --strict and --drop-empty-classes."""
+    add_strict_argument(parser)
+    parser.add_argument(
+        "--drop-empty-classes", action="store_true",
+        help="leave out the classes that have no box in any split, such as the group that Roboflow writes as a class",
+    )  # fmt: skip
 
 
 def data_from_arguments(arguments: argparse.Namespace) -> TrainingData:
     """
     The sets that the arguments of `add_data_arguments` name, read and checked; clipped boxes are counted on stdout.
 
+    The classes of a test split of --data are compared, too: its detectors are to be measured there.
+
     Raises:
         ConfigError: paths are missing or given twice.
-        DataError: annotations or images will not do, or the two sets have different classes.
+        DataError: annotations or images will not do, or the splits have different classes.
     """
-    sets = {}
+    paths = {}
     for split in ("train", "val"):
         annotations, images_dir = (getattr(arguments, f"{split}_{what}") for what in ("annotations", "images_dir"))
         if arguments.data is not None and (annotations or images_dir):
@@ -54,21 +68,62 @@ def data_from_arguments(arguments: argparse.Namespace) -> TrainingData:
                 f"--data and --{split}-annotations / --{split}-images-dir were both given; give one or the other"
             )
         if arguments.data is not None:
-            annotations, images_dir = split_paths(arguments.data, split)
-        elif not (annotations and images_dir):
+            paths[split] = split_paths(arguments.data, split)
+        elif annotations and images_dir:
+            paths[split] = Path(annotations), Path(images_dir)
+        else:
             raise ConfigError(
                 f"no {split} data; give --data DIR, or --{split}-annotations FILE and --{split}-images-dir DIR"
             )
-        sets[split] = load_coco(annotations, images_dir)
-        if sets[split].clipped:
-            print(f"{annotations}: {sets[split].clipped} boxes stick out of their image and were clipped")
-    train, val = sets["train"], sets["val"]
-    if train.class_names != val.class_names:
+    if arguments.data is not None and has_split(arguments.data, "test"):
+        paths["test"] = split_paths(arguments.data, "test")
+    sets = load_splits(paths, arguments.strict, arguments.drop_empty_classes, only_classes=("test",))
+    return TrainingData(sets["train"], sets["val"])
+
+
+def load_splits(
+    paths: Mapping[str, tuple[Path, Path]],
+    strict: bool = False,
+    drop_empty_classes: bool = False,
+    only_classes: Collection[str] = (),
+) -> dict[str, CocoSet]:
+    """
+    The sets of several splits, of which the first names the classes; clipped boxes are counted on stdout.
+
+    Args:
+        paths: split -> annotation file and image folder.
+        strict: refuse boxes of no use.
+        drop_empty_classes: leave out the classes that have no box in any split.
+        only_classes: splits whose image files are not looked at.
+
+    Raises:
+        DataError: annotations or images will not do, the splits have different classes, or two of them are one file.
+    """
+    named = [path.resolve() for path, _ in paths.values()]
+    if len(set(named)) < len(named):
         raise DataError(
-            f"{train.annotations_path} has the classes {list(train.class_names)}, {val.annotations_path} has "
-            f"{list(val.class_names)}; expected the same categories in the same order"
+            f"{named[0]} is the file of more than one of the splits {', '.join(paths)}; expected one for each, such as "
+            "exports of CVAT in folders of these names"
         )
-    return TrainingData(train, val)
+    sets = {}
+    for split, files in paths.items():
+        sets[split] = load_coco(*files, check_files=split not in only_classes, strict=strict, by_class=True)
+        if sets[split].clipped:
+            print(
+                f"{sets[split].annotations_path}: {sets[split].clipped} boxes stick out of their image and were clipped"
+            )
+    reference = next(iter(sets.values()))
+    names, category_ids = reference.class_names, reference.category_ids
+    if drop_empty_classes:
+        used = {coco.class_names[label] for coco in sets.values() for image in coco.images for label in image.labels}
+        kept = [index for index, name in enumerate(names) if name in used]
+        dropped = [name for name in names if name not in used]
+        if dropped:
+            print(f"{len(dropped)} classes have no box in any split and are left out: {', '.join(dropped)}")
+        names, category_ids = (tuple(column[index] for index in kept) for column in (names, category_ids))
+    for split, coco in sets.items():
+        sets[split] = with_classes(coco, names, category_ids, str(reference.annotations_path), ordered=True)
+    return sets
 
 
 CLASS_LISTS = ("classes", "CLASSES", "class_names", "class_name", "CLASS_NAMES")
@@ -235,3 +290,5 @@ def _point_metric(metric: Any, annotations: Path, key: str) -> None:
         raise ConfigError(f"{key} measures {wrong}; expected 'bbox' or 'proposal': {why}")
     if kind is not None and "ann_file" in inspect.signature(kind).parameters:
         metric.ann_file = str(annotations.resolve())
+    if metric.type == "CocoMetric" and "proposal_nums" not in metric and "metric_items" not in metric:
+        metric.proposal_nums = DETECTIONS_COUNTED

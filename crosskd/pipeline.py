@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from crosskd.config import load_config, path_beside
+from crosskd.data import add_training_data_arguments, load_splits
 from deploy.commands import command_line, run_status
-from deploy.dataset import load_coco
+from deploy.data_arguments import add_data_argument
 from deploy.errors import ConfigError, PipelineError, command
 from deploy.files import check_writable
 from deploy.freshness import is_made, read_start, start_from, write_start
-from deploy.layouts import SPLITS, split_paths
+from deploy.layouts import SPLITS, has_split, split_paths
 from deploy.targets import QUANTISED_FOR
 from deploy.tensorrt.bindings import load_tensorrt
 from deploy.tensorrt.cuda import load_cuda
@@ -35,7 +36,7 @@ class PipelineOptions:
     config: str
     """File of the distillation's config."""
     data: str
-    """Folder of annotations/instances_{train,val,test}.json and images/."""
+    """Data folder."""
     output: Path
     """Folder for everything that is made."""
     teacher_checkpoint: str | None = None
@@ -46,6 +47,10 @@ class PipelineOptions:
     """TOML file of limits for the verdict; None: the config's report_limits."""
     seed: int = 0
     """Of the trainings."""
+    strict: bool = False
+    """Refuse annotations with any box of no use."""
+    drop_empty_classes: bool = False
+    """Leave out the classes that have no box in any split."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +85,10 @@ def main(argv: list[str] | None = None) -> int:
         load_cuda("--target tensorrt").close()
     if options.limits and not Path(options.limits).is_file():
         raise ConfigError(f"--limits is {options.limits}; expected a TOML file of limits")
-    for split in SPLITS:
-        load_coco(*split_paths(options.data, split))
+    splits = SPLITS if has_split(options.data, "test") else SPLITS[:2]
+    load_splits(
+        {split: split_paths(options.data, split) for split in splits}, options.strict, options.drop_empty_classes
+    )
     stages = planned_stages(options, load_config(options.config))
     status = run_stages(stages)
     print(f"report: {options.output / 'report.html'}")
@@ -93,9 +100,8 @@ def command_parser() -> argparse.ArgumentParser:
         prog="python -m crosskd.pipeline", description="Train, distil, export, quantise, measure, report."
     )
     parser.add_argument("config", metavar="CONFIG", help="a config whose model is a CrossKDDetector")
-    parser.add_argument(
-        "--data", required=True, metavar="DIR", help="annotations/instances_{train,val,test}.json and images/"
-    )
+    add_data_argument(parser, required=True)
+    add_training_data_arguments(parser)
     parser.add_argument(
         "-o", "--output", required=True, type=Path, metavar="DIR", help="folder for everything that is made"
     )
@@ -131,6 +137,11 @@ def planned_stages(options: PipelineOptions, config: Any) -> list[Stage]:
             f"one of {', '.join(heads_with_decoder())}. To train it, run crosskd.distill."
         )
     out, data, seed = options.output, options.data, str(options.seed)
+    strict = ["--strict"] if options.strict else []
+    measured = ["--data", data, *strict]
+    if not has_split(data, "test"):
+        print(f"{data} has no test split: measured on val, which the trainings are watched on, too")
+        measured += ["--split", "val"]
     teacher, baseline, student = out / "teacher", out / "baseline", out / "student"
     stages = [teacher_stage(options, config, teacher)]
 
@@ -138,7 +149,7 @@ def planned_stages(options: PipelineOptions, config: Any) -> list[Stage]:
         stages.append(Stage(name, [str(word) for word in words], artefact))
         return artefact
 
-    training = ("--data", data, "--seed", seed)
+    training = (*data_words(options), "--seed", seed)
     add("baseline", baseline / "detector.pth", "crosskd.train", options.config, *training, "-o", baseline)
     add(
         "student", student / "student.pth", "crosskd.distill", options.config, *training,
@@ -147,7 +158,7 @@ def planned_stages(options: PipelineOptions, config: Any) -> list[Stage]:
     onnx = add("export", out / "student.onnx", "deploy.export", student, "-o", out / "student.onnx")
     int8 = add(
         "quantise", out / "student.int8.onnx", "calibration.quantize", onnx, "--data", data,
-        "--target", options.target, "-o", out / "student.int8.onnx",
+        *strict, "--target", options.target, "-o", out / "student.int8.onnx",
     )  # fmt: skip
     models = {"teacher": teacher, "baseline": baseline, "student": student, "onnx-fp32": onnx, "onnx-int8": int8}
     if options.target == "tensorrt":
@@ -162,7 +173,7 @@ def planned_stages(options: PipelineOptions, config: Any) -> list[Stage]:
                 continue  # quantised for the engine: how slow ONNX Runtime is with it says nothing
             result = out / "results" / f"{role}.{what}.result.json"
             results.append(
-                add(f"{what} {role}", result, f"benchmarks.{what}", model, "--data", data, "--role", role, "-o", result)
+                add(f"{what} {role}", result, f"benchmarks.{what}", model, *measured, "--role", role, "-o", result)
             )
     limits = (
         ["--limits", options.limits]
@@ -173,12 +184,18 @@ def planned_stages(options: PipelineOptions, config: Any) -> list[Stage]:
     return stages
 
 
+def data_words(options: PipelineOptions) -> list[str]:
+    """The flags by which a training is told its data."""
+    flags = {"--strict": options.strict, "--drop-empty-classes": options.drop_empty_classes}
+    return ["--data", options.data, *(flag for flag, given in flags.items() if given)]
+
+
 def teacher_stage(options: PipelineOptions, config: Any, run_dir: Path) -> Stage:
     """The stage that makes the teacher's run directory: trained, or taken in."""
     given = config.model.teacher.get("config")
     if given is None:
         raise ConfigError(f"{options.config}: model.teacher.config is missing; expected the teacher's config file")
-    words = [path_beside(given, options.config), "--data", options.data, "-o", str(run_dir)]
+    words = [path_beside(given, options.config), *data_words(options), "-o", str(run_dir)]
     checkpoint = options.teacher_checkpoint or config.model.teacher.get("checkpoint")
     if checkpoint:
         return Stage("teacher", ["crosskd.adopt", *words, "--checkpoint", checkpoint], run_dir / "detector.pth")
@@ -226,8 +243,8 @@ def note_start(stage: Stage) -> None:
 
 def start_of(stage: Stage) -> dict[str, Any]:
     """What a run directory is made from: command, files with their hashes, the values of the config."""
-    data = Path(stage.words[stage.words.index("--data") + 1])
-    annotations = [str(data / "annotations" / f"instances_{split}.json") for split in ("train", "val")]
+    data = stage.words[stage.words.index("--data") + 1]
+    annotations = [str(split_paths(data, split)[0]) for split in ("train", "val")]
     return start_from(stage.words, [*stage.words[2:], *annotations], config_sha256=config_sha256(stage))
 
 

@@ -14,8 +14,8 @@ import sys
 from typing import Any
 
 from crosskd.run_dir import load_run
-from deploy.dataset import CocoImage, check_image_files, load_coco
-from deploy.errors import ConfigError, DataError, command
+from deploy.dataset import CocoImage, check_image_files, load_coco, with_classes
+from deploy.errors import ConfigError, command
 from deploy.files import check_writable, replacing
 from deploy.progress import progress
 
@@ -40,11 +40,8 @@ def main(argv: list[str] | None = None) -> int:
     images = coco.images[: arguments.limit]
     check_image_files(images)
     config, detector, sidecar = load_run(arguments.run_dir)
-    class_names = tuple(sidecar["details"]["class_names"])
-    if class_names != coco.class_names:
-        raise DataError(
-            f"{arguments.annotations} has the classes {list(coco.class_names)}, the detector knows {list(class_names)}"
-        )
+    details = sidecar["details"]
+    coco = with_classes(coco, details["class_names"], details["category_ids"], f"the detector of {arguments.run_dir}")
 
     results: list[dict[str, Any]] = []
     predict = predictor(config, detector)

@@ -132,7 +132,9 @@ def coco_set_from_file(file: CocoFile, images_dir: Path) -> CocoSet:
     return CocoSet(file.path, images_dir, images, file.class_names, file.category_ids, file.clipped)
 
 
-def with_classes(coco: CocoSet, class_names: Sequence[str], category_ids: Sequence[int], whose: str) -> CocoSet:
+def with_classes(
+    coco: CocoSet, class_names: Sequence[str], category_ids: Sequence[int], whose: str, ordered: bool = False
+) -> CocoSet:
     """
     A set with its labels in the order of other classes: the one rule by which classes are compared.
 
@@ -141,6 +143,7 @@ def with_classes(coco: CocoSet, class_names: Sequence[str], category_ids: Sequen
 
     Args:
         whose: what has those classes, for the message.
+        ordered: refuse another order, which shows that the files of a set were not written together.
 
     Raises:
         DataError: the classes differ.
@@ -149,7 +152,7 @@ def with_classes(coco: CocoSet, class_names: Sequence[str], category_ids: Sequen
     labels = np.concatenate([np.zeros(0, np.int64), *(image.labels for image in coco.images)])
     counts = np.bincount(labels, minlength=len(here))
     used = {name: here[name] for name, count in zip(here, counts) if name in wanted or count}
-    if used != wanted:
+    if used != wanted or (ordered and list(used) != list(wanted)):
         differences = [f"{name!r} (id {wanted[name]}) is missing" for name in wanted if name not in here]
         differences += [f"{name!r} (id {used[name]}) is there besides" for name in used if name not in wanted]
         differences += [
@@ -158,7 +161,7 @@ def with_classes(coco: CocoSet, class_names: Sequence[str], category_ids: Sequen
         ]  # fmt: skip
         raise DataError(
             f"{whose} has the classes {list(wanted)}, {coco.annotations_path} has the classes {list(here)}: "
-            f"{', '.join(differences[:10])}; expected the same names with the same ids in all files"
+            f"{', '.join(differences[:10]) or 'another order'}; expected the same names with the same ids in all files"
         )
     if tuple(wanted) == coco.class_names:
         return coco

@@ -32,7 +32,7 @@ def evaluate(
     Boxes and areas are taken as the annotation file has them, so that the numbers are those of pycocotools.
 
     Args:
-        annotations: the content of a COCO detection file, already checked by `deploy.dataset.load_coco`.
+        annotations: a COCO detection document of a checked set, `deploy.dataset.coco_document`.
         detections: COCO results: `image_id`, `category_id`, `bbox` (x, y, width, height in pixels), `score`.
         image_ids: the images that count.
 
@@ -56,15 +56,28 @@ def evaluate_with_curves(
         from faster_coco_eval import COCO, COCOeval_faster
     except ImportError as error:
         raise MissingDependencyError("faster-coco-eval", "computing AP", "pip install faster-coco-eval") from error
-    wanted = set(image_ids)
+    wanted = {image["id"] for image in annotations["images"]} & set(image_ids)
     categories = annotations["categories"]
     check_detections(detections, wanted, {category["id"] for category in categories})
 
+    # Ids are given anew, from 1 in their order: COCO's matching takes id 0 for "not matched", and libraries that keep
+    # ids in arrays take those beyond 2^53 for each other.
+    new_image_id = {image_id: number for number, image_id in enumerate(sorted(wanted), start=1)}
+    new_category_id = {
+        category_id: number for number, category_id in enumerate(sorted(entry["id"] for entry in categories), start=1)
+    }
+
+    new_categories = [{"id": new_category_id[entry["id"]], "name": entry["name"]} for entry in categories]
+
     def coco(boxes: Sequence[Mapping[str, Any]]) -> Any:
-        # Ids are given anew from 1: COCO's matching takes id 0 for "not matched".
-        numbered = [_annotation(number, box) for number, box in enumerate(boxes, start=1)]
-        images = [image for image in annotations["images"] if image["id"] in wanted]
-        return COCO({"images": images, "annotations": numbered, "categories": categories})
+        numbered = [
+            _annotation(number, box, new_image_id[box["image_id"]], new_category_id[box["category_id"]])
+            for number, box in enumerate(boxes, start=1)
+        ]
+        images = [
+            {**image, "id": new_image_id[image["id"]]} for image in annotations["images"] if image["id"] in wanted
+        ]
+        return COCO({"images": images, "annotations": numbered, "categories": new_categories})
 
     with _no_garbage_collection():
         truth = coco([box for box in annotations["annotations"] if box["image_id"] in wanted])
@@ -75,7 +88,7 @@ def evaluate_with_curves(
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    names = {category["id"]: category["name"] for category in categories}
+    names = {category["id"]: category["name"] for category in new_categories}
     precision = evaluation.eval["precision"][:, :, :, 0, -1]  # (IoU, recall, class), -1: nothing to count
     numbers: Dict[str, Any] = {name: _known(value) for name, value in zip(METRICS, evaluation.stats)}
     numbers["per_class"] = {}
@@ -131,12 +144,12 @@ def _fault(box: Any, image_ids: Any, category_ids: Any) -> str:
     return ""
 
 
-def _annotation(number: int, box: Mapping[str, Any]) -> Dict[str, Any]:
+def _annotation(number: int, box: Mapping[str, Any], image_id: int, category_id: int) -> Dict[str, Any]:
     width, height = box["bbox"][2:]
     return {
         "id": number,
-        "image_id": box["image_id"],
-        "category_id": box["category_id"],
+        "image_id": image_id,
+        "category_id": category_id,
         "bbox": box["bbox"],
         "area": box.get("area", width * height),  # of the mask where there is one: COCO's small, medium and large
         "iscrowd": box.get("iscrowd", 0),

@@ -9,13 +9,15 @@ from typing import Any, Dict, List, Optional, Sequence, TypeVar
 
 from benchmarks.measuring.environment import read_environment
 from deploy.contract import ModelContract, read_sidecar, weights_of_run
-from deploy.dataset import CocoSet, load_coco
-from deploy.errors import ConfigError, MeasurementError, MissingDependencyError
+from deploy.data_arguments import add_set_arguments, set_options
+from deploy.dataset import CocoSet, with_classes
+from deploy.errors import ConfigError, DataError, MeasurementError, MissingDependencyError
 from deploy.files import check_writable, sha256_of
-from deploy.layouts import split_paths
 from deploy.targets import SUFFIXES, TARGETS, Target, add_runtime_argument, target_from_path
 
 T = TypeVar("T")
+SPLIT = "test"
+"""Of a data folder, what is measured on."""
 ROLES = {
     "teacher": "Teacher",
     "baseline": "Student without distillation",
@@ -63,10 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", metavar="MODEL", help="an .onnx or .engine file, or a run directory of the training side"
     )
-    parser.add_argument("--data", metavar="DIR", help="data folder: annotations/instances_SPLIT.json and images/")
-    parser.add_argument("--split", help="split of --data (default: test)")
-    parser.add_argument("--annotations", metavar="FILE", help="COCO annotation file, instead of --data")
-    parser.add_argument("--images-dir", metavar="DIR", help="folder of the images of --annotations")
+    add_set_arguments(parser, SPLIT, "to measure on")
     add_runtime_argument(parser)
     parser.add_argument("--role", help=f"what the model is in the report: {', '.join(ROLES)}, or a name of your own "
                         "(default: the name of the file or run directory)")  # fmt: skip
@@ -110,7 +109,7 @@ def load_detections_subject(path: str) -> Subject:
     return Subject(model, model, "detections", {"artefact": {"sha256": sha256_of(model)}})
 
 
-def load_data(arguments: argparse.Namespace, check_files: bool) -> CocoSet:
+def load_data(arguments: argparse.Namespace, check_files: bool, by_class: bool = False) -> CocoSet:
     """
     The images that the arguments name.
 
@@ -118,25 +117,15 @@ def load_data(arguments: argparse.Namespace, check_files: bool) -> CocoSet:
         ConfigError: not exactly one of --data and --annotations with --images-dir.
         DataError: as `deploy.dataset.load_coco`.
     """
-    explicit = arguments.annotations is not None and arguments.images_dir is not None
-    if arguments.data is not None and arguments.annotations is None and arguments.images_dir is None:
-        annotations, images_dir = split_paths(arguments.data, arguments.split or "test")
-    elif arguments.data is None and arguments.split is None and explicit:
-        annotations, images_dir = arguments.annotations, arguments.images_dir
-    else:
-        raise ConfigError("give either --data DIR [--split SPLIT], or --annotations FILE with --images-dir DIR")
-    return load_coco(annotations, images_dir, check_files=check_files)
+    return set_options(arguments, SPLIT).load(check_files, by_class)
 
 
 def check_fits(contract: ModelContract, data: CocoSet, subject: Subject) -> None:
     """Raises MeasurementError if the model has other classes than the annotations, or takes several images at once."""
-    model = dict(zip(contract.class_names, contract.category_ids))
-    annotated = dict(zip(data.class_names, data.category_ids))
-    if model != annotated:
-        raise MeasurementError(
-            f"{subject.path} and {data.annotations_path} differ in their classes (name: category id): the model has "
-            f"{model}, the annotations {annotated}. Measure on the data set that the model was made for."
-        )
+    try:
+        with_classes(data, contract.class_names, contract.category_ids, str(subject.path))
+    except DataError as error:
+        raise MeasurementError(f"{error}. Measure on the data set that the model was made for.") from error
     if contract.input_shape[0] not in (1, -1):
         raise MeasurementError(
             f"{subject.path} takes {contract.input_shape[0]} images at once; expected 1, or any number: export it again"

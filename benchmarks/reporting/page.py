@@ -32,8 +32,9 @@ from benchmarks.reporting.wording import (
     times,
     verbatim,
 )
+from deploy.dataset import coco_document, load_coco
 from deploy.errors import MeasurementError, MissingDependencyError
-from deploy.files import AnyPath, read_json, sha256_of
+from deploy.files import AnyPath, sha256_of
 
 FILTERS = (
     points, signed_points, ms, mib, millions, times, amount, amount_between, percent, code, verbatim, part, decimals,
@@ -116,7 +117,7 @@ def gallery_from_report(
             f"{path} is not the annotation file that the models were measured with (by its hash). Name that one with "
             "--annotations."
         )
-    document = read_json(path, MeasurementError, "COCO annotations")
+    document = coco_document(load_coco(path, images_dir, check_files=False), as_annotated=True)
     entries = {image["id"]: image for image in document["images"][: report["data"]["images"]]}
     sides = [Side(side.title, {key: side.boxes.get(key, NO_BOXES) for key in entries}) for side in sides]
     names = {category["id"]: category["name"] for category in document["categories"]}

@@ -30,6 +30,7 @@ from benchmarks.studies.jobs import Processes, end_as_by_ctrl_c, locked, tail_of
 from benchmarks.studies.tables import check_tables, table, write_tables
 from deploy.commands import command_line, shell_line
 from deploy.contract import provenance, read_sidecar, sidecar_path
+from deploy.dataset import coco_document, load_coco
 from deploy.errors import ConfigError, MeasurementError, command
 from deploy.files import read_json, sha256_of, write_json
 from deploy.freshness import changed_inputs, made_by, read_start, start_from, write_start
@@ -381,7 +382,7 @@ def _measure(run: Run, data: Path, processes: Processes, alone: bool, lock: int)
         "-o", str(detections_path),
     ]  # fmt: skip
     _run(words, run, processes, alone, lock)
-    annotations = read_json(annotations_path, MeasurementError, "COCO annotations")
+    annotations = _annotations(annotations_path)
     detections = read_json(detections_path, MeasurementError, "the COCO results of crosskd.predict")
     numbers = evaluate(annotations, detections, [image["id"] for image in annotations["images"]])
     write_json(run.folder / "test.json", {"of": _measured_of(run, data), "numbers": numbers})
@@ -452,7 +453,7 @@ def _mean_and_std(values: Sequence[Optional[float]]) -> Dict[str, Optional[float
 
 def _interval(pairs: Sequence[Tuple[Record, Record]], annotations: Path) -> Dict[str, Any]:
     aps = [(_aps_of(first, annotations), _aps_of(second, annotations)) for first, second in pairs]
-    images = read_json(annotations, MeasurementError, "COCO annotations")["images"]
+    images = _annotations(annotations)["images"]
     return dataclasses.asdict(interval_from_aps(aps, len(images)))
 
 
@@ -461,9 +462,15 @@ def _aps_of(record: Record, annotations_path: Path) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=None)
+def _annotations(path: Path) -> Dict[str, Any]:
+    """The checked annotations of a file, as they are measured with."""
+    return coco_document(load_coco(path, path.parent, check_files=False), as_annotated=True)
+
+
+@functools.lru_cache(maxsize=None)
 def _resampled_ap(detections_path: Path, annotations_path: Path) -> np.ndarray:
     """Of a finished run, so that neither file changes: seconds of work that each writing of the table asks for."""
-    annotations = read_json(annotations_path, MeasurementError, "COCO annotations")
+    annotations = _annotations(annotations_path)
     detections = read_json(detections_path, MeasurementError, "the COCO results of crosskd.predict")
     return resampled_ap(annotations, detections, [image["id"] for image in annotations["images"]], RESAMPLES)
 

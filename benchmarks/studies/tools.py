@@ -43,7 +43,7 @@ from benchmarks.studies.jobs import end, end_as_by_ctrl_c, printed_json
 from benchmarks.studies.tables import check_tables, disturbed, points, table, write_tables
 from deploy.commands import last_message, process_words, shell_line
 from deploy.contract import load_contract, package_versions, provenance, sidecar_path, write_sidecar
-from deploy.dataset import check_image_files, load_coco
+from deploy.dataset import check_image_files, coco_document, load_coco
 from deploy.errors import ConfigError, MeasurementError, command
 from deploy.files import read_json, sha256_of, write_json
 from deploy.int8_format import FloatReason
@@ -235,24 +235,18 @@ def calibration_images(options: ToolsOptions, folder: Path) -> Tuple[Images, Ima
     """
     annotations, images_dir = split_paths(options.data, "train")
     split_paths(options.data, options.split)
-    chosen = spread(load_coco(annotations, images_dir, check_files=False).images, options.num_images)
+    coco = load_coco(annotations, images_dir, check_files=False)
+    chosen = spread(coco.images, options.num_images)
     if len(chosen) < options.num_images:
         raise ConfigError(
             f"--num-images is {options.num_images}; expected at most {len(chosen)}, as many as {annotations} has"
         )
     check_image_files(chosen)
-    document = read_json(annotations, MeasurementError, "COCO annotations")
 
     def written(count: int) -> Images:
         images = spread(chosen, count)
-        ids = {image.image_id for image in images}
         path = folder / f"{count}.json"
-        part = {
-            **document,
-            "images": [entry for entry in document["images"] if entry["id"] in ids],
-            "annotations": [entry for entry in document["annotations"] if entry["image_id"] in ids],
-        }
-        write_json(path, part)
+        write_json(path, coco_document(dataclasses.replace(coco, images=images), as_annotated=True))
         digest = hashlib.sha256("".join(sha256_of(image.path) for image in images).encode()).hexdigest()
         return Images(len(images), path, images_dir, digest, options.data, options.split)
 
