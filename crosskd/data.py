@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from mmengine.config import Config
 
 
+DETECTIONS_COUNTED = (1, 10, 100)
+"""COCO's limits on the detections of a class in an image. mmdet's own go up to 1000, so that its AP50 and the like of
+crowded images would be others than `benchmarks.accuracy` gives."""
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainingData:
     """The two checked sets of a training."""

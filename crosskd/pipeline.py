@@ -23,7 +23,7 @@ from deploy.data_arguments import add_data_argument
 from deploy.errors import ConfigError, PipelineError, command
 from deploy.files import check_writable
 from deploy.freshness import is_made, read_start, start_from, write_start
-from deploy.layouts import SPLITS, has_split, split_paths
+from deploy.layouts import SPLITS, annotations_path, has_split, split_paths
 from deploy.targets import QUANTISED_FOR
 from deploy.tensorrt.bindings import load_tensorrt
 from deploy.tensorrt.cuda import load_cuda
@@ -85,11 +85,13 @@ def main(argv: list[str] | None = None) -> int:
         load_cuda("--target tensorrt").close()
     if options.limits and not Path(options.limits).is_file():
         raise ConfigError(f"--limits is {options.limits}; expected a TOML file of limits")
+    stages = planned_stages(options, load_config(options.config))
     splits = SPLITS if has_split(options.data, "test") else SPLITS[:2]
     load_splits(
         {split: split_paths(options.data, split) for split in splits}, options.strict, options.drop_empty_classes
     )
-    stages = planned_stages(options, load_config(options.config))
+    if len(splits) < len(SPLITS):
+        print(f"{options.data} has no test split: measured on val, which the trainings are watched on, too")
     status = run_stages(stages)
     print(f"report: {options.output / 'report.html'}")
     return status
@@ -140,7 +142,6 @@ def planned_stages(options: PipelineOptions, config: Any) -> list[Stage]:
     strict = ["--strict"] if options.strict else []
     measured = ["--data", data, *strict]
     if not has_split(data, "test"):
-        print(f"{data} has no test split: measured on val, which the trainings are watched on, too")
         measured += ["--split", "val"]
     teacher, baseline, student = out / "teacher", out / "baseline", out / "student"
     stages = [teacher_stage(options, config, teacher)]
@@ -243,8 +244,8 @@ def note_start(stage: Stage) -> None:
 
 def start_of(stage: Stage) -> dict[str, Any]:
     """What a run directory is made from: command, files with their hashes, the values of the config."""
-    data = stage.words[stage.words.index("--data") + 1]
-    annotations = [str(split_paths(data, split)[0]) for split in ("train", "val")]
+    data = Path(stage.words[stage.words.index("--data") + 1])
+    annotations = [str(annotations_path(data, split)) for split in ("train", "val")]
     return start_from(stage.words, [*stage.words[2:], *annotations], config_sha256=config_sha256(stage))
 
 

@@ -1,4 +1,4 @@
-"""The two image transforms that training, evaluation and deployment share: fit into a fixed size, pad to it."""
+"""Image transforms that training, evaluation and deployment share: read, fit into a fixed size, pad to it."""
 
 from __future__ import annotations
 
@@ -6,8 +6,28 @@ from typing import Any
 
 import mmcv
 from mmcv.transforms import BaseTransform
+from mmcv.transforms import LoadImageFromFile as MmcvLoadImageFromFile
 from mmdet.datasets.transforms import Resize
 from mmdet.registry import TRANSFORMS
+
+from deploy.errors import DataError
+
+
+@TRANSFORMS.register_module()
+class LoadImageFromFile(MmcvLoadImageFromFile):
+    """
+    mmcv's own, whose place it takes in every config: it names the image that cannot be read or decoded.
+
+    Raises:
+        DataError: which image, and why.
+    """
+
+    def transform(self, results: dict[str, Any]) -> dict[str, Any] | None:
+        try:
+            return super().transform(results)
+        except Exception as error:  # of the file system, OpenCV, Pillow, a store of images, or mmcv's assertion
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise DataError(f"{results['img_path']} cannot be read or decoded ({reason})") from error
 
 
 @TRANSFORMS.register_module()

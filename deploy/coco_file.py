@@ -153,8 +153,8 @@ def coco_file_from_document(document: Dict[str, Any], path: Path, images_dir: Pa
     whole = np.concatenate([kept[:, :2], kept[:, :2] + kept[:, 2:]], axis=1)
     inside = np.clip(whole, 0, limits).astype(np.float32)
     file = CocoFile(
-        path, tuple(names), tuple(label_of_id), tuple(entry.get("supercategory") for entry in categories),
-        list(index_of_id), file_names, sizes, rows, image_index[rows], labels[rows], kept, inside,
+        path, tuple(names), _column(categories, "id"), _column(categories, "supercategory"),
+        list(_column(images, "id")), file_names, sizes, rows, image_index[rows], labels[rows], kept, inside,
         crowd[rows], ignored[rows], areas[rows],
         int((np.abs(inside - whole) > ROUNDING_PX).any(axis=1).sum()), faults.found,
     )  # fmt: skip
@@ -193,6 +193,10 @@ class _Faults:
         """Notes what is no fault of single entries."""
         if count:
             self.found.append(Fault(code, severity, count, text))
+
+
+def _column(entries: Sequence[Entry], key: str) -> Tuple[Any, ...]:
+    return tuple(entry.get(key) for entry in entries)
 
 
 def _short(value: Any) -> str:

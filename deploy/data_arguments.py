@@ -9,11 +9,8 @@ from typing import Any, Optional, Tuple
 
 from deploy.dataset import CocoSet, load_coco
 from deploy.errors import ConfigError
-from deploy.layouts import SPLITS, split_paths
+from deploy.layouts import LAYOUT, SPLITS, split_paths
 
-LAYOUT = (
-    "annotations/instances_{train,val,test}.json and images/, or the layout of COCO, Roboflow or CVAT (docs/data.md)"
-)
 STRICT = "refuse annotations with any box of no use; else up to 1 in 100 are left out and counted"
 
 

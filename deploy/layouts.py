@@ -20,6 +20,9 @@ from deploy.files import AnyPath
 SPLITS = ("train", "val", "test")
 FOLDERS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 """Split -> what its folder is called."""
+LAYOUT = (
+    "annotations/instances_{train,val,test}.json and images/, or the layout of COCO, Roboflow or CVAT (docs/data.md)"
+)
 ONE_SPLIT = "instances_default.json"
 HEAD_BYTES = 1 << 20
 """The first file name of an annotation file is looked for in so many bytes."""

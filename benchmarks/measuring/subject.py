@@ -125,7 +125,10 @@ def check_fits(contract: ModelContract, data: CocoSet, subject: Subject) -> None
     try:
         with_classes(data, contract.class_names, contract.category_ids, str(subject.path))
     except DataError as error:
-        raise MeasurementError(f"{error}. Measure on the data set that the model was made for.") from error
+        raise MeasurementError(
+            f"{subject.path} and {data.annotations_path} differ in their classes: {error}. Measure on the set that "
+            "the model was made for."
+        ) from error
     if contract.input_shape[0] not in (1, -1):
         raise MeasurementError(
             f"{subject.path} takes {contract.input_shape[0]} images at once; expected 1, or any number: export it again"

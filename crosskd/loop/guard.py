@@ -1,10 +1,14 @@
-"""What keeps a training alive: batches whose loss is not finite are skipped, norms take a level of one position."""
+"""
+What keeps a training alive: batches whose loss is not finite, or whose images cannot be read, are skipped; norms take a
+level of one position.
+"""
 
 from __future__ import annotations
 
 import functools
 import logging
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,17 +17,51 @@ from mmengine.logging import MessageHub, print_log
 from mmengine.model import is_model_wrapper
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.data import DataLoader
 
-from deploy.errors import TrainingError
+from deploy.errors import DataError, TrainingError
 
 
-class _NonFiniteLossError(Exception):
-    """A loss of this batch is not finite, here or in another process; says which parts, empty if none is here."""
+class _BadBatchError(Exception):
+    """This batch is to be skipped, because of this process or another; says why, empty if not because of this one."""
+
+
+class _NonFiniteLossError(_BadBatchError):
+    """A loss is not finite; says which parts."""
+
+
+class UnreadableBatch:
+    """Stands for a batch of which an image cannot be read."""
+
+    def __init__(self, error: DataError) -> None:
+        # From a worker process the text is a whole traceback, whose last line is the message.
+        self.reason = str(error).strip().splitlines()[-1].split(f"{DataError.__name__}: ")[-1]
+
+
+class _SkippingDataLoader(DataLoader):
+    """Goes on after a batch that its dataset cannot make, and gives an `UnreadableBatch` in its place."""
+
+    def __iter__(self) -> Iterator[Any]:
+        batches = super().__iter__()
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except DataError as error:
+                batch = UnreadableBatch(error)
+            yield batch
+
+
+def skip_unreadable(loader: DataLoader) -> None:
+    """Makes a loader go on where an image cannot be read: what it gives then is skipped by `guard_training`."""
+    loader.__class__ = _SkippingDataLoader  # in place: loops and hooks hold the loader
 
 
 def guard_training(model: Any, patience: int = 10) -> None:
     """
-    Makes `model.train_step` skip every batch of which a loss is not finite, and say which losses and images they were.
+    Makes `model.train_step` skip every batch of which a loss is not finite, or an image cannot be read, and say which
+    losses and images they were.
 
     A skipped batch leaves no trace: no backward pass, no optimiser step, gradients that are being accumulated stay as
     they are (the next batch takes its place), and running statistics are put back, since one NaN in them would spoil
@@ -37,7 +75,7 @@ def guard_training(model: Any, patience: int = 10) -> None:
         patience: how many batches in a row are skipped; one more stops the training. 0 stops at once.
 
     The wrapped `train_step` raises:
-        TrainingError: more than `patience` batches in a row had a loss that is not finite.
+        TrainingError: more than `patience` batches in a row had a loss that is not finite, or unreadable images.
     """
     detector = model.module if is_model_wrapper(model) else model
     parse_losses, train_step = detector.parse_losses, model.train_step
@@ -58,9 +96,13 @@ def guard_training(model: Any, patience: int = 10) -> None:
         statistics = _running_statistics(detector)
         before = [value.clone() for value in statistics]
         try:
+            _check_readable(data)
             log_vars = train_step(data, optim_wrapper=optim_wrapper)
-        except _NonFiniteLossError as error:
-            found_here = f"{error} of the images {_names_from_batch(data)}" if str(error) else ""
+        except _BadBatchError as error:
+            is_loss = isinstance(error, _NonFiniteLossError)
+            found_here = str(error)
+            if is_loss and found_here:
+                found_here += f" of the images {_names_from_batch(data)}"
         else:
             in_a_row = 0
             return log_vars
@@ -69,6 +111,11 @@ def guard_training(model: Any, patience: int = 10) -> None:
                 value.copy_(old)
         found = "; ".join(words for words in all_gather_object(found_here) if words)
         in_a_row += 1
+        if in_a_row > patience and not is_loss:
+            raise TrainingError(
+                f"{in_a_row} batches in a row cannot be used. The last one: {found}. Bring the files again, or drop "
+                "the images from the annotations"
+            )
         if in_a_row > patience:
             raise TrainingError(
                 f"the loss of {in_a_row} batches in a row is not finite. The last one: {found}. "
@@ -77,12 +124,22 @@ def guard_training(model: Any, patience: int = 10) -> None:
         hub = MessageHub.get_current_instance()
         skipped = hub.get_info("skipped_batches", 0) + 1
         hub.update_info("skipped_batches", skipped)
-        message = f"a loss is not finite, batch skipped ({in_a_row} in a row, {skipped} in all): {found}"
+        what = "a loss is not finite" if is_loss else "an image cannot be read"
+        message = f"{what}, batch skipped ({in_a_row} in a row, {skipped} in all): {found}"
         print_log(message, logger="current", level=logging.WARNING)
         return {}
 
     detector.parse_losses = checked_parse_losses
     model.train_step = guarded_train_step
+
+
+def _check_readable(data: Any) -> None:
+    """Raises _BadBatchError in all processes if the batch of one cannot be read: they must skip together."""
+    reason = data.reason if isinstance(data, UnreadableBatch) else ""
+    bad = torch.tensor(float(bool(reason)))
+    all_reduce(bad, op="max")
+    if bad.item():
+        raise _BadBatchError(reason)
 
 
 class _BatchNorm2d(nn.BatchNorm2d):

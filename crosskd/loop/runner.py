@@ -11,6 +11,7 @@ from mmengine.logging import MMLogger
 from mmengine.runner import Runner
 from torch import nn
 
+from crosskd.loop.guard import skip_unreadable
 from crosskd.loop.layout import use_channels_last
 from deploy.errors import ConfigError
 
@@ -39,6 +40,11 @@ class TrainingRunner(Runner):
                 ) from error
         use_channels_last(model, get_device())
         return super().wrap_model(model_wrapper_cfg, model)
+
+    def build_train_loop(self, loop: Any) -> Any:
+        built = super().build_train_loop(loop)
+        skip_unreadable(built.dataloader)
+        return built
 
     def _init_model_weights(self) -> None:
         """Done in `wrap_model`."""

@@ -24,7 +24,7 @@ from mmengine.logging import MMLogger
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from crosskd.data import TrainingData
+from crosskd.data import DETECTIONS_COUNTED, TrainingData
 from deploy.dataset import CocoSet, coco_document, renumbered
 from deploy.errors import ConfigError
 from deploy.progress import progress
@@ -91,7 +91,7 @@ def _points_of_teacher(config: Any, detector: Any, coco: CocoSet) -> tuple[float
     ):
         annotations = Path(folder) / "annotations.json"
         annotations.write_text(json.dumps(coco_document(renumbered(coco))))
-        metric = CocoMetric(ann_file=str(annotations), metric="bbox")
+        metric = CocoMetric(ann_file=str(annotations), metric="bbox", proposal_nums=DETECTIONS_COUNTED)
         metric.dataset_meta = {"classes": coco.class_names}
         metric.process({}, detected)
         found = metric.compute_metrics(metric.results)
