@@ -1,8 +1,8 @@
 """
 CrossKD training of compact detectors; torch and mmdet live here.
 
-Commands: train, adopt, distill, export, predict, pipeline, shapes. Then the rooms, each of which imports only those
-that follow it:
+Commands: train, adopt, distill, export, predict, pipeline, shapes, check_data. Then the rooms, each of which imports
+only those that follow it:
 
 - workers: commands that `benchmarks` starts, not people: the time of a detection in torch, and of a training step.
 - int8: the rounding of a student's INT8 graph while it trains, and the two INT8 files of such a training.
@@ -10,5 +10,6 @@ that follow it:
 - models: the detector of student and teacher, methods of distillation, families of heads, losses, backbones, weights.
 
 What commands and workers share of int8, loop and models stands above these three: training, run_dir, and config, which
-registers what a config may name. Ground, below all: data, schedule, written_config, transforms, download, settings.
+registers what a config may name. Ground, below all: data, schedule, written_config, transforms, download, corrections;
+settings.
 """

@@ -31,6 +31,7 @@ def _on_each_runtime(command: str, *needs: str, to_read: Sequence[str] = ()) -> 
 NEEDS: Dict[str, Tuple[str, ...]] = {
     "crosskd.pipeline": (*TRAINING, "onnx", "onnxruntime", "onnxslim", "faster-coco-eval", "jinja2"),
     "crosskd.shapes": ("numpy", "opencv"),
+    "crosskd.check_data": ("numpy", "opencv"),
     "crosskd.train": TRAINING,
     "crosskd.adopt": TRAINING,
     "crosskd.distill": TRAINING,

@@ -61,6 +61,7 @@ BAD_INPUT = {
     "crosskd.pipeline": ["nope.py", "--data", "nope", "-o", "out"],
     "crosskd.predict": ["nope", "--annotations", "nope.json", "--images-dir", "nope", "-o", "out.json"],
     "crosskd.shapes": ["out", "--images", "1"],
+    "crosskd.check_data": ["nope"],
     "crosskd.workers.time_detector": ["nope", "nope.png"],
     "crosskd.workers.time_training": ["nope.py", "--variant", "student", "-o", "out.json"],
     "crosskd.train": ["nope.py", "--data", "nope", "-o", "out"],
