@@ -121,11 +121,11 @@ def load_splits(
     names, category_ids = reference.class_names, reference.category_ids
     if drop_empty_classes:
         used = {coco.class_names[label] for coco in sets.values() for image in coco.images for label in image.labels}
-        kept = [index for index, name in enumerate(names) if name in used]
         dropped = [name for name in names if name not in used]
         if dropped:
             print(f"{len(dropped)} classes have no box in any split and are left out: {', '.join(dropped)}")
-        names, category_ids = (tuple(column[index] for index in kept) for column in (names, category_ids))
+        kept = {name: number for name, number in zip(names, category_ids, strict=True) if name in used}
+        names, category_ids = tuple(kept), tuple(kept.values())
     for split, coco in sets.items():
         sets[split] = with_classes(coco, names, category_ids, str(reference.annotations_path), ordered=True)
     return sets

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -41,7 +40,7 @@ class UnreadableBatch:
 class _SkippingDataLoader(DataLoader):
     """Goes on after a batch that its dataset cannot make, and gives an `UnreadableBatch` in its place."""
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Any:
         batches = super().__iter__()
         while True:
             try:
