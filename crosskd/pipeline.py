@@ -18,6 +18,7 @@ from typing import Any
 
 from crosskd.config import load_config, path_beside
 from crosskd.data import add_training_data_arguments, load_splits
+from crosskd.settings import check_settings
 from deploy.commands import command_line, run_status
 from deploy.data_arguments import add_data_argument
 from deploy.errors import ConfigError, PipelineError, command
@@ -85,7 +86,9 @@ def main(argv: list[str] | None = None) -> int:
         load_cuda("--target tensorrt").close()
     if options.limits and not Path(options.limits).is_file():
         raise ConfigError(f"--limits is {options.limits}; expected a TOML file of limits")
-    stages = planned_stages(options, load_config(options.config))
+    config = load_config(options.config)
+    stages = planned_stages(options, config)
+    check_settings(config, str(options.config))  # before the teacher's training, not after it
     splits = SPLITS if has_split(options.data, "test") else SPLITS[:2]
     load_splits(
         {split: split_paths(options.data, split) for split in splits}, options.strict, options.drop_empty_classes

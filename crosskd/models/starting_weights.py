@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crosskd.models.checkpoint import classes_of_checkpoint, read_checkpoint, state_of_checkpoint
+from crosskd.models.checkpoint import OPTIONAL, classes_of_checkpoint, read_checkpoint, state_for_detector
 from crosskd.models.heads import FAMILIES
 from deploy.errors import CheckpointError
 from deploy.files import AnyPath
@@ -25,14 +25,15 @@ def start_from_checkpoint(detector: Any, path: AnyPath, class_names: Sequence[st
         detector: its heads are initialised; all else has its weights from the file. class_names: those to learn.
 
     Raises:
-        CheckpointError: as `read_checkpoint`, or it is of another detector.
+        CheckpointError: as `read_checkpoint` and `state_for_detector`, or it is of another detector.
     """
     checkpoint = read_checkpoint(path)
     for name, part in detector.named_children():
         if "head" in name:
             part.init_weights()
-    state, own = state_of_checkpoint(path, checkpoint), detector.state_dict()
-    keys = [{key for key in part if not key.endswith("integral.project")} for part in (own, state)]
+    own = detector.state_dict()
+    state = state_for_detector(path, checkpoint, own.keys())
+    keys = [{key for key in part if not key.endswith(OPTIONAL)} for part in (own, state)]
     known = classes_of_checkpoint(checkpoint)
     predictor = getattr(FAMILIES.get(type(getattr(detector, "bbox_head", None)).__name__), "predictor", None)
     by_class = {key for key in own if predictor and key.startswith(f"bbox_head.{predictor}.")}
