@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from crosskd.schedule import set_epochs
-from crosskd.settings import check_given_key, check_overrides, check_version, set_data_preprocessor
+from crosskd.settings import check_given_key, check_overrides, check_version, name_types, set_data_preprocessor
 from deploy.errors import ConfigError, MissingDependencyError
 
 if TYPE_CHECKING:
@@ -71,6 +71,7 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None, subst
         )
     except Exception as error:  # a config is Python: anything can come out of it
         raise ConfigError(f"{name} is not a config that mmengine can read: {type(error).__name__}: {error}") from error
+    name_types(config._cfg_dict)
     check_overrides(config, overrides or {})
     try:
         config.merge_from_dict(overrides or {})

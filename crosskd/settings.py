@@ -54,6 +54,25 @@ def check_version(config: Any, name: str) -> None:
         )
 
 
+def name_types(node: Any) -> None:
+    """Puts the registered name in place of each class that is a `type`, as mmdet's Python configs have them."""
+    if isinstance(node, dict):
+        kind = node.get("type")
+        if isinstance(kind, type) and kind.__module__.split(".")[0] in (
+            "mmdet",
+            "mmengine",
+            "mmcv",
+            "torch",
+            "crosskd",
+        ):
+            node["type"] = kind.__name__
+        for value in node.values():
+            name_types(value)
+    elif isinstance(node, (list, tuple)):
+        for value in node:
+            name_types(value)
+
+
 def set_data_preprocessor(config: Any, name: str) -> None:
     """
     Puts a `data_preprocessor` of the config's first level into the model, as mmengine's runner does.

@@ -63,6 +63,20 @@ def test_a_detector_without_normalisation_is_refused_and_mmengines_other_place_f
     assert load_config(path).model.data_preprocessor.mean == [1, 2, 3]
 
 
+def test_a_config_whose_types_are_classes_is_read_like_one_of_names(tmp_path: Path) -> None:
+    path = tmp_path / "c.py"
+    path.write_text(
+        "from mmengine.hooks import EMAHook\n"
+        "from mmdet.models import GFL\n"
+        "from mmdet.models.data_preprocessors import DetDataPreprocessor\n"
+        "model = dict(type=GFL, data_preprocessor=dict(type=DetDataPreprocessor))\n"
+        "custom_hooks = [dict(type=EMAHook, momentum=0.1)]\n"
+    )
+    config = load_config(path)
+    assert (config.model.type, config.model.data_preprocessor.type) == ("GFL", "DetDataPreprocessor")
+    assert config.custom_hooks[0].type == "EMAHook"
+
+
 @pytest.mark.parametrize(
     ("key", "named"),
     [
