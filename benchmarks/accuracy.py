@@ -20,7 +20,7 @@ from typing import Any, Dict, List, Optional, Sequence
 import numpy as np
 
 from benchmarks.measuring.bootstrap import ap_of_draws, matches_by_class
-from benchmarks.measuring.coco import evaluate_with_curves
+from benchmarks.measuring.coco import evaluate_with_curves, words_of_cap
 from benchmarks.measuring.detections import CocoResults, detections_path, load_results, write_detections
 from benchmarks.measuring.result import check_same_data, read_result, write_result
 from benchmarks.measuring.subject import (
@@ -172,6 +172,8 @@ def main(argv: Optional[List[str]] = None) -> int:
         raise DataError(f"{data.annotations_path} names no images; expected at least one")
     if data.clipped:
         print(f"{data.clipped} boxes stick out of their image: counted as annotated, as pycocotools does")
+    if words_of_cap(data):
+        print(words_of_cap(data))
     result = begin_result("accuracy", subject, data, role, len(data.images))
     inputs = subject.inputs(data)
     other = None

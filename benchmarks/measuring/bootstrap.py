@@ -13,13 +13,12 @@ from typing import Any, Dict, List, Mapping, Sequence, Tuple
 
 import numpy as np
 
-from benchmarks.measuring.coco import check_detections
+from benchmarks.measuring.coco import DETECTIONS_COUNTED, check_detections
 from deploy.errors import MeasurementError
 
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0.0, 1.0, 101)
-MAX_DETECTIONS = 100
-"""Per image and class, as the two above: cocodataset.org, Detection evaluation."""
+"""As the thresholds: cocodataset.org, Detection evaluation."""
 CHUNK = 100
 """Draws that are weighed at a time; bounds the memory."""
 
@@ -230,7 +229,7 @@ def _class_matches(
             continue
         crowd = np.array([bool(box.get("iscrowd", 0)) for box in boxes], bool)
         annotated[index] = np.count_nonzero(~crowd)
-        best = sorted(seen, key=lambda box: -box["score"])[:MAX_DETECTIONS]
+        best = sorted(seen, key=lambda box: -box["score"])[:DETECTIONS_COUNTED]
         if boxes:
             ious = _ious([box["bbox"] for box in best], [box["bbox"] for box in boxes], crowd)
             true_here, ignored_here, finder = _matched(ious, crowd)

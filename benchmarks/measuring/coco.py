@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 
 from deploy.errors import MeasurementError, MissingDependencyError
+
+if TYPE_CHECKING:
+    from deploy.dataset import CocoSet
 
 METRICS = (
     "AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large",
@@ -19,6 +22,8 @@ METRICS = (
 
 CURVES = {"AP50": slice(0, 1), "AP": slice(None)}
 """Kind of precision-recall curve -> the IoU thresholds that it is the mean of: 0.5, or all ten."""
+DETECTIONS_COUNTED = 100
+"""Of a class in an image: more do not count in AP (cocodataset.org, Detection evaluation)."""
 RECALLS = 101
 """Points of a curve: the best precision at recall 0, 0.01 ... 1, or a higher one."""
 
@@ -100,6 +105,23 @@ def evaluate_with_curves(
             curves[kind]["per_class"][names[category]] = _curve(precision[thresholds, :, index, None])
         curves[kind]["mean"] = _curve(precision[thresholds])
     return numbers, curves
+
+
+def words_of_cap(data: CocoSet) -> str:
+    """What AP's limit on detections does to images with more boxes of a class; empty if there are none."""
+    crowded, most, total, lost = 0, 0, 0, 0
+    for image in data.images:
+        counts = np.bincount(image.labels[~image.crowd], minlength=1)
+        above = np.maximum(counts - DETECTIONS_COUNTED, 0)
+        crowded, most = crowded + bool(above.any()), max(most, int(counts.max()))
+        total, lost = total + int(counts.sum()), lost + int(above.sum())
+    if not crowded:
+        return ""
+    return (
+        f"{crowded} of {len(data.images)} images have more than {DETECTIONS_COUNTED} boxes of a class, {most} at most: "
+        f"COCO's AP counts {DETECTIONS_COUNTED} detections of a class in an image, so that {lost} of {total} boxes "
+        "cannot be found. Cut such images into tiles"
+    )
 
 
 @contextlib.contextmanager

@@ -272,3 +272,49 @@ def test_masks_are_refused(config: Any, data: TrainingData, tmp_path: Path) -> N
     config.train_dataloader.dataset.pipeline[1].with_mask = True
     with pytest.raises(ConfigError, match=r"train_dataloader loads masks .*expected boxes alone"):
         set_data(config, data, tmp_path)
+
+
+def test_the_classes_of_the_test_split_are_compared_before_the_training(edited: Callable[..., Path]) -> None:
+    def drop(document: Any) -> None:
+        last = document["categories"].pop()["id"]
+        document["annotations"] = [entry for entry in document["annotations"] if entry["category_id"] != last]
+
+    folder = edited("test", drop)
+    with pytest.raises(DataError, match=r"instances_train.json has the classes .*'cross' \(id 6\) is missing"):
+        _data("--data", str(folder))
+
+
+def test_classes_that_no_split_has_boxes_of_are_left_out_on_request(
+    shapes_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As Roboflow writes it: the name of the project as a class of its own, the first."""
+    folder = tmp_path / "roboflow"
+    for split, name in (("train", "train"), ("val", "valid"), ("test", "test")):
+        document = json.loads((shapes_dir / "annotations" / f"instances_{split}.json").read_text())
+        group = {"id": 0, "name": "shapes", "supercategory": "none"}
+        document["categories"] = [group, *(dict(one, supercategory="shapes") for one in document["categories"])]
+        shutil.copytree(shapes_dir / "images", folder / name)
+        (folder / name / "_annotations.coco.json").write_text(json.dumps(document))
+    plain = _data("--data", str(folder))
+    assert plain.class_names[0] == "shapes"
+    assert "'shapes' looks like a name of the group" in capsys.readouterr().err
+    dropped = _data("--data", str(folder), "--drop-empty-classes")
+    assert dropped.class_names == plain.class_names[1:]
+    assert "1 classes have no box in any split and are left out: shapes" in capsys.readouterr().out
+    for one, other in zip(plain.val.images, dropped.val.images, strict=True):
+        assert (one.labels - 1).tolist() == other.labels.tolist()
+
+
+def test_an_export_of_one_split_is_no_training_set(shapes_dir: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "cvat"
+    shutil.copytree(shapes_dir / "images", folder / "images")
+    (folder / "annotations").mkdir()
+    shutil.copy(shapes_dir / "annotations/instances_train.json", folder / "annotations/instances_default.json")
+    with pytest.raises(DataError, match=r"instances_default.json is the file of more than one of the splits"):
+        _data("--data", str(folder))
+
+
+def test_mmdets_own_ap_goes_by_the_limits_of_coco(shapes_dir: Path, configs: Path, tmp_path: Path) -> None:
+    config = load_config(configs / "gfl_tiny.py")
+    set_data(config, _data("--data", str(shapes_dir)), tmp_path)
+    assert tuple(config.val_evaluator.proposal_nums) == (1, 10, 100)

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
+import json
 import time
 
 import numpy as np
 import pytest
 
-from benchmarks.measuring.coco import METRICS, evaluate, evaluate_with_curves
+from benchmarks.measuring.coco import METRICS, evaluate, evaluate_with_curves, words_of_cap
+from deploy.dataset import coco_document, load_coco
 from deploy.errors import MeasurementError
 
 IMAGES = 12
@@ -181,3 +184,41 @@ def test_a_wrong_detection_is_named(change, fault):
     detections[3] = {**detections[3], **change}
     with pytest.raises(MeasurementError, match=f"detection 3 is .*{fault}"):
         evaluate(annotations, detections, range(1, IMAGES + 1))
+
+
+@pytest.mark.parametrize("offset", [0, 2**53, 20260325155628000000, -(2**40)])
+def test_ids_of_any_size_give_the_same_numbers(offset):
+    """Beyond 2^53 neighbours are one number to an array of floats, beyond 2^63 they fit into none."""
+    annotations, detections = random_set(0)
+    expected = evaluate(annotations, detections, [image["id"] for image in annotations["images"]])
+    for entry in annotations["images"]:
+        entry["id"] += offset
+    for entry in annotations["annotations"] + detections:
+        entry["image_id"] += offset
+        entry["category_id"] += offset
+    for entry in annotations["categories"]:
+        entry["id"] += offset
+    found = evaluate(annotations, detections, [image["id"] for image in annotations["images"]])
+    assert found == expected
+    assert 0 < found["AP"] < 1
+
+
+def test_more_boxes_of_a_class_than_ap_counts_are_told(tmp_path):
+    images = [{"id": number, "file_name": f"{number}.png", "width": 500, "height": 500} for number in (1, 2)]
+    boxes = [[5 * (number % 90), 20 * (number // 90), 4, 10] for number in range(150)]
+    document = {
+        "images": images,
+        "annotations": [
+            {"id": number, "image_id": 1, "category_id": 1, "bbox": box} for number, box in enumerate(boxes, start=1)
+        ],
+        "categories": [{"id": 1, "name": "ant"}],
+    }
+    (tmp_path / "a.json").write_text(json.dumps(document))
+    data = load_coco(tmp_path / "a.json", tmp_path, check_files=False)
+    told = words_of_cap(data)
+    assert "1 of 2 images have more than 100 boxes of a class, 150 at most" in told
+    assert "50 of 150 boxes cannot be found" in told
+    everything = [{"image_id": 1, "category_id": 1, "bbox": box, "score": 0.9} for box in boxes]
+    assert evaluate(coco_document(data), everything, [1, 2])["AR100"] == pytest.approx(100 / 150)
+    fewer = dataclasses.replace(data, images=data.images[1:])
+    assert words_of_cap(fewer) == ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from mmdet.structures import DetDataSample
@@ -24,8 +27,9 @@ from torch import nn
 from crosskd.config import load_config, set_classes
 from crosskd.data import TrainingData, set_data, write_annotations
 from crosskd.loop.guard import accept_single_values, guard_training
+from crosskd.loop.runner import TrainingRunner
 from crosskd.models.detector import detector_from_config
-from deploy.dataset import load_coco
+from deploy.dataset import check_image_files, load_coco
 from deploy.errors import TrainingError
 from deploy.layouts import split_paths
 
@@ -379,3 +383,47 @@ def test_batchnorm_of_a_single_value_uses_running_statistics() -> None:
     assert norm.training
     assert torch.equal(norm(inputs), plain.eval()(inputs))
     assert norm.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_cannot_be_decoded_is_named_and_its_batch_skipped(
+    workers: int, configs: Path, shapes_dir: Path, tmp_path: Path, warnings_logged: list[str]
+) -> None:
+    """Its first and last bytes are sound, so that no check before the training sees it."""
+    folder = tmp_path / "data"
+    shutil.copytree(shapes_dir, folder)
+    data = TrainingData(*(load_coco(*split_paths(folder, split)) for split in ("train", "val")))
+    broken = data.train.images[3].path
+    pixels = np.zeros((data.train.images[3].height_px, data.train.images[3].width_px, 3), np.uint8)
+    content = cv2.imencode(".png", pixels)[1].tobytes()
+    begin = content.index(b"IDAT") + 4
+    broken.write_bytes(content[:begin] + bytes(len(content) - begin - 12) + content[-12:])
+    check_image_files(data.train.images)
+
+    def run(patience: int) -> Any:
+        config = load_config(configs / "gfl_tiny.py")
+        set_classes(config, data.class_names)
+        set_data(config, data, tmp_path)
+        write_annotations(data, tmp_path)
+        config.train_dataloader.update(num_workers=workers, persistent_workers=False, batch_size=2)
+        config.train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=2, val_interval=9)
+        config.optim_wrapper.update(type="OptimWrapper")
+        runner = TrainingRunner(
+            detector_from_config(config, load_weights=False),
+            str(tmp_path / f"run{patience}"),
+            **{key: config[key] for key in ("train_dataloader", "train_cfg", "optim_wrapper")},
+            default_scope="mmdet",
+            experiment_name=f"unreadable-{workers}-{patience}",
+        )
+        guard_training(runner.model, patience)
+        runner.train()
+        return runner
+
+    runner = run(patience=1)
+    assert runner.iter == len(data.train.images)  # two to a batch, two epochs
+    assert runner.message_hub.get_info("skipped_batches") == 2  # once an epoch
+    assert len(warnings_logged) == 2
+    assert all("an image cannot be read, batch skipped (1 in a row" in text for text in warnings_logged)
+    assert all(f"{broken} cannot be read or decoded" in text for text in warnings_logged)
+    with pytest.raises(TrainingError, match=rf"1 batches in a row cannot be used.*{broken.name} cannot be read"):
+        run(patience=0)
