@@ -87,9 +87,10 @@ def ranges_from_cache(path: str, placement: Placement) -> Ranges:
     The range of each tensor that gets a pair, from a calibration cache of TensorRT.
 
     Raises:
-        CalibrationError: it is no cache, or a tensor is not in it.
+        CalibrationError: it is no cache, or a tensor is not in it, or has no scale there.
     """
-    amax, tensors = read_cache(path), sorted(set(placement.pairs.values()))
+    tensors = sorted(set(placement.pairs.values()))
+    amax = read_cache(path, set(tensors))
     missing = [name for name in tensors if name not in amax]
     if missing:
         raise CalibrationError(

@@ -16,11 +16,12 @@ Text needs nothing but numpy; what reads a graph needs onnx.
 
 from __future__ import annotations
 
-import math
 import re
 import struct
 from pathlib import Path
-from typing import TYPE_CHECKING, Dict, Mapping
+from typing import TYPE_CHECKING, Container, Dict, Mapping, Optional
+
+import numpy as np
 
 from deploy.errors import CalibrationError, EngineBuildError
 from deploy.files import AnyPath, replacing
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
     import onnx
 
 HEADER = re.compile(r"TRT-\d+-\w+")
-LINE = re.compile(r"(?P<tensor>.+): (?P<scale>[0-9a-f]{8})")
+LINE = re.compile(r"(?P<tensor>.+): (?P<scale>[0-9a-fA-F]{8})")
+FLOAT32 = np.finfo(np.float32)
 
 
 def text_from_amax(amax: Mapping[str, float], tensorrt_version: str) -> str:
@@ -42,27 +44,38 @@ def text_from_amax(amax: Mapping[str, float], tensorrt_version: str) -> str:
         tensorrt_version: as `tensorrt.__version__` says it: "8.5.3", "10.3.0.30".
 
     Raises:
-        CalibrationError: a value is not positive and finite, or a name has a line break.
+        CalibrationError: a value is none that a float32 scale can stand for, or a name has a line break.
     """
     major, minor, patch = (int(number) for number in re.findall(r"\d+", tensorrt_version)[:3])
     # NV_TENSORRT_VERSION of NvInferVersion.h: two digits for each part from 10.0 on
     number = (major * 100 + minor) * 100 + patch if major >= 10 else (major * 10 + minor) * 100 + patch
     lines = [f"TRT-{number}-EntropyCalibration2"]
     for tensor, largest in amax.items():
-        if not (math.isfinite(largest) and largest > 0):
-            raise CalibrationError(f"the largest value of the tensor {tensor!r} is {largest}; expected it above 0")
+        if not is_scale(largest / LARGEST_INT8):
+            raise CalibrationError(
+                f"the largest value of the tensor {tensor!r} is {largest}; expected it finite and above 0: it has no "
+                "INT8 scale. Calibrate again, on images of which the network makes something"
+            )
         if len(tensor.splitlines()) != 1:
             raise CalibrationError(f"the tensor {tensor!r} has a line break in its name, which a cache cannot hold")
         lines.append(f"{tensor}: {struct.pack('>f', largest / LARGEST_INT8).hex()}")
     return "\n".join(lines) + "\n"
 
 
-def amax_from_text(text: str, source: AnyPath) -> Dict[str, float]:
+def is_scale(scale: float) -> bool:
+    """Whether a float32 holds it as a number above 0 and in full precision: not 0, negative, denormal, inf or NaN."""
+    return float(FLOAT32.tiny) <= scale <= float(FLOAT32.max)
+
+
+def amax_from_text(text: str, source: AnyPath, tensors: Optional[Container[str]] = None) -> Dict[str, float]:
     """
     Tensor -> largest absolute value, of a cache that TensorRT or `text_from_amax` wrote.
 
+    Args:
+        tensors: those that are wanted, None for all. Of others TensorRT's own caches may hold what is no scale.
+
     Raises:
-        CalibrationError: it is no cache, or a line is broken; `source` is named.
+        CalibrationError: it is no cache, a line is broken, or a scale of those wanted is none; `source` is named.
     """
     header, *lines = text.splitlines() or [""]
     if not HEADER.fullmatch(header.strip()):
@@ -78,23 +91,34 @@ def amax_from_text(text: str, source: AnyPath) -> Dict[str, float]:
                 f"{source}, line {number} is {line[:60]!r}; expected 'tensor: ' and 8 hexadecimal digits. The file may "
                 "be truncated: make it again."
             )
-        (scale,) = struct.unpack(">f", bytes.fromhex(match["scale"]))
-        found[match["tensor"]] = scale * LARGEST_INT8
+        tensor, (scale,) = match["tensor"], struct.unpack(">f", bytes.fromhex(match["scale"]))
+        if tensors is not None and tensor not in tensors:
+            continue
+        if not is_scale(scale):
+            raise CalibrationError(
+                f"{source}, line {number}: the scale of the tensor {tensor!r} is {scale} ({match['scale']}); expected a "
+                "finite float32 above 0 that is no denormal. The calibration saw nothing there, or an overflow: "
+                "calibrate again on images (--data), or leave that tensor's layers in float"
+            )
+        found[tensor] = scale * LARGEST_INT8
     return found
 
 
-def read_cache(path: AnyPath) -> Dict[str, float]:
+def read_cache(path: AnyPath, tensors: Optional[Container[str]] = None) -> Dict[str, float]:
     """
     Tensor -> largest absolute value, of a cache file.
 
+    Args:
+        tensors: those that are wanted, None for all.
+
     Raises:
-        CalibrationError: the file is missing, no cache, or broken.
+        CalibrationError: the file is missing, no cache, or broken, or a scale of those wanted is none.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise CalibrationError(f"cannot read {path} ({error}); expected a calibration cache of TensorRT") from error
-    return amax_from_text(text, path)
+    return amax_from_text(text, path, tensors)
 
 
 def write_cache(path: AnyPath, amax: Mapping[str, float], tensorrt_version: str) -> None:

@@ -68,7 +68,27 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
         read_cache(tmp_path / "binary.cache")
 
 
-@pytest.mark.parametrize("largest", [0.0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("digits", "value"),
+    [("00000000", "0.0"), ("80000000", "-0.0"), ("00000003", "4.2"), ("bd012345", "-0.03"), ("7f800000", "inf"),
+     ("ff800000", "-inf"), ("7fc00001", "nan")],
+)  # fmt: skip
+def test_what_is_no_scale_is_refused_where_it_is_wanted(tmp_path: Path, digits: str, value: str) -> None:
+    text = f"TRT-8503-EntropyCalibration2\nimages: 3f800000\nmask: {digits}\n"
+    with pytest.raises(CalibrationError, match=rf"here, line 3: .*'mask' is {value}.* \({digits}\)"):
+        amax_from_text(text, "here")
+    (tmp_path / "a.cache").write_text(text)
+    assert read_cache(tmp_path / "a.cache", {"images"}) == {"images": 127.0}
+    with pytest.raises(CalibrationError, match=r"a\.cache, line 3"):
+        read_cache(tmp_path / "a.cache", {"images", "mask"})
+
+
+def test_line_ends_of_windows_and_capital_digits_are_read() -> None:
+    text = "TRT-8503-MinMaxCalibration\r\nimages: 3F800000\r\nneck: 3F000000\r\n"
+    assert amax_from_text(text, "here") == {"images": 127.0, "neck": 63.5}
+
+
+@pytest.mark.parametrize("largest", [0.0, -1.0, 1e-37, 1e41, float("nan"), float("inf")])
 def test_a_range_of_nothing_is_refused(largest: float) -> None:
     with pytest.raises(CalibrationError, match="'images' is "):
         text_from_amax({"images": largest}, "8.5.3")
