@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Tuple
 import numpy as np
 
 from calibration.placement import FloatGraph, Placement, has_signed_activations
-from deploy.graphs.graph import remove_unused
+from deploy.graphs.graph import remove_unused, write_kernel_shapes
 from deploy.int8_format import (
     SCALE_SUFFIX,
     Quantization,
@@ -137,4 +137,5 @@ def quantize_graph(
     result.graph.node.extend(writer.nodes)
     result.graph.initializer.extend(writer.tensors.values())
     remove_unused(result)
+    write_kernel_shapes(result)
     return result

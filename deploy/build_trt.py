@@ -164,7 +164,8 @@ def _checked_graph(source: OnnxFile, recipe: Recipe, version: str) -> TypedGraph
     from deploy.graphs.precision import typed_graph
 
     graph = typed_graph(source.model, recipe.graph, source.sidecar["details"])
-    check_operators(graph.model, version)
+    for note in check_operators(graph.model, version):
+        print(f"TensorRT {version}: {note}", file=sys.stderr)
     if recipe.has_half:
         for reason, names in graph.kept.items():
             print(f"FP32, not FP16: {_some(names)} ({reason})", file=sys.stderr)

@@ -96,8 +96,8 @@ def amax_from_text(text: str, source: AnyPath, tensors: Optional[Container[str]]
             continue
         if not is_scale(scale):
             raise CalibrationError(
-                f"{source}, line {number}: the scale of the tensor {tensor!r} is {scale} ({match['scale']}); expected a "
-                "finite float32 above 0 that is no denormal. The calibration saw nothing there, or an overflow: "
+                f"{source}, line {number}: the scale of the tensor {tensor!r} is {scale} ({match['scale']}); expected "
+                "a finite float32 above 0 that is no denormal. The calibration saw nothing there, or an overflow: "
                 "calibrate again on images (--data), or leave that tensor's layers in float"
             )
         found[tensor] = scale * LARGEST_INT8

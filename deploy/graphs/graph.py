@@ -220,6 +220,27 @@ def constants(model: onnx.ModelProto) -> Dict[str, onnx.TensorProto]:
     return found
 
 
+def write_kernel_shapes(model: onnx.ModelProto) -> None:
+    """
+    Writes `kernel_shape` on the convolutions that leave it to their weights, in place, where these are behind Q/DQ.
+
+    There TensorRT's parser sees no constant up to 10.3, and refuses a convolution that does not say it.
+    """
+    from onnx import helper
+
+    known, made_by = constants(model), producers(model)
+    for node in model.graph.node:
+        if node.op_type not in ("Conv", "ConvTranspose") or any(
+            entry.name == "kernel_shape" for entry in node.attribute
+        ):
+            continue
+        name = node.input[1]
+        while name in made_by and made_by[name].op_type in ("QuantizeLinear", "DequantizeLinear"):
+            name = made_by[name].input[0]
+        if name != node.input[1] and name in known:
+            node.attribute.append(helper.make_attribute("kernel_shape", known[name].dims[2:]))
+
+
 def remove_unused(model: onnx.ModelProto) -> None:
     """Removes the nodes and initialisers that no output of the graph needs, in place."""
     needed = {value.name for value in model.graph.output}

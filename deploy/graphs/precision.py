@@ -11,6 +11,7 @@ FP32 nodes through FP16, where boxes above 512 pixels are rounded to half a pixe
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Set, Tuple
 
@@ -18,7 +19,7 @@ import numpy as np
 
 from deploy.errors import ContractError, EngineBuildError
 from deploy.graphs.calibration_cache import amax_from_quantised, float_from_quantised
-from deploy.graphs.graph import constants, remove_unused
+from deploy.graphs.graph import constants, remove_unused, write_kernel_shapes
 
 if TYPE_CHECKING:
     import onnx
@@ -81,6 +82,8 @@ def typed_graph(model: onnx.ModelProto, graph: str, details: Mapping[str, Any]) 
     amax = largest_values(model, details)
     if graph.startswith("int8"):
         check_symmetric_int8(model)
+        model = copy.deepcopy(model)
+        write_kernel_shapes(model)
     elif is_quantised(model):
         model = float_from_quantised(model)
     kept = float_nodes(model, amax)

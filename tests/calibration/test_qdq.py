@@ -5,12 +5,16 @@ from collections import Counter
 import numpy as np
 import onnx
 import onnxruntime
+import pytest
 from onnx import TensorProto, numpy_helper
 
 from deploy.dataset import load_split
 from deploy.graphs.graph import check_graph, count_parameters, initializers, producers
+from deploy.graphs.operators import check_operators
+from deploy.graphs.precision import typed_graph
 from deploy.images import read_image
 from deploy.runtime.preprocess import preprocess
+from deploy.tensorrt.options import BuildOptions, recipe_for, typing_of_version
 
 PREDICTIONS = ["prediction_3", "prediction_4"]
 QUANTIZED = [
@@ -46,6 +50,14 @@ def test_result_is_valid_and_close_to_float(detector, quantized, target, contrac
     )
     np.testing.assert_allclose(int8_scores, scores, atol=0.03)
     assert not np.array_equal(int8_scores, scores)
+
+
+@pytest.mark.parametrize("version", ["8.5", "8.6", "10.0", "10.3", "10.15"])
+def test_every_tensorrt_takes_it(for_tensorrt, version):
+    """The convolutions of the mini detector leave their size to their weights, as some exporters do."""
+    assert check_operators(for_tensorrt, version) == []
+    graph = recipe_for(BuildOptions(precision="int8"), typing_of_version(version)).graph
+    assert check_operators(typed_graph(for_tensorrt, graph, {}).model, version) == []
 
 
 def test_a_convolution_has_both_operands_quantized_or_neither(quantized, target):

@@ -201,11 +201,14 @@ def _clip_boxes(head: Any) -> None:
     head._bbox_post_process = clipped
 
 
-def _assert_deployable(path: Path) -> None:
+VERSIONS = ("8.5", "8.6", "10.0", "10.3", "10.15", "11.1")
+
+
+def _assert_deployable(path: Path, versions: tuple[str, ...] = VERSIONS) -> None:
     """Operators that every TensorRT takes, computed from no shape, of which only the number of images may be open."""
     model = load_onnx(path)
-    for version in ("8.6", "10.3", "10.16", "11.1"):
-        check_operators(model, version)
+    for version in versions:
+        assert check_operators(model, version) == []
     assert {node.domain for node in model.graph.node} == {""}
     assert not {node.op_type for node in model.graph.node} & {
         "Shape", "ConstantOfShape", "NonZero", "Range", "If", "Loop", "BatchNormalization", "GroupNormalization",
@@ -309,7 +312,7 @@ def test_a_backbone_of_windows_is_exported_without_shape_arithmetic(shapes_dir: 
     torch.manual_seed(0)
     detector = _scattered(detector_from_config(config))
     _exported_to(tmp_path / "x.onnx", config, detector)
-    _assert_deployable(tmp_path / "x.onnx")
+    _assert_deployable(tmp_path / "x.onnx", VERSIONS[1:])  # 8.5 has no LayerNormalization
     images = load_coco(*split_paths(shapes_dir, "train")).images[:3]
     assert _assert_same_detections(tmp_path / "x.onnx", predictor(config, detector), images) > 10 * len(images)
 

@@ -278,3 +278,23 @@ def test_equal_initializers_are_stored_once_and_others_kept(model):
     graph.share_equal_initializers(model)
     assert list(model.graph.node[-1].input) == ["a", "a", "other_shape", "other_type"]
     assert [tensor.name for tensor in model.graph.initializer] == ["weight", "a", "other_shape", "other_type"]
+
+
+def test_a_convolution_behind_pairs_says_the_size_of_its_kernel() -> None:
+    text = """<ir_version: 8, opset_import: ["" : 17]> g (float[1, 1, 4, 4] x) => (float[a, b, c, d] y)
+    {
+        p = Conv (x, w)
+        q = QuantizeLinear <axis = 0> (w, s, z)
+        d = DequantizeLinear <axis = 0> (q, s, z)
+        y = Conv <pads = [1, 0, 1, 0]> (p, d)
+    }"""
+    model = parser.parse_model(text)
+    constants = {"w": np.ones((1, 1, 3, 1), np.float32), "s": np.float32([1]), "z": np.int8([0])}
+    model.graph.initializer.extend(numpy_helper.from_array(values, name) for name, values in constants.items())
+    graph.write_kernel_shapes(model)
+    plain, *_, behind = model.graph.node
+    assert not plain.attribute  # its weights are a constant
+    assert {entry.name: list(entry.ints) for entry in behind.attribute} == {
+        "pads": [1, 0, 1, 0], "kernel_shape": [3, 1]
+    }  # fmt: skip
+    graph.check_graph(model)
