@@ -366,7 +366,8 @@ def _areas(annotations: Sequence[Entry], boxes: np.ndarray, faults: _Faults) -> 
             values[row] = 0
     areas = np.array([np.nan if value is None or abs(value) > 1e300 else value for value in values], np.float64)
     unknown = ~(areas > 0)
-    given = [row for row in np.flatnonzero(unknown).tolist() if "area" in annotations[row]]
+    with_size = (boxes[:, 2:] > 0).all(axis=1)  # what is said of others is enough
+    given = [row for row in np.flatnonzero(unknown & with_size).tolist() if "area" in annotations[row]]
     faults.tell(
         "area_unknown", NOTE, len(given),
         f"{len(given)} of {len(values)} boxes have an area that is null, 0 or no number, such as "

@@ -348,3 +348,27 @@ def test_blood_cells(shared_dir: Path, tmp_path: Path, monkeypatch: pytest.Monke
     report = json.loads((out / "report.json").read_text())
     assert report["verdict"]
     assert "<html" in (out / "report.html").read_text()
+
+
+def test_cocos_own_names_are_taken_and_without_a_test_split_val_is_measured(configs: Path, tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        (tmp_path / "coco" / f"{split}2017").mkdir(parents=True)
+        (tmp_path / "coco" / "annotations").mkdir(exist_ok=True)
+        (tmp_path / "coco" / "annotations" / f"instances_{split}2017.json").write_text("{}")
+    options = pipeline.PipelineOptions(
+        str(configs / "crosskd_tiny.py"), str(tmp_path / "coco"), tmp_path / "out", strict=True, drop_empty_classes=True
+    )
+    stages = planned_stages(options, load_config(options.config))
+    for stage in stages:
+        module, words = stage.words[0], stage.words
+        assert (
+            (words[words.index("--split") + 1] == "val")
+            if module.startswith("benchmarks.") and "--data" in words
+            else "--split" not in words
+        )
+        assert ("--strict" in words) == ("--data" in words)
+        assert ("--drop-empty-classes" in words) == (module in ("crosskd.train", "crosskd.distill", "crosskd.adopt"))
+    training = next(stage for stage in stages if stage.is_training)
+    files = str(pipeline.start_of(training)["files"])
+    assert "instances_train2017.json" in files
+    assert "instances_val2017.json" in files
