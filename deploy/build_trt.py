@@ -23,7 +23,7 @@ from deploy.commands import run_command
 from deploy.contract import load_contract
 from deploy.errors import ConfigError, EngineBuildError, MissingDependencyError, command
 from deploy.runtime.session import OrtSession, Session
-from deploy.tensorrt.engine import NetworkSource, make_engine, open_machine
+from deploy.tensorrt.engine import NetworkSource, make_engine, open_machine, some_names, tell_float_convolutions
 from deploy.tensorrt.options import (
     BuildOptions,
     Recipe,
@@ -59,7 +59,9 @@ def main(argv: Optional[List[str]] = None) -> int:
             machine,
             options,
             arguments.output,
-            NetworkSource(graph.model.SerializeToString(), graph.float_tensors, graph.kept, source.amax),
+            NetworkSource(
+                graph.model.SerializeToString(), graph.float_tensors, graph.kept, source.amax, graph.float_convolutions
+            ),
             source.contract,
             {"onnx": source.path},
             source.parameters,
@@ -168,18 +170,15 @@ def _checked_graph(source: OnnxFile, recipe: Recipe, version: str) -> TypedGraph
         print(f"TensorRT {version}: {note}", file=sys.stderr)
     if recipe.has_half:
         for reason, names in graph.kept.items():
-            print(f"FP32, not FP16: {_some(names)} ({reason})", file=sys.stderr)
+            print(f"FP32, not FP16: {some_names(names)} ({reason})", file=sys.stderr)
     return graph
-
-
-def _some(names: List[str]) -> str:
-    return ", ".join(names) if len(names) <= 4 else f"{', '.join(names[:3])} and {len(names) - 3} more"
 
 
 def _check_target(arguments: argparse.Namespace, options: BuildOptions) -> int:
     recipe = recipe_for(options, typing_of_version(arguments.target))
     source = read_source(arguments.model, options.precision, None)
     graph = _checked_graph(source, recipe, arguments.target)
+    tell_float_convolutions(graph.float_convolutions)
     print(
         f"{source.path}: TensorRT {arguments.target} takes its {len(graph.model.graph.node)} nodes as "
         f"{describe_recipe(recipe, options)}, by its operator table; nothing was built"

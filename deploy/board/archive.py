@@ -57,7 +57,7 @@ MODULES = (
 """What the commands of run.py import: Python 3.8 and numpy are enough for all but `detect`, which needs OpenCV."""
 START = "\n\nsys.exit(main(sys.argv[1:], Path(__file__).resolve().parent))\n"
 """What makes of the module `deploy.board.run`, which others import, the script run.py."""
-FORMS = {"float": ("fp32", "fp16"), "int8": ("int8", "int8_fp32_scales", "fp32")}
+FORMS = {"float": ("fp32", "fp16"), "int8": ("int8", "int8_fp32_scales", "int8_tensorrt8", "fp32")}
 """Kind of ONNX file -> the forms of its graph (`deploy.graphs.precision.GRAPHS`) that a board may want of it.
 
 The FP32 form of an INT8 file is for a DLA that takes its ranges from a calibration cache.
@@ -171,7 +171,10 @@ def _add_graphs(kind: str, source: OnnxFile, ranges: Mapping[str, Any], files: D
         same = [name for name in files if files[name] == content]
         name = same[0] if same else f"graphs/{kind}.{form}.onnx"
         files[name] = content
-        described[form] = {"file": name, "float_tensors": list(typed.float_tensors), "kept": typed.kept}
+        described[form] = {
+            "file": name, "float_tensors": list(typed.float_tensors), "kept": typed.kept,
+            "float_convolutions": list(typed.float_convolutions),
+        }  # fmt: skip
     return described
 
 

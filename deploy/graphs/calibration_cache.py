@@ -168,11 +168,24 @@ def float_from_quantised(model: onnx.ModelProto) -> onnx.ModelProto:
 
     result = onnx.ModelProto()
     result.CopyFrom(model)
-    quantised = {node.output[0]: node.input[0] for node in result.graph.node if node.op_type == "QuantizeLinear"}
-    before: Dict[str, str] = {}
-    outputs = {value.name for value in result.graph.output}
+    before = tensors_before_pairs(result)
     for node in result.graph.node:
         node.input[:] = [before.get(name, name) for name in node.input]
+    remove_unused(result)
+    return result
+
+
+def tensors_before_pairs(model: onnx.ModelProto) -> Dict[str, str]:
+    """
+    Output of each DequantizeLinear -> the tensor that its pair rounds, before all pairs that stand in a row.
+
+    Raises:
+        EngineBuildError: as `float_from_quantised`.
+    """
+    quantised = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "QuantizeLinear"}
+    before: Dict[str, str] = {}
+    outputs = {value.name for value in model.graph.output}
+    for node in model.graph.node:
         if node.op_type == "DequantizeLinear":
             if node.input[0] not in quantised or node.output[0] in outputs:
                 raise EngineBuildError(
@@ -181,5 +194,4 @@ def float_from_quantised(model: onnx.ModelProto) -> onnx.ModelProto:
                 )
             source = quantised[node.input[0]]
             before[node.output[0]] = before.get(source, source)
-    remove_unused(result)
-    return result
+    return before

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Set, Tuple
 import numpy as np
 
 from deploy.errors import ContractError, EngineBuildError
-from deploy.graphs.calibration_cache import amax_from_quantised, float_from_quantised
-from deploy.graphs.graph import constants, remove_unused, write_kernel_shapes
+from deploy.graphs.calibration_cache import amax_from_quantised, float_from_quantised, tensors_before_pairs
+from deploy.graphs.graph import constants, consumers, remove_unused, write_kernel_shapes
 
 if TYPE_CHECKING:
     import onnx
@@ -27,10 +27,18 @@ if TYPE_CHECKING:
 CONVOLUTIONS = ("Conv", "ConvTranspose")
 QUANTISERS = ("QuantizeLinear", "DequantizeLinear")
 FLOAT_ONLY = (
-    "Cast", "Exp", "Log", "LogSoftmax", "Pow", "Reciprocal", "ReduceL2", "ReduceMean", "ReduceSum", "Softmax",
-    "Softplus", "Sqrt",
+    "Cast", "Exp", "GroupNormalization", "InstanceNormalization", "LayerNormalization", "Log", "LogSoftmax",
+    "LpNormalization", "MeanVarianceNormalization", "Pow", "Reciprocal", "ReduceL2", "ReduceMean", "ReduceSum",
+    "ReduceSumSquare", "Softmax", "Softplus", "Sqrt",
 )  # fmt: skip
-"""Kept in FP32 even before a convolution: FP16 overflows or cancels in them. A Cast says its own type."""
+"""
+Kept in FP32 even before a convolution: FP16 overflows or cancels in them. A Cast says its own type.
+
+Norms square x - mean, which leaves FP16 at 255; a strongly typed network computes them in the type of their inputs
+(NvInfer.h 10.3, INormalizationLayer::setComputePrecision).
+"""
+UNTYPED = ("GroupNormalization",)
+"""Operators of FLOAT_ONLY of whose results onnx's shape inference says nothing: what the file says is kept."""
 COORDINATES = {"GridSample": 1}
 """Operator -> input that says where it reads. FP16 is too coarse for places, so it and all of them stay FP32."""
 FLOAT_INPUTS = {"Resize": (1, 2)}
@@ -43,15 +51,15 @@ SMALLEST_HALF = float(np.float16(2.0**-24))
 LARGEST_HALF = 65504.0
 LARGEST_SEEN = LARGEST_HALF / 2
 """Of an activation in calibration: other images reach further."""
-GRAPHS = ("fp32", "fp16", "int8", "int8_fp32_scales")
+GRAPHS = ("fp32", "fp16", "int8", "int8_fp32_scales", "int8_tensorrt8")
 """The forms that `typed_graph` makes, and `deploy.tensorrt.options.recipe_for` asks for.
 
 fp32: no Q/DQ. fp16: FP16 up to the last convolutions. int8: the same with Q/DQ of FP16 scales. int8_fp32_scales: FP32
-with Q/DQ of FP32 scales.
+with Q/DQ of FP32 scales. int8_tensorrt8: the same without Q/DQ on the convolutions of `without_kernel_in_8`.
 """
 NOTHING_SEEN: Mapping[str, float] = {}
 BEHIND = "behind the convolutions, where boxes, scores and places to read are made"
-UNSAFE = "exponents, roots, sums: FP16 overflows or cancels in them"
+UNSAFE = "exponents, roots, sums, squares, norms: FP16 overflows or cancels in them"
 PLACES = "reads between pixels: FP16 is too coarse for places"
 
 
@@ -64,6 +72,8 @@ class TypedGraph:
     """What has to stay FP32, for a TensorRT that chooses types itself."""
     kept: Dict[str, List[str]]
     """Why nodes stay FP32 where others are FP16 -> their names."""
+    float_convolutions: Tuple[str, ...] = ()
+    """Names of convolutions that have Q/DQ in the file and none in this form: FloatReason.DEPTHWISE."""
 
 
 def typed_graph(model: onnx.ModelProto, graph: str, details: Mapping[str, Any]) -> TypedGraph:
@@ -86,13 +96,59 @@ def typed_graph(model: onnx.ModelProto, graph: str, details: Mapping[str, Any]) 
         write_kernel_shapes(model)
     elif is_quantised(model):
         model = float_from_quantised(model)
+    left_out: List[str] = []
+    if graph == "int8_tensorrt8":
+        model, left_out = _without_pairs(model, without_kernel_in_8(model))
     kept = float_nodes(model, amax)
     names: Dict[str, List[str]] = {}
     for index, reason in kept.items():
         node = model.graph.node[index]
         names.setdefault(reason, []).append(node.name or node.output[0])
     typed = half_from_float(model, amax) if graph in ("fp16", "int8") else model
-    return TypedGraph(typed, tuple(_float_outputs(model, kept)), names)
+    return TypedGraph(typed, tuple(_float_outputs(model, kept)), names, tuple(left_out))
+
+
+def without_kernel_in_8(model: onnx.ModelProto) -> List[int]:
+    """
+    Indices of the depthwise convolutions for which TensorRT 8 finds no INT8 implementation.
+
+    With Q/DQ it has one where a ReLU follows and nothing else (TensorRT issues 3385 on 8.5.2, 4060 on 8.6; TensorRT 10
+    has the others), also one with an upper end: a Clip from 0, as its inspector shows of a MobileNetV2.
+    """
+    from onnx import numpy_helper
+
+    known, readers = constants(model), consumers(model)
+    before = tensors_before_pairs(model)
+    found = []
+    for index, node in enumerate(model.graph.node):
+        weight = known.get(before.get(node.input[1], node.input[1])) if node.op_type == "Conv" else None
+        groups = next((entry.i for entry in node.attribute if entry.name == "group"), 1)
+        if weight is None or groups == 1 or weight.dims[1] != 1:
+            continue
+        following = [reader for reader, _ in readers.get(node.output[0], [])]
+        if len(following) == 1 and node.output[0] not in {value.name for value in model.graph.output}:
+            (reader,) = following
+            least = known.get(reader.input[1]) if reader.op_type == "Clip" and len(reader.input) > 1 else None
+            if reader.op_type == "Relu" or (least is not None and not numpy_helper.to_array(least).any()):
+                continue
+        found.append(index)
+    return found
+
+
+def _without_pairs(model: onnx.ModelProto, indices: List[int]) -> Tuple[onnx.ModelProto, List[str]]:
+    """A copy in which the nodes read what their Q/DQ pairs round, and the names of those that had any."""
+    import onnx
+
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    before = tensors_before_pairs(result)
+    changed = []
+    for node in (result.graph.node[index] for index in indices):
+        if before.keys() & set(node.input):
+            node.input[:] = [before.get(name, name) for name in node.input]
+            changed.append(node.name or node.output[0])
+    remove_unused(result)
+    return result, changed
 
 
 def largest_values(model: onnx.ModelProto, details: Mapping[str, Any]) -> Dict[str, float]:
@@ -176,7 +232,7 @@ def float_nodes(model: onnx.ModelProto, amax: Mapping[str, float]) -> Dict[int, 
         reasons = [beyond[name] for name in touched if name in beyond]
         if index not in leading:
             kept[index] = BEHIND
-        elif node.op_type in FLOAT_ONLY:
+        elif node.op_type in FLOAT_ONLY or _is_square(node):
             kept[index] = UNSAFE
         elif node.op_type in COORDINATES:
             kept[index] = PLACES
@@ -185,6 +241,10 @@ def float_nodes(model: onnx.ModelProto, amax: Mapping[str, float]) -> Dict[int, 
         if node.op_type in KEEPS_RANGE and node.input[0] in beyond and node.output[0] not in amax:
             beyond.setdefault(node.output[0], beyond[node.input[0]])
     return kept
+
+
+def _is_square(node: onnx.NodeProto) -> bool:
+    return node.op_type == "Mul" and node.input[0] == node.input[1]
 
 
 def _leading_to_convolutions(model: onnx.ModelProto) -> Set[int]:
@@ -315,7 +375,10 @@ class _Rewriter:
             self.nodes.append(node)
             if is_half:
                 self.make_outputs_half(node)
+        told = {name for node in self.nodes if node.op_type in UNTYPED for name in node.output}
+        told_types = [value for value in self.graph.value_info if value.name in told]
         del self.graph.node[:], self.graph.value_info[:]
+        self.graph.value_info.extend(told_types)
         self.graph.node.extend(self.nodes)
         self.graph.initializer.extend(self.new_constants.values())
 

@@ -20,6 +20,7 @@ from typing import Any, Dict, Mapping, NamedTuple, Optional, Sequence
 from deploy.contract import ModelContract, sidecar_path, write_sidecar
 from deploy.errors import ConfigError
 from deploy.files import AnyPath, check_writable, read_json, replacing, write_json
+from deploy.int8_format import FloatReason
 from deploy.runtime.golden import TOLERANCES, check_agreement, words_of_agreement
 from deploy.runtime.session import Session
 from deploy.tensorrt.bindings import load_tensorrt
@@ -53,6 +54,8 @@ class NetworkSource(NamedTuple):
     """As `deploy.graphs.precision.TypedGraph`."""
     amax: Mapping[str, float]
     """Of activations that have Q/DQ."""
+    float_convolutions: Sequence[str] = ()
+    """As `deploy.graphs.precision.TypedGraph`."""
 
 
 def open_machine(
@@ -111,6 +114,7 @@ def make_engine(
         f"building {output}: {describe_recipe(recipe, options)}, TensorRT {here['tensorrt']}, {here['device']}",
         file=sys.stderr,
     )
+    tell_float_convolutions(source.float_convolutions)
     start = time.monotonic()
     plan = build_plan(trt, source.model, options, source.float_tensors, source.amax, timing_cache, verbose)
     build_s = round(time.monotonic() - start, 1)
@@ -124,6 +128,7 @@ def make_engine(
         **here,
         **recipe._asdict(),
         "timing_cache": None if timing_cache is None else str(timing_cache),
+        "float_convolution_codes": dict.fromkeys(source.float_convolutions, FloatReason.DEPTHWISE.code),
         "kept_in_fp32": source.kept if recipe.has_half else {},
         "coverage": found,
         "parameters": parameters,
@@ -133,6 +138,17 @@ def make_engine(
     write_engine(output, plan, inputs, contract, details)
     checked = words_of_agreement(golden) if golden else "NOT compared with ONNX Runtime"
     print(f"{output}: {len(plan) / 2**20:.1f} MiB, built in {build_s:.0f} s, {checked}; {_layers(found)}")
+
+
+def tell_float_convolutions(names: Sequence[str]) -> None:
+    """Says which convolutions have Q/DQ in the file, and none in the form that this TensorRT takes."""
+    if names:
+        print(f"not INT8: {some_names(names)} ({FloatReason.DEPTHWISE.text})", file=sys.stderr)
+
+
+def some_names(names: Sequence[str]) -> str:
+    """All of a few, the first of many."""
+    return ", ".join(names) if len(names) <= 4 else f"{', '.join(names[:3])} and {len(names) - 3} more"
 
 
 def check_plan(trt: ModuleType, plan: bytes, reference: Session, options: BuildOptions) -> Dict[str, float]:

@@ -123,7 +123,7 @@ def recipe_for(options: BuildOptions, typing: Typing) -> Recipe:
         return Recipe("fp32", False, flags, calibrated=True)
     if typing.strong and options.scales != "fp32":
         return Recipe("int8", True)
-    return Recipe("int8_fp32_scales", not typing.flags, flags)
+    return Recipe("int8_fp32_scales" if typing.strong else "int8_tensorrt8", not typing.flags, flags)
 
 
 def check_options(trt: ModuleType, options: BuildOptions, contract: ModelContract) -> None:
@@ -161,7 +161,7 @@ def describe_recipe(recipe: Recipe, options: BuildOptions) -> str:
     way = "types in the graph" if recipe.strongly_typed else f"FP32 graph, flags {'+'.join(recipe.flags) or 'none'}"
     if recipe.calibrated:
         way += ", ranges from a calibration cache"
-    elif recipe.graph == "int8_fp32_scales":
+    elif recipe.graph in ("int8_fp32_scales", "int8_tensorrt8"):
         way += ", Q/DQ of FP32 scales" + ("" if recipe.has_half else ", FP32 around the INT8 layers")
     return f"{options.precision}, {way}"
 

@@ -375,6 +375,43 @@ def test_a_target_is_checked_without_tensorrt(
     assert "'new' is no version of TensorRT" in capsys.readouterr().err
 
 
+DEPTHWISE = """<ir_version: 8, opset_import: ["" : 17]>
+depthwise (float[2,3,4,4] pixels) => (float[2,3,4] boxes, float[2,3] scores, int64[2,3] labels)
+<float[3,1,1,1] weight = {1, 2, 3}, float scale = {0.03}, int8 zero = {0}, float one = {1}> {
+    quantised = QuantizeLinear (pixels, scale, zero)
+    rounded = DequantizeLinear (quantised, scale, zero)
+    weight_quantised = QuantizeLinear (weight, scale, zero)
+    weight_rounded = DequantizeLinear (weight_quantised, scale, zero)
+    silent = Conv <group=3> (rounded, weight_rounded)
+    swish = Mul (silent, one)
+    loud = Conv <group=3> (rounded, weight_rounded)
+    positive = Relu (loud)
+    maps = Add (swish, positive)
+    boxes = ReduceMax <axes=[3], keepdims=0> (maps)
+    scores = ReduceMax <axes=[2], keepdims=0> (boxes)
+    labels = ArgMax <axis=2, keepdims=0> (boxes)
+}"""
+
+
+def test_depthwise_convolutions_without_a_kernel_in_tensorrt_8(
+    small_file: File, fake_tensorrt: Install, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, engine = small_file("topk"), tmp_path / "student.engine"
+    contract = OrtSession(source).contract
+    onnx.save(onnx.parser.parse_model(DEPTHWISE), source)
+    write_sidecar(source, {}, contract)
+    text = "not INT8: silent (depthwise and not before a ReLU, for which TensorRT 8 has no INT8 kernel)\n"
+    for version, told in (("8.6", True), ("10.3", False)):
+        assert main([str(source), "--int8", "--target", version]) == 0
+        assert (text in capsys.readouterr().err) == told
+    for version, codes in (("8.6.1", {"silent": "depthwise"}), ("10.3.0", {})):
+        trt = fake_tensorrt(version)
+        trt.test.inspector = json.dumps({"Layers": [{"Name": "x", "LayerType": "", "Inputs": [{"Datatype": "Int8"}]}]})
+        main([str(source), "--int8", "-o", str(engine)])
+        assert (text in capsys.readouterr().err) == bool(codes)
+        assert json.loads(sidecar_path(engine).read_text())["details"]["float_convolution_codes"] == codes
+
+
 def test_what_a_target_lacks_is_said_before_a_build(
     detector_file: File, fake_tensorrt: Install, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -75,7 +75,10 @@ def test_each_form_of_the_graphs_is_there(sources: Sources, tmp_path: Path) -> N
     assert facts("float", "fp32") == (False, False, 17)
     assert facts("float", "fp16") == (True, False, 17)
     assert facts("int8", "int8") == (True, True, 19)
-    assert facts("int8", "int8_fp32_scales") == (False, True, 17)  # what TensorRT 8 takes
+    assert facts("int8", "int8_fp32_scales") == (False, True, 17)
+    assert facts("int8", "int8_tensorrt8") == (False, True, 17)
+    graphs = manifest["sources"]["int8"]["graphs"]
+    assert graphs["int8_tensorrt8"]["file"] == graphs["int8_fp32_scales"]["file"]  # without depthwise convolutions
     assert facts("int8", "fp32") == (False, False, 17)  # for a DLA, with `amax`
     graphs = manifest["sources"]["float"]["graphs"]
     assert graphs["fp32"]["float_tensors"]  # for TensorRT 8, whose flag lets everything be FP16

@@ -101,7 +101,7 @@ def test_the_bundle_alone_builds_checks_and_measures(folder: Path, version: str)
     engine = folder / "mini.int8.engine"
     details = details_of(engine)
     assert (details["precision"], details["tensorrt"]) == ("int8", version)
-    assert details["graph"] == ("int8_fp32_scales" if version == "8.6.1" else "int8")
+    assert details["graph"] == ("int8_tensorrt8" if version == "8.6.1" else "int8")
     assert details["golden"]["matched"] > 0.9
     assert "candidates as in ONNX Runtime" in shown
     result = read_result(folder / "mini.int8.latency.result.json")
@@ -131,7 +131,7 @@ def test_the_engine_can_be_traced_to_the_files_it_was_made_of(
     [
         ("8.6.1", ["--fp32"], "fp32", ()),
         ("8.6.1", ["--fp16"], "fp32", ("FP16",)),
-        ("8.6.1", ["--int8"], "int8_fp32_scales", ("FP16", "INT8")),
+        ("8.6.1", ["--int8"], "int8_tensorrt8", ("FP16", "INT8")),
         ("10.3.0", ["--fp16"], "fp16", ()),
         ("10.3.0", ["--int8"], "int8", ()),
         ("10.3.0", ["--int8", "--scales", "fp32"], "int8_fp32_scales", ("FP16", "INT8")),
@@ -227,7 +227,7 @@ def test_which_engine_is_meant(folder: Path, fake_tensorrt: Install, capsys: pyt
     assert run.main(["bench"], folder) == 2
     assert "mini.fp16.engine, mini.int8.engine; name one with --engine" in capsys.readouterr().err
     assert run.main(["check", "--engine", str(folder / "mini.fp16.engine")], folder) == 0
-    assert f"{folder / 'mini.fp16.engine'}: 100.0% of 150 candidates" in capsys.readouterr().out
+    assert f"{folder / 'mini.fp16.engine'}: 100.0% of 200 candidates" in capsys.readouterr().out
 
 
 def test_detections_of_an_engine(folder: Path, fake_tensorrt: Install, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from deploy.graphs.graph import check_graph
 from deploy.graphs.precision import (
     BEHIND,
     CONVOLUTIONS,
+    GRAPHS,
     PLACES,
     UNSAFE,
     check_symmetric_int8,
@@ -184,15 +185,15 @@ def test_what_calibration_saw(detector_model: Build) -> None:
 
 def test_each_form_of_one_graph(detector_model: Build) -> None:
     model = detector_model(np.int8)
-    forms = {name: typed_graph(model, name, {}) for name in ("fp32", "fp16", "int8", "int8_fp32_scales")}
+    forms = {name: typed_graph(model, name, {}) for name in GRAPHS}
     assert {name: is_quantised(form.model) for name, form in forms.items()} == {
-        "fp32": False, "fp16": False, "int8": True, "int8_fp32_scales": True,
+        "fp32": False, "fp16": False, "int8": True, "int8_fp32_scales": True, "int8_tensorrt8": True,
     }  # fmt: skip
     assert {name: HALF in types_of(form.model).values() for name, form in forms.items()} == {
-        "fp32": False, "fp16": True, "int8": True, "int8_fp32_scales": False,
+        "fp32": False, "fp16": True, "int8": True, "int8_fp32_scales": False, "int8_tensorrt8": False,
     }  # fmt: skip
     assert {name: form.model.opset_import[0].version for name, form in forms.items()} == {
-        "fp32": 17, "fp16": 17, "int8": 19, "int8_fp32_scales": 17,
+        "fp32": 17, "fp16": 17, "int8": 19, "int8_fp32_scales": 17, "int8_tensorrt8": 17,
     }  # fmt: skip
     for form in forms.values():
         onnx.checker.check_model(form.model, full_check=True)
@@ -211,7 +212,8 @@ def test_what_a_tensorrt_that_chooses_is_told_to_keep(detector_model: Build) -> 
         assert by_operator[operator].output[0] in told
     assert not told & {name for node in model.graph.node if node.op_type in ("Conv", "Resize") for name in node.output}
     assert set(graph.kept) == {BEHIND, UNSAFE}
-    assert set(graph.kept[UNSAFE]) == {by_operator["ReduceMean"].name, by_operator["Sqrt"].name}
+    (square,) = (node.name for node in model.graph.node if node.op_type == "Mul" and len(set(node.input)) == 1)
+    assert set(graph.kept[UNSAFE]) == {square, by_operator["ReduceMean"].name, by_operator["Sqrt"].name}
     half = types_of(typed_graph(model, "fp16", {}).model)  # the graph that says it itself agrees
     assert all(half[name] == FLOAT for name in told)
 
@@ -252,6 +254,83 @@ def test_a_weight_that_is_also_read_in_float(
     total = run_detector(half, {"images": noise_input(detector_contract, 0)})["sum"]
     weight = next(tensor for tensor in model.graph.initializer if tensor.name == "shared")
     assert total == pytest.approx(onnx.numpy_helper.to_array(weight).sum(), abs=0.02)
+
+
+NORMS = {
+    "InstanceNormalization": "(features, ones, ones)",
+    "LayerNormalization": "<axis=1> (features, ones3, ones3)",
+    "GroupNormalization": "<num_groups=1> (features, ones, ones)",
+}
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_norms_stay_float_before_a_convolution(norm: str) -> None:
+    model = onnx.parser.parse_model(
+        f"""<ir_version: 10, opset_import: ["" : 21]>
+        norm (float[1,2,2,2] images) => (float[1,2,2,2] maps)
+        <float[1,2,2,2] normed, float[2,2,1,1] weight = {{400, 0, 0, 400}}, float[2] ones = {{1, 1}},
+         float[2,2,2] ones3 = {{1, 1, 1, 1, 1, 1, 1, 1}}> {{
+            features = Conv (images, weight)
+            normed = {norm} {NORMS[norm]}
+            maps = Conv (normed, weight)
+        }}"""
+    )
+    graph = typed_graph(model, "fp16", {})
+    assert graph.kept == {UNSAFE: ["normed"]}
+    assert "normed" in graph.float_tensors
+    types, by_operator = types_of(graph.model), {node.op_type: node for node in graph.model.graph.node}
+    assert {types[name] for name in by_operator[norm].input} == {FLOAT}
+    assert {types[name] for node in graph.model.graph.node if node.op_type == "Conv" for name in node.input} == {HALF}
+
+
+DEPTHWISE = """<ir_version: 8, opset_import: ["" : 17]>
+depthwise (float[1,2,4,4] images) => (float[1,2,4,4] maps)
+<float[2,1,1,1] weight = {{1, 2}}, float scale = {{0.1}}, int8 zero = {{0}},
+ float low = {{{low}}}, float high = {{6}}> {{
+    quantised = QuantizeLinear (images, scale, zero)
+    rounded = DequantizeLinear (quantised, scale, zero)
+    weight_quantised = QuantizeLinear (weight, scale, zero)
+    weight_rounded = DequantizeLinear (weight_quantised, scale, zero)
+    features = Conv <group={group}> (rounded, weight_rounded)
+    {after}
+}}"""
+
+
+@pytest.mark.parametrize(
+    ("after", "low", "stays"),
+    [
+        ("maps = Relu (features)", 0, True),
+        ("maps = Clip (features, low, high)", 0, True),
+        ("maps = Clip (features, low, high)", -1, False),
+        ("maps = Identity (features)", 0, False),
+        ("gate = Sigmoid (features) maps = Mul (features, gate)", 0, False),
+        ("positive = Relu (features) maps = Add (features, positive)", 0, False),
+    ],
+)
+def test_depthwise_convolutions_that_tensorrt_8_has_no_integer_kernel_for(after: str, low: int, stays: bool) -> None:
+    model = onnx.parser.parse_model(DEPTHWISE.format(after=after, low=low, group=2))
+    before = model.SerializeToString()
+    graph = typed_graph(model, "int8_tensorrt8", {})
+    assert is_quantised(graph.model) == stays
+    assert graph.float_convolutions == (() if stays else ("features",))
+    (node,) = (node for node in graph.model.graph.node if node.op_type == "Conv")
+    assert list(node.input) == (["rounded", "weight_rounded"] if stays else ["images", "weight"])
+    onnx.checker.check_model(graph.model, full_check=True)
+    for form in ("int8", "int8_fp32_scales"):  # of TensorRT 10 and 11, which have kernels
+        other = typed_graph(model, form, {})
+        assert is_quantised(other.model)
+        assert other.float_convolutions == ()
+    assert model.SerializeToString() == before
+
+
+def test_other_convolutions_keep_the_pair_that_a_depthwise_one_loses() -> None:
+    after = "maps = Identity (features) other = Conv <group=1> (rounded, full)"
+    text = DEPTHWISE.format(after=after, low=0, group=2).replace("=> (", "=> (float[1,1,4,4] other, ")
+    text = text.replace("int8 zero", "float[1,2,1,1] full = {1, 1}, int8 zero")
+    graph = typed_graph(onnx.parser.parse_model(text), "int8_tensorrt8", {})
+    assert [node.op_type for node in graph.model.graph.node].count("QuantizeLinear") == 1
+    inputs = [list(node.input) for node in graph.model.graph.node if node.op_type == "Conv"]
+    assert inputs == [["images", "weight"], ["rounded", "full"]]
 
 
 SAMPLING = """

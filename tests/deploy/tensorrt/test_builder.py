@@ -8,9 +8,12 @@ import pytest
 from deploy.errors import EngineBuildError
 from deploy.graphs.calibration_cache import amax_from_quantised, amax_from_text
 from deploy.graphs.precision import typed_graph
+from deploy.runtime.golden import BLACK_AND_WHITE, noise_input
 from deploy.tensorrt import builder
 from deploy.tensorrt.builder import build_plan
+from deploy.tensorrt.cuda import load_cuda
 from deploy.tensorrt.options import BuildOptions, recipe_for, typing_of
+from deploy.tensorrt.session import PlanSession
 
 onnx = pytest.importorskip("onnx")
 Build = Callable[..., Any]
@@ -162,3 +165,77 @@ def test_steps_that_tensorrt_skips_end_the_bar(fake_tensorrt: Install, capsys: p
     assert "Building Engine: 5/5" in capsys.readouterr().err
     assert monitor.step_complete("Building Engine", 5)  # late, from another thread
     assert capsys.readouterr().err == ""
+
+
+# What TensorRT refuses, or gets wrong, as its stand-in does
+
+
+def test_a_larger_k_than_tensorrt_has_is_refused(fake_tensorrt: Install) -> None:
+    model = onnx.parser.parse_model(
+        """<ir_version: 8, opset_import: ["" : 17]>
+        best (float[1,5000] scores) => (float[1,4000] values, int64[1,4000] labels) <int64[1] count = {4000}> {
+            values, labels = TopK (scores, count)
+        }"""
+    )
+    for version in VERSIONS:
+        with pytest.raises(EngineBuildError, match=r"cannot parse the graph:\n  .*K is 4000, the maximum is 3840"):
+            build_plan(fake_tensorrt(version), model.SerializeToString(), BuildOptions())
+
+
+def test_a_strongly_typed_network_casts_nothing_itself(fake_tensorrt: Install) -> None:
+    model = onnx.parser.parse_model(
+        """<ir_version: 8, opset_import: ["" : 17]>
+        mixed (float[1,4] images, float16[1,4] gates) => (float[1,4] maps) { maps = Mul (images, gates) }"""
+    )
+    with pytest.raises(EngineBuildError, match=r"built no engine: types do not agree: .*float16"):
+        build_plan(fake_tensorrt("10.3.0"), model.SerializeToString(), BuildOptions())
+
+
+NORM = """<ir_version: 8, opset_import: ["" : 17]>
+norm (float[1,3,64,64] images) => (float[1,3,64] boxes, float[1,3] scores, int64[1,3] labels)
+<float[3] ones = {1, 1, 1}, float[3] zeros = {0, 0, 0}, float[3,1,1,1] large = {400, 400, 400},
+ float[3,1,1,1] same = {1, 1, 1}> {
+    features = Conv <group=3> (images, large)
+    normed = InstanceNormalization (features, ones, zeros)
+    maps = Conv <group=3> (normed, same)
+    boxes = ReduceMax <axes=[3], keepdims=0> (maps)
+    scores = ReduceMax <axes=[2], keepdims=0> (boxes)
+    labels = ArgMax <axis=2, keepdims=0> (boxes)
+}"""
+"""Its norm's input is up to 800 from its mean."""
+
+
+def test_a_norm_that_overflows_in_half_is_wrong_and_kept_in_float_it_is_right(
+    fake_tensorrt: Install, run_detector: Build, detector_contract: Any, fake_cuda: Any
+) -> None:
+    trt, model = fake_tensorrt("10.3.0"), onnx.parser.parse_model(NORM)
+    options = BuildOptions("fp16")
+    typed = typed_graph(model, "fp16", {}).model
+    careless = half_everywhere(typed)
+    feed = {"images": noise_input(detector_contract, BLACK_AND_WHITE)}
+    expected = run_detector(model, feed)["boxes"]
+    for graph, right in ((typed, True), (careless, False)):
+        plan = build_plan(trt, graph.SerializeToString(), options)
+        with PlanSession(plan, detector_contract, trt, load_cuda("a test")) as session:
+            found = session.infer(feed)["boxes"]
+        assert np.allclose(found, expected, atol=0.01) == right
+        assert np.isfinite(found).all() == right
+
+
+def half_everywhere(model: Any) -> Any:
+    """The graph with its norm's input and parameters in FP16, without the casts around it."""
+    changed = onnx.ModelProto()
+    changed.CopyFrom(model)
+    norm = next(node for node in changed.graph.node if node.op_type == "InstanceNormalization")
+    casts = {node.output[0]: node for node in changed.graph.node if node.op_type == "Cast"}
+    back = next(node for node in casts.values() if node.input[0] == norm.output[0])
+    for position, name in enumerate(norm.input[1:], 1):
+        values = next(tensor for tensor in changed.graph.initializer if tensor.name == name)
+        half = onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(values).astype(np.float16), f"{name}_half")
+        changed.graph.initializer.append(half)
+        norm.input[position] = half.name
+    into = casts[norm.input[0]]
+    norm.input[0], norm.output[0] = into.input[0], back.output[0]
+    for node in (into, back):
+        changed.graph.node.remove(node)
+    return changed
