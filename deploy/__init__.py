@@ -16,7 +16,7 @@ Between board and the sessions stands detector, which opens a file with the sess
 runtime is a room like openvino and an entry in targets.
 
 Ground, below all: data_arguments; commands, freshness, dataset, export_options; contract, targets, int8_format, images,
-layouts, coco_file; files, progress; errors, machine.
+layouts, coco_file; files, progress; jetpack, errors; machine.
 
 `Detector` is fetched when it is first asked for: a board may have no OpenCV, which it needs and other modules do not.
 """

@@ -16,7 +16,6 @@ import importlib
 import importlib.util
 import json
 import platform
-import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -24,16 +23,30 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 
 from deploy.commands import NEEDS, TORCH
 from deploy.errors import MissingDependencyError, command
+from deploy.jetpack import JETPACKS, JetPack, install_cuda_binding, jetpack_here
+from deploy.machine import (
+    VENV,
+    L4tRelease,
+    board_model,
+    driver_cuda_version,
+    is_externally_managed,
+    l4t_release,
+    output_of,
+    power_mode,
+)
 
 TO_DO = {
     **dict.fromkeys(TORCH, "pip install 'crosskd[train]'"),
     "opencv": "pip install opencv-python-headless",
     "asyncssh": "pip install 'crosskd[fleet]'",
-    "tensorrt": "pip install tensorrt-cu13 (Jetson: part of JetPack, seen with python -m venv --system-site-packages)",
-    "cuda binding": "pip install cuda-python (or pycuda)",
+    "tensorrt": "pip install tensorrt-cu13",
     "gpu": "an NVIDIA GPU and its driver: see what nvidia-smi says",
 }
 """What brings what is missing; of what is not named here, `pip install` of its own name."""
+TO_DO_ON_JETSON = {
+    "tensorrt": f"sudo apt install nvidia-jetpack, and an environment that sees it: {VENV}",
+    "gpu": "the driver, a part of Jetson Linux: flash the board anew; in a container docker run --runtime nvidia",
+}
 DISTRIBUTIONS = {
     "mmdet": ("onedl-mmdetection", "mmdet"),
     "mmcv": ("onedl-mmcv", "mmcv", "mmcv-lite"),
@@ -67,6 +80,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args(argv)
     found = {name: _finding(probe) for name, probe in probes().items()}
+    jetpack, release = jetpack_here(), l4t_release()
     missing = {
         label: [name for name in needs if found[name].version is None]
         for label, needs in NEEDS.items()
@@ -74,12 +88,18 @@ def main(argv: Optional[List[str]] = None) -> int:
     }
     if arguments.json:
         commands = {label: {"works": not names, "to_do": to_do(names)} for label, names in missing.items()}
-        document = {"found": {name: dataclasses.asdict(one) for name, one in found.items()}, "commands": commands}
+        document = {
+            "found": {name: dataclasses.asdict(one) for name, one in found.items()},
+            "jetpack": None if jetpack is None else jetpack._asdict(),
+            "commands": commands,
+        }
         print(json.dumps(document, indent=1))
         return 0
     print("Found here:")
     for name, one in found.items():
         print(f"  {name:<18} {', '.join(filter(None, (one.version or '-', one.note)))}")
+    if release is not None:
+        print(f"\n{words_of_jetpack(jetpack, release)}")
     print("\nCommands, each python -m ...:")
     for label, names in missing.items():
         verdict = f"no, {', '.join(names)} missing. Do: {'; '.join(to_do(names))}" if names else "works"
@@ -110,7 +130,33 @@ def probes() -> Dict[str, Callable[[], Found]]:
 
 def to_do(names: List[str]) -> List[str]:
     """What to do for what is missing, each once."""
-    return list(dict.fromkeys(TO_DO.get(name, f"pip install {name}") for name in names))
+    advice = {
+        **TO_DO,
+        **(TO_DO_ON_JETSON if l4t_release() else {}),
+        "cuda binding": install_cuda_binding(driver_cuda_version()),
+    }
+    if "cuda binding" in names:  # without which nothing is known of the GPU
+        names = [name for name in names if name != "gpu"]
+    steps = list(dict.fromkeys(advice.get(name, f"pip install {name}") for name in names))
+    return [VENV, *steps] if is_externally_managed() and any("pip install" in step for step in steps) else steps
+
+
+def words_of_jetpack(jetpack: Optional[JetPack], release: L4tRelease) -> str:
+    """What is known of the JetPack of this board."""
+    if jetpack is None:
+        known = ", ".join(row.name for row in JETPACKS)
+        return (
+            f"Jetson Linux {release} belongs to no JetPack that is known here ({known}). It is tried as any machine: "
+            "what is found above counts, and deploy.build_trt compares an engine with ONNX Runtime before it keeps it."
+        )
+    lines = {
+        "install for CUDA": " or ".join(jetpack.install) or "-",
+        "works": jetpack.works,
+        "known not to": jetpack.known_not,
+        "sources": ", ".join(jetpack.sources),
+    }
+    head = f"JetPack {jetpack.name}: Python {jetpack.python}, CUDA {jetpack.cuda}, TensorRT {jetpack.tensorrt}"
+    return "\n".join([head, *(f"  {name:<18} {text}" for name, text in lines.items())])
 
 
 def _finding(probe: Callable[[], Found]) -> Finding:
@@ -154,26 +200,20 @@ def _installed_version(packages: Tuple[str, ...]) -> Optional[str]:
 
 
 def _jetson() -> Found:
-    """The version of JetPack's L4T, from the first line of its file: "# R36 (release), REVISION: 4.3, ..."."""
-    try:
-        words = Path("/etc/nv_tegra_release").read_text(encoding="utf-8").split()
-    except OSError:
-        raise RuntimeError("not a Jetson") from None
-    release, revision = words[1].lstrip("R"), words[words.index("REVISION:") + 1].rstrip(",")
-    query = ["dpkg-query", "--show", "--showformat=${Version}", "nvidia-jetpack"]
-    done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
-    board = Path("/proc/device-tree/model").read_text(encoding="utf-8").strip("\0\n ")
-    return f"L4T {release}.{revision}", f"JetPack {done.stdout or 'not installed as a package'}, {board}"
+    release = l4t_release()
+    if release is None:
+        raise RuntimeError("not a Jetson")
+    package = output_of("dpkg-query", "--show", "--showformat=${Version}", "nvidia-jetpack")
+    jetpack = f"JetPack {package}" if package else "JetPack not installed as a package"
+    return f"L4T {release}", ", ".join(filter(None, (jetpack, board_model(), power_mode())))
 
 
 def _driver() -> Found:
     """The NVIDIA driver, asked itself, without any package."""
-    driver = ctypes.CDLL("libcuda.so.1")
-    version = ctypes.c_int()
-    status = driver.cuInit(0) or driver.cuDriverGetVersion(ctypes.byref(version))
-    if status:
+    status, version = ctypes.CDLL("libcuda.so.1").cuInit(0), driver_cuda_version()
+    if status or version is None:
         raise RuntimeError(f"libcuda.so.1 is here, and answers with error {status} (CUresult in CUDA's cuda.h)")
-    return f"CUDA {version.value // 1000}.{version.value % 1000 // 10}", _kernel_driver()
+    return f"CUDA {version[0]}.{version[1]}", _kernel_driver()
 
 
 def _kernel_driver() -> str:
@@ -185,11 +225,11 @@ def _kernel_driver() -> str:
 
 
 def _cuda_binding() -> Found:
-    from deploy.tensorrt.cuda import load_cuda
+    from deploy.tensorrt.cuda import DriverTooOldError, load_cuda
 
     try:
         load_cuda("running engines").close()
-    except MissingDependencyError:
+    except (MissingDependencyError, DriverTooOldError):
         raise
     except Exception:  # the binding is here; what is wrong with the GPU has a line of its own
         pass

@@ -26,6 +26,8 @@ import sys
 import traceback
 from typing import Any, Callable, Iterator, List, Optional, TextIO
 
+from deploy.machine import VENV, is_externally_managed
+
 
 class PipelineError(Exception):
     """Something that a user can put right."""
@@ -67,7 +69,8 @@ class MissingDependencyError(PipelineError):
     """A package is needed that is not installed."""
 
     def __init__(self, package: str, needed_for: str, install: str) -> None:
-        super().__init__(f"{needed_for} needs the package {package}, which is not installed here. Do: {install}")
+        first = f"{VENV} (this Python belongs to the system, PEP 668), then: " if is_externally_managed() else ""
+        super().__init__(f"{needed_for} needs the package {package}, which is not installed here. Do: {first}{install}")
 
 
 class MeasurementError(PipelineError):

@@ -1,15 +1,19 @@
 """
-What kind of machine this is, as Linux says it: how many processors a process may use, and of a board its name, its
-release of Jetson Linux and its power mode. Needs nothing but Python, and never fails: what cannot be found is None.
+What kind of machine this is, as Linux says it: how many processors a process may use, what its driver is for, and of a
+board its name, its release of Jetson Linux and its power mode. Needs nothing but Python, and never fails: what cannot
+be found is None.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import subprocess
+import sys
+import sysconfig
 from pathlib import Path
-from typing import Iterator, List, NamedTuple, Optional
+from typing import Iterator, List, NamedTuple, Optional, Tuple
 
 ROOT = Path("/")
 """Of the files that are read here."""
@@ -17,6 +21,9 @@ BOARD_MODEL = "proc/device-tree/model"
 L4T_RELEASE = "etc/nv_tegra_release"
 CGROUPS_V1 = ("sys/fs/cgroup/cpu", "sys/fs/cgroup/cpu,cpuacct")
 CGROUPS_V2 = "sys/fs/cgroup"
+
+VENV = "python3 -m venv --system-site-packages env && . env/bin/activate"
+"""An environment that sees JetPack's TensorRT."""
 
 
 class L4tRelease(NamedTuple):
@@ -46,6 +53,22 @@ def power_mode() -> Optional[str]:
     lines = (output_of("nvpmodel", "-q") or "").splitlines()
     modes = [line.split(":", 1)[1].strip() for line in lines if line.startswith("NV Power Mode:")]
     return modes[0] if modes else None
+
+
+def driver_cuda_version() -> Optional[Tuple[int, int]]:
+    """The CUDA that the driver here is for, (12, 6), as the driver itself says; None where there is none."""
+    version = ctypes.c_int()
+    try:
+        status = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return None
+    return (version.value // 1000, version.value % 1000 // 10) if status == 0 else None
+
+
+def is_externally_managed() -> bool:
+    """Whether pip refuses to install here but in an environment (PEP 668): Ubuntu 24.04, so JetPack 7."""
+    marker = Path(sysconfig.get_path("stdlib")) / "EXTERNALLY-MANAGED"
+    return sys.prefix == sys.base_prefix and marker.is_file()
 
 
 def usable_cores() -> Optional[int]:

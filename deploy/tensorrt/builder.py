@@ -18,6 +18,7 @@ from typing import Any, Dict, Iterable, Iterator, List, Mapping, Optional, Tuple
 from deploy.errors import EngineBuildError
 from deploy.files import replacing
 from deploy.graphs.calibration_cache import text_from_amax
+from deploy.jetpack import gpu_check
 from deploy.progress import progress
 from deploy.tensorrt.bindings import logger
 from deploy.tensorrt.options import BuildOptions, Recipe, recipe_for, typing_of
@@ -55,8 +56,8 @@ def build_plan(
         builder = trt.Builder(log)
     except TypeError as error:  # pybind11's word for a null pointer
         raise EngineBuildError(
-            f"TensorRT {trt.__version__} does not start: {log.reasons()} ({error}). Check with nvidia-smi that there "
-            "is a GPU, and that its driver is new enough for this TensorRT's CUDA."
+            f"TensorRT {trt.__version__} does not start: {log.reasons()} ({error}). Check with {gpu_check()} that "
+            "there is a GPU, and that its driver is new enough for this TensorRT's CUDA."
         ) from error
     network = builder.create_network(_creation_flags(trt, recipe))
     parser = trt.OnnxParser(network, log)  # to be kept until the build is done: it owns the weights

@@ -7,31 +7,49 @@ Each is imported by its own class alone. Of cuda-python only what 11.8 to 13 hav
 from __future__ import annotations
 
 import ctypes
-from typing import Any, Callable, Dict, List
+import sys
+from importlib import metadata
+from typing import Any, Callable, Dict, List, Optional
 
 import numpy as np
 
 from deploy.errors import MissingDependencyError, PipelineError
+from deploy.jetpack import gpu_check, install_cuda_binding
+from deploy.machine import driver_cuda_version
 
-INSTALL_CUDA = "pip install cuda-python (or pycuda)"
 STEPS = ("host_to_device", "inference", "device_to_host")
 """What `deploy.tensorrt.session.PlanSession.infer` measures, in order."""
 
 
 def load_cuda(needed_for: str) -> Cuda:
     """
-    The current CUDA device, through cuda-python where it is installed, else through pycuda.
+    The current CUDA device, through cuda-python where it is installed and this driver runs it, else through pycuda.
 
     Raises:
         MissingDependencyError: neither is installed.
+        DriverTooOldError: there is only a cuda-python that wants a newer driver.
         PipelineError: there is no device or no driver.
     """
+    too_new: Optional[DriverTooOldError] = None
     for binding in (CudaPython, PyCuda):
         try:
-            return binding()
+            cuda = binding()
         except ImportError as error:
             reason = error
-    raise MissingDependencyError("cuda-python", needed_for, f"{INSTALL_CUDA}. Python says: {reason}") from reason
+        except DriverTooOldError as error:
+            too_new = error
+        else:
+            if too_new is not None:
+                print(f"pycuda is used: {too_new}", file=sys.stderr)
+            return cuda
+    if too_new is not None:
+        raise too_new
+    install = install_cuda_binding(driver_cuda_version())
+    raise MissingDependencyError("cuda-python", needed_for, f"{install}. Python says: {reason}") from reason
+
+
+class DriverTooOldError(PipelineError):
+    """The driver is older than what cuda-python was made for."""
 
 
 class Cuda:
@@ -116,14 +134,23 @@ class CudaPython(Cuda):
             status, *values = getattr(self._runtime, name)(*arguments)
         except RuntimeError as error:  # cuda-python before 13, where there is no libcuda
             raise PipelineError(f"CUDA: {name}: {error}. Install the GPU's driver.") from error
+        if status == self._runtime.cudaError_t.cudaErrorInsufficientDriver:
+            driver_cuda = driver_cuda_version()
+            if driver_cuda is not None:  # it is also what is said where there is no driver at all
+                raise DriverTooOldError(
+                    f"CUDA: {name} says {status.name}: the driver here is for CUDA {driver_cuda[0]}.{driver_cuda[1]}, "
+                    f"and cuda-python {_cuda_python_version()} wants a newer one. Do: "
+                    f"{install_cuda_binding(driver_cuda)}"
+                )
         if status == self._runtime.cudaError_t.cudaErrorMemoryAllocation:
             raise PipelineError(
                 f"CUDA: {name} says {status.name}: the GPU's or the page-locked memory is used up. End other programs "
-                "that use the GPU (nvidia-smi), or take a smaller model or batch."
+                f"that use the GPU ({gpu_check()}), or take a smaller model or batch."
             )
         if status != self._runtime.cudaError_t.cudaSuccess:
             raise PipelineError(
-                f"CUDA: {name} says {status.name}. Check that a GPU and a driver for this CUDA are there (nvidia-smi)."
+                f"CUDA: {name} says {status.name}. Check that a GPU and a driver for this CUDA are there "
+                f"({gpu_check()})."
             )
         return values[0] if values else None
 
@@ -244,7 +271,9 @@ class PyCuda(Cuda):
                 "or take a smaller model or batch."
             ) from error
         except self._driver.Error as error:
-            raise PipelineError(f"CUDA: {error}. Check with nvidia-smi that a GPU and its driver are there.") from error
+            raise PipelineError(
+                f"CUDA: {error}. Check with {gpu_check()} that a GPU and its driver are there."
+            ) from error
 
     def describe(self) -> Dict[str, str]:
         major, minor = self._call(self._device.compute_capability)
@@ -300,6 +329,15 @@ class PyCuda(Cuda):
         if self._context is not None:
             self._context.pop()
             self._context = None
+
+
+def _cuda_python_version() -> str:
+    for package in ("cuda-python", "cuda-bindings"):
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return "of unknown version"
 
 
 def _cuda_version(number: int) -> str:

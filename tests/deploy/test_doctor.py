@@ -10,7 +10,7 @@ from typing import Any, Callable, Dict
 
 import pytest
 
-from deploy import doctor
+from deploy import doctor, machine
 from deploy.commands import COMMANDS, NEEDS
 
 ROOT = Path(__file__).parents[2]
@@ -111,9 +111,9 @@ def test_cuda_without_a_gpu_is_told_from_no_cuda(
     assert report["commands"]["deploy.detect MODEL.engine"]["to_do"] == [doctor.TO_DO["gpu"]]
     _block(monkeypatch, "cuda", "cuda.bindings", "cuda.bindings.runtime", "pycuda", "pycuda.driver")
     report = _report(capsys)
-    assert report["commands"]["deploy.detect MODEL.engine"]["to_do"] == [
-        doctor.TO_DO["cuda binding"], doctor.TO_DO["gpu"]
-    ]  # fmt: skip
+    assert report["commands"]["deploy.detect MODEL.engine"]["to_do"] == [  # of the GPU nothing is known without it
+        "pip install cuda-python (or pycuda)"
+    ]
 
 
 def test_an_old_tensorrt_is_refused(
@@ -173,12 +173,76 @@ def test_the_network_is_what_it_says() -> None:
     assert [node.op_type for node in model.graph.node] == ["Identity"]
 
 
-def test_a_jetson_is_recognised(monkeypatch: pytest.MonkeyPatch) -> None:
-    texts = {
-        "/etc/nv_tegra_release": "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64\n",
-        "/proc/device-tree/model": "NVIDIA Jetson Orin Nano Developer Kit\0",
-    }
-    monkeypatch.setattr(Path, "read_text", lambda path, encoding: texts[str(path)])
-    answer = subprocess.CompletedProcess([], 0, stdout="6.2.1+b38")
-    monkeypatch.setattr(subprocess, "run", lambda words, **options: answer)
-    assert doctor._jetson() == ("L4T 36.4.3", "JetPack 6.2.1+b38, NVIDIA Jetson Orin Nano Developer Kit")
+@pytest.fixture
+def jetson(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """`jetson("R36 (release), REVISION: 4.3")`: this machine is a Jetson with that release of Jetson Linux."""
+
+    def become(release: str) -> None:
+        for name, text in (
+            ("etc/nv_tegra_release", f"# {release}, GCID: 38968081, BOARD: generic, EABI: aarch64\n"),
+            ("proc/device-tree/model", "NVIDIA Jetson Orin Nano Developer Kit\0"),
+        ):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(text)
+        monkeypatch.setattr(machine, "ROOT", tmp_path)
+        answers = {"dpkg-query": "6.2.1+b38", "nvpmodel": "NV Power Mode: 15W\n0"}
+        for module in (machine, doctor):
+            monkeypatch.setattr(module, "output_of", lambda *words: answers[words[0]])
+
+    return become
+
+
+Jetson = Callable[[str], None]
+
+
+def test_a_jetson_is_recognised(jetson: Jetson, capsys: pytest.CaptureFixture[str]) -> None:
+    jetson("R36 (release), REVISION: 4.3")
+    assert doctor._jetson() == ("L4T 36.4.3", "JetPack 6.2.1+b38, NVIDIA Jetson Orin Nano Developer Kit, 15W")
+    assert doctor.main([]) == 0
+    text = capsys.readouterr().out
+    assert "\nJetPack 6.1, 6.2: Python 3.10, CUDA 12.6, TensorRT 10.3\n" in text
+    assert "\n  install for CUDA   pip install 'cuda-python==12.6.*' or pip install pycuda\n" in text
+    assert "\n  known not to       cuda-python 13" in text
+    assert "nvidia-smi" not in text
+    assert "sudo apt install nvidia-jetpack" in text
+    assert _report(capsys)["jetpack"]["tensorrt"] == "10.3"
+
+
+def test_an_unknown_jetpack_is_said(jetson: Jetson, capsys: pytest.CaptureFixture[str]) -> None:
+    jetson("R51 (release), REVISION: 0.0")
+    assert doctor.main([]) == 0
+    assert "Jetson Linux 51.0.0 belongs to no JetPack that is known here (4, 5.0, 5.1," in capsys.readouterr().out
+    assert _report(capsys)["jetpack"] is None
+
+
+def test_no_jetpack_is_spoken_of_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.main([]) == 0
+    assert "JetPack 6" not in capsys.readouterr().out
+
+
+def test_a_driver_that_is_too_old_is_named_with_what_it_runs(
+    jetson: Jetson,
+    fake_tensorrt: Callable[[str], Any],
+    fake_cuda: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    fake_tensorrt("10.3.0")
+    jetson("R36 (release), REVISION: 4.3")
+    _block(monkeypatch, "pycuda", "pycuda.driver")
+    monkeypatch.setattr("deploy.tensorrt.cuda.driver_cuda_version", lambda: (12, 6))
+    monkeypatch.setattr(fake_cuda, "cudaGetDevice", lambda: (fake_cuda.cudaError_t.cudaErrorInsufficientDriver, None))
+    report = _report(capsys)
+    assert report["found"]["cuda binding"]["version"] is None
+    assert "cudaErrorInsufficientDriver: the driver here is for CUDA 12.6" in report["found"]["cuda binding"]["note"]
+    assert report["commands"]["deploy.detect MODEL.engine"]["to_do"] == [
+        "pip install 'cuda-python==12.6.*' (or pycuda)"
+    ]
+
+
+def test_where_pip_refuses_an_environment_comes_first(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor, "is_externally_managed", lambda: True)
+    assert doctor.to_do(["opencv"]) == [machine.VENV, "pip install opencv-python-headless"]
+    assert doctor.to_do(["gpu"]) == [doctor.TO_DO["gpu"]]

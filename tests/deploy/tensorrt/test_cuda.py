@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import sys
 import time
 from pathlib import Path
@@ -11,8 +12,9 @@ import pytest
 
 from deploy.errors import MissingDependencyError, PipelineError
 from deploy.runtime.golden import noise_input
+from deploy.tensorrt import cuda as cuda_module
 from deploy.tensorrt.bindings import load_tensorrt
-from deploy.tensorrt.cuda import CudaPython, load_cuda
+from deploy.tensorrt.cuda import CudaPython, DriverTooOldError, PyCuda, load_cuda
 from deploy.tensorrt.session import TrtSession
 
 
@@ -121,6 +123,37 @@ def test_a_full_device_is_said_by_pycuda_too(engine_file: Path, pycuda_driver: P
     with pytest.raises(PipelineError, match=r"cuMemAlloc failed: out of memory: .*used up"):
         TrtSession(engine_file)
     assert pycuda_driver.contexts == 0
+
+
+TOO_OLD = "cudaGetDevice says cudaErrorInsufficientDriver: the driver here is for CUDA 12.6, and cuda-python .* wants a"
+
+
+@pytest.fixture
+def old_driver(fake_cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """JetPack 6 with the cuda-python that pip takes without a pin."""
+    status = fake_cuda.cudaError_t.cudaErrorInsufficientDriver
+    monkeypatch.setattr(fake_cuda, "cudaGetDevice", lambda: (status, None))
+    monkeypatch.setattr(cuda_module, "driver_cuda_version", lambda: (12, 6))
+
+
+def test_a_driver_too_old_for_cuda_python_runs_pycuda(
+    old_driver: None, fake_cuda: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    driver, pycuda = PyCudaDriver(fake_cuda), ModuleType("pycuda")
+    pycuda.driver = driver
+    monkeypatch.setitem(sys.modules, "pycuda", pycuda)
+    monkeypatch.setitem(sys.modules, "pycuda.driver", driver)
+    cuda = load_cuda("a test")
+    assert isinstance(cuda, PyCuda)
+    cuda.close()
+    assert re.search(f"pycuda is used: CUDA: {TOO_OLD}", capsys.readouterr().err)
+
+
+def test_a_driver_too_old_is_named_with_the_pin_that_it_runs(old_driver: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("pycuda", "pycuda.driver"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(DriverTooOldError, match=rf"{TOO_OLD} newer one\. Do: pip install 'cuda-python==12\.6\.\*'"):
+        load_cuda("a test")
 
 
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
