@@ -21,7 +21,7 @@ from crosskd.training import (
     seed_everything,
     training_options_from_arguments,
 )
-from deploy.errors import command
+from deploy.errors import ConfigError, command
 from deploy.files import check_writable
 
 
@@ -39,9 +39,20 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def train(config_path: str, data: TrainingData, options: TrainingOptions) -> None:
-    """Writes the run directory of the plain detector, or of the student, of a config."""
+    """
+    Writes the run directory of the plain detector, or of the student, of a config.
+
+    Raises:
+        ConfigError: as `load_config` and `check_settings`, or an override is of what only a distillation reads.
+    """
     config = load_config(config_path, options.overrides)
     if "student" in config.model:
+        unread = [key for key in options.overrides if key.startswith("model.") and key.split(".")[1] != "student"]
+        if unread:
+            raise ConfigError(
+                f"cannot set {', '.join(unread)}: crosskd.train trains the student of {config_path} alone, and reads "
+                "only model.student of its model. Leave it out, or train under the teacher with crosskd.distill"
+            )
         config.model = config.model.student
     check_settings(config, config_path)
     set_classes(config, data.class_names)

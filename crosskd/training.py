@@ -163,12 +163,12 @@ def run_training(
         ConfigError: the precision cannot be had on this device, or an option does not fit the config.
         CheckpointError: --resume, and there is nothing to go on from.
         MissingDependencyError: --log-to, and its package is not installed.
-        TrainingError: the loss was not finite for too many batches in a row.
+        TrainingError: the loss was not finite for too many batches in a row, or something else ended the training.
     """
     import torch
 
     from crosskd.loop.guard import accept_single_values, guard_training
-    from crosskd.loop.hooks import FirstStepHook, errors_before
+    from crosskd.loop.hooks import FirstStepHook, errors_of_training
     from crosskd.loop.runner import TrainingRunner
     from crosskd.loop.teacher import check_teacher
     from crosskd.models.starting_weights import start_from_checkpoint
@@ -205,7 +205,7 @@ def run_training(
             start_run(options.run_dir, record)
 
     first_step = FirstStepHook(on_start)
-    with errors_before(first_step, options.run_dir):
+    with errors_of_training(first_step, options.run_dir):
         runner = TrainingRunner(model=detector, cfg=config, **{name: config[name] for name in names if name in config})
         runner.register_hook(first_step)
         if teacher_check is not None:

@@ -24,7 +24,7 @@ from mmengine.model import is_model_wrapper
 from mmengine.registry import FUNCTIONS, HOOKS, MODELS
 from torch import nn
 
-from deploy.errors import CheckpointError, ConfigError, PipelineError
+from deploy.errors import CheckpointError, ConfigError, PipelineError, TrainingError
 from deploy.files import AnyPath, replacing
 
 
@@ -341,7 +341,7 @@ class FreezeHeadNormsHook(Hook):
 
 class FirstStepHook(Hook):
     """
-    Knows whether a training has taken its first step: until then an error is most likely one of the config or the data.
+    Counts the steps that a training has taken: before the first an error is most likely one of the config or the data.
 
     Args:
         on_start: called with the runner once everything is built, before the first epoch; by the first process only.
@@ -350,34 +350,38 @@ class FirstStepHook(Hook):
     priority = "LOWEST"
 
     def __init__(self, on_start: Callable[[Any], None]) -> None:
-        self.on_start, self.taken = on_start, False
+        self.on_start, self.taken = on_start, 0
 
     def before_train(self, runner: Any) -> None:
         if is_main_process():
             self.on_start(runner)
 
     def after_train_iter(self, *_args: Any, **_kwargs: Any) -> None:
-        self.taken = True
+        self.taken += 1
 
 
 @contextlib.contextmanager
-def errors_before(first_step: FirstStepHook, run_dir: Path) -> Iterator[None]:
+def errors_of_training(first_step: FirstStepHook, run_dir: Path) -> Iterator[None]:
     """
-    Makes an error in the block, up to the first step of a training, one message; its traceback goes into the log file.
+    Makes an error in the block, which builds and runs a training, one message; its traceback goes into the log file.
 
     Raises:
         ConfigError: in place of what mmengine and mmdet raise of settings that they do not take.
+        TrainingError: in place of what is raised after the first step: by a metric, a hook, a device without memory.
     """
     try:
         yield
     except PipelineError:
         raise
     except Exception as error:
-        if first_step.taken:
-            raise
-        MMLogger.get_current_instance().info("the first step was not taken", exc_info=True)
+        MMLogger.get_current_instance().info("the training ends by an error", exc_info=True)
         lines = [line for line in str(error.args[0] if error.args else error).splitlines() if line.strip()] or [""]
         words = lines[-1 if "Traceback" in lines[0] or "worker process" in lines[0] else 0]
+        if first_step.taken:
+            raise TrainingError(
+                f"the training ended after {first_step.taken} steps: {type(error).__name__}: {words}. The traceback in "
+                f"the log file in {run_dir} names the part that failed; --resume goes on from the last checkpoint"
+            ) from error
         raise ConfigError(
             f"the training cannot take its first step: {type(error).__name__}: {words}. Look at the part of the config "
             f"that this names; the traceback is in the log file in {run_dir}"

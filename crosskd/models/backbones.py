@@ -10,6 +10,7 @@ Needs timm, and mmdet.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,12 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from crosskd.models.checkpoint import state_of_checkpoint
+from crosskd.models.checkpoint import (
+    detector_weights_in,
+    read_checkpoint,
+    state_for_detector,
+    state_of_checkpoint,
+)
 from crosskd.models.ops import register_mmcv_ops
 from deploy.errors import CheckpointError, ConfigError, MissingDependencyError, PipelineError
 
@@ -115,10 +121,11 @@ class TimmBackbone(BaseModule):
 
     def _features_from_file(self, path: str) -> nn.Module:
         """timm drops what does not fit without a word, so every tensor is looked up in the file first."""
-        state = state_of_file(path)
+        keys = [key for key in self.model.state_dict() if not key.endswith("num_batches_tracked")]
+        needed = {_flat(key.removeprefix("model.")) for key in keys}  # a ViT's have that prefix
+        state = state_of_file(path, [name for name in self._names_of_whole_model() if _flat(name) in needed])
         held = {_flat(key) for key in state}
-        missing = [key for key in self.model.state_dict() if not key.endswith("num_batches_tracked")]
-        missing = [key for key in missing if _flat(key.removeprefix("model.")) not in held]  # a ViT's have that prefix
+        missing = [key for key in keys if _flat(key.removeprefix("model.")) not in held]
         if missing:
             raise CheckpointError(
                 f"{path} does not hold weights of timm's {self.name}: {len(missing)} of the backbone's tensors are not "
@@ -129,6 +136,13 @@ class TimmBackbone(BaseModule):
         except RuntimeError as error:  # shapes differ: a line for each of them
             first = " ".join(str(error).split("\n\t")[:2])
             raise CheckpointError(f"{path} does not hold weights of timm's {self.name} ({first})") from error
+
+    def _names_of_whole_model(self) -> list[str]:
+        """The names in timm's files, which differ from those of the extractor where timm cuts a model open."""
+        import timm
+
+        with torch.device("meta"):  # layers without memory
+            return list(timm.create_model(self.name, **self.model_kwargs).state_dict())
 
     def train(self, mode: bool = True) -> TimmBackbone:
         super().train(mode)
@@ -189,16 +203,31 @@ def frozen_modules(model: Any, level: int) -> list[nn.Module]:
     return [module for name, module in modules[: last + 1] if not any(one.startswith(f"{name}.") for one in later)]
 
 
-def state_of_file(path: str) -> dict[str, Tensor]:
+def state_of_file(path: str, names: Collection[str]) -> dict[str, Tensor]:
     """
     Parameter name -> tensor, of a .safetensors file or of a checkpoint.
 
+    Args:
+        names: what is looked for. Where the file has all of them behind a prefix (`module.`, `model.`, ...), it is
+            taken off, as `state_for_detector` does.
+
     Raises:
-        CheckpointError: as `state_of_checkpoint`; or no such file, or it is damaged.
+        CheckpointError: as `read_checkpoint` and `state_for_detector`; or no such file, or it is damaged.
         MissingDependencyError: safetensors is needed, and not installed.
     """
-    if Path(path).suffix != ".safetensors":
-        return state_of_checkpoint(path)
+    checkpoint = read_safetensors(path) if Path(path).suffix == ".safetensors" else read_checkpoint(path)
+    if any(len(weights.keys) == len(names) for weights in detector_weights_in(checkpoint, names)):
+        return state_for_detector(path, checkpoint, names)
+    return state_of_checkpoint(path, checkpoint)
+
+
+def read_safetensors(path: str) -> dict[str, Tensor]:
+    """
+    Parameter name -> tensor, of a .safetensors file.
+
+    Raises:
+        CheckpointError: no such file, or it is damaged. MissingDependencyError: safetensors is not installed.
+    """
     try:
         from safetensors import SafetensorError
         from safetensors.torch import load_file

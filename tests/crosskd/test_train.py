@@ -46,6 +46,14 @@ def test_of_a_distillation_it_trains_the_student_alone(
     assert state["backbone.conv1.weight"].shape[0] == 8
 
 
+def test_settings_that_only_a_distillation_reads_are_refused(
+    configs: Path, shapes_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [str(configs / "crosskd_tiny.py"), "--data", str(shapes_dir), "-o", str(tmp_path / "run")]
+    assert train.main([*words, "--set", "model.distill.split=1", "model.student.backbone.depth=18"]) == 2
+    assert re.search(r"error: cannot set model\.distill\.split: crosskd.train trains .* alone", capsys.readouterr().err)
+
+
 @pytest.mark.parametrize(
     ("words", "named"),
     [
@@ -113,3 +121,16 @@ def test_what_mmengine_does_not_take_is_one_message_and_keeps_an_earlier_run(
     assert re.search(f"^error: .*{named}", error)
     # A forward pass is the first that shows widths that do not fit together: the run has begun then.
     assert (run_dir / "last_checkpoint").exists() == ("in_channels" not in words[0])
+
+
+def test_an_error_after_the_first_step_is_one_message_and_its_traceback_is_in_the_log(
+    configs: Path, shapes_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_args: object, **_kwargs: object) -> None:
+        raise IndexError("no such threshold")
+
+    monkeypatch.setattr("mmdet.evaluation.CocoMetric.compute_metrics", fail)
+    assert train.main([str(configs / "gfl_tiny.py"), "--data", str(shapes_dir), "-o", str(tmp_path)]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: the training ended after 2 steps: IndexError: no such threshold. The traceback")
+    assert any("in fail" in log.read_text() for log in tmp_path.rglob("*.log"))

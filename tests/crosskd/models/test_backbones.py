@@ -155,6 +155,21 @@ def test_weights_of_another_model_or_none_are_refused(weights: Path, tmp_path: P
         load("test_efficientnet", missing)
 
 
+def test_weights_behind_a_prefix_are_taken_and_those_that_are_nan_are_refused(
+    whole: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "weights.pth"
+    torch.save({"model": {f"_orig_mod.{key}": value for key, value in whole.state_dict().items()}}, path)
+    backbone = TimmBackbone("test_efficientnet", LEVELS, pretrained=str(path))
+    backbone.init_weights()
+    assert torch.equal(backbone.model.conv_stem.weight, whole.conv_stem.weight)
+    assert "took the weights in model with names that begin with '_orig_mod.'" in capsys.readouterr().out
+    whole.conv_stem.weight.data[0, 0, 0, 0] = torch.nan
+    torch.save(whole.state_dict(), path)
+    with pytest.raises(CheckpointError, match=r"conv_stem\.weight has 1 of \d+ values that are NaN"):
+        backbone.init_weights()
+
+
 def test_weights_of_another_width_are_refused(tmp_path: Path) -> None:
     torch.save(timm.create_model("mobilenetv4_conv_small_035").state_dict(), tmp_path / "weights.pth")
     backbone = TimmBackbone("mobilenetv4_conv_small_050", LEVELS, pretrained=str(tmp_path / "weights.pth"))
