@@ -20,6 +20,7 @@ from deploy.machine import board_model, power_mode
 from deploy.runtime.session import Arrays, Session
 from deploy.targets import version_numbers
 from deploy.tensorrt.bindings import load_tensorrt, logger
+from deploy.tensorrt.coverage import words_of_precision
 from deploy.tensorrt.cuda import STEPS, Cuda, load_cuda
 
 AMPERE = (8, 0)
@@ -340,7 +341,7 @@ class TrtSession(PlanSession):
             )
         dla_core, version_compatible = built_on.get("dla_core"), bool(built_on.get("version_compatible"))
         super().__init__(plan, contract, trt, cuda, dla_core, version_compatible)
-        self.description += f", {built_on['precision']}"
+        self.description += f", {words_of_precision(built_on)}"
 
 
 def describe_machine(trt: ModuleType, cuda: Cuda) -> Dict[str, Optional[str]]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import enum
 import json
+import re
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -372,11 +373,20 @@ def tensorrt_stand_in(version: str) -> ModuleType:
             return ParserError(*self._errors[index])
 
     class EngineInspector:
+        execution_context: Any = None
+
         def __init__(self, engine: ICudaEngine) -> None:
             self._engine = engine
 
         def get_engine_information(self, format: Any) -> str:
-            return layers_json(self._engine._plan, major) if test.inspector is None else test.inspector
+            if test.inspector is not None:
+                return test.inspector
+            shapes = self._engine._sizes if self.execution_context is None else self.execution_context._shapes
+            text = layers_json(self._engine._plan, major)
+            name = self._engine.get_tensor_name(0)
+            if all(isinstance(size, int) for size in shapes.get(name, self._engine._sizes[name])):
+                return text
+            return re.sub(r'"((?:Format/)?Data[tT]ype)": "[^"]*"', r'"\1": "N/A due to dynamic shapes"', text)
 
     test.cuda = None  # the stand-in for CUDA, once it is there
     test.profile = (1, 2, 4)  # fewest, usual and most images of a dynamic batch
@@ -492,6 +502,10 @@ def tensorrt_stand_in(version: str) -> ModuleType:
         def get_tensor_shape(self, name: str) -> tuple[int, ...]:
             return tuple(size if isinstance(size, int) else -1 for size in self._sizes[name])
 
+        def get_tensor_mode(self, name: str) -> Any:
+            is_input = name in [io.name for io in self._session.get_inputs()]
+            return trt.TensorIOMode.INPUT if is_input else trt.TensorIOMode.OUTPUT
+
         def get_tensor_dtype(self, name: str) -> Any:
             return self._tensors[name]
 
@@ -540,6 +554,7 @@ def tensorrt_stand_in(version: str) -> ModuleType:
     flags += [] if major == 11 else ["FP16", "INT8", "OBEY_PRECISION_CONSTRAINTS"]
     flags += [] if is_8_5 else ["VERSION_COMPATIBLE"]
     trt.BuilderFlag = enum.IntEnum("BuilderFlag", flags, start=0)
+    trt.TensorIOMode = enum.Enum("TensorIOMode", ["NONE", "INPUT", "OUTPUT"])
     trt.DeviceType = enum.Enum("DeviceType", ["GPU", "DLA"])
     trt.ProfilingVerbosity = enum.Enum("ProfilingVerbosity", ["LAYER_NAMES_ONLY", "DETAILED", "NONE"])
     trt.LayerInformationFormat = enum.Enum("LayerInformationFormat", ["ONELINE", "JSON"])

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional
 
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 from deploy.errors import EngineBuildError
 from deploy.graphs.precision import typed_graph
 from deploy.tensorrt.builder import build_plan
-from deploy.tensorrt.coverage import check_precision, coverage, coverage_from_json
+from deploy.tensorrt.coverage import check_precision, coverage, coverage_from_json, words_of_precision
 from deploy.tensorrt.options import BuildOptions
 
 pytest.importorskip("onnx")
@@ -56,7 +58,7 @@ def test_types_are_read_in_every_form(split: bool) -> None:
         "I/O Tensors" if split else "Bindings": [],
     }
     found = coverage_from_json(json.dumps(document))
-    assert counts(found["layers"]) == [2, 4, 3, 1]
+    assert counts(found["layers"]) == [2, 3, 3, 2]
     assert counts(found["convolutions"]) == [2, 2, 0, 0]
     assert (found["reformats"], found["compiled"], found["reason"]) == (2, 1, None)
     assert found["layers"]["int8"]["share"] == 0.2
@@ -70,7 +72,12 @@ def test_types_are_read_in_every_form(split: bool) -> None:
         ('{"Nodes": []}', "unknown form: KeyError"),
         ('{"Layers": []}', "names of layers and no types"),
         ('{"Layers": ["conv1 + relu", "conv2"], "Bindings": []}', "names of layers and no types"),
-        ('{"Layers": [{"Name": "conv1", "LayerType": "CaskConvolution"}]}', "unknown form: KeyError"),
+        ('{"Layers": [{"Name": "conv1", "LayerType": "CaskConvolution"}]}', "no types that are known"),
+        ('{"Layers": [{"Inputs": null, "Outputs": ["x"], "Weights": 3}, "conv2"]}', "no types that are known"),
+        (
+            json.dumps({"Layers": [layer("DLA", "Int8", name="{ForeignNode[Conv_0...Concat_198]}")]}),
+            "no types that are known; 1 of its layers are blocks that were compiled as one",
+        ),
         (json.dumps({"Layers": [layer("CaskConvolution", "E9M9")]}), "no types that are known"),
     ],
 )
@@ -79,6 +86,45 @@ def test_an_unknown_form_is_said(text: str, reason: str) -> None:
     assert reason in found["reason"]
     assert found["layers"] is None
     assert found["convolutions"] is None
+
+
+REAL = Path(__file__).parent / "data"
+
+
+def test_what_real_engines_say() -> None:
+    """Layers of NVIDIA's trt-engine-explorer (Apache-2.0), each kind once, as TensorRT 8 wrote them on a GPU."""
+    text = (REAL / "inspector_mobilenet_qat.json").read_text()
+    found = coverage_from_json(text)
+    assert counts(found["convolutions"]) == [3, 0, 0, 0]
+    assert counts(found["layers"]) == [3, 1, 0, 0]
+    assert (found["reformats"], found["compiled"], found["reason"]) == (2, 0, None)
+    unknown = re.sub(r'("Format/Datatype": )"[^"]*"', r'\1"N/A due to dynamic shapes"', text)
+    assert counts(coverage_from_json(unknown)["convolutions"]) == [3, 0, 0, 0]  # by their weights
+    found = coverage_from_json((REAL / "inspector_resnet_fp16.json").read_text())
+    assert counts(found["convolutions"]) == [0, 2, 0, 0]
+    assert counts(found["layers"]) == [0, 3, 0, 0]
+
+
+def test_layers_of_myelin() -> None:
+    layers = [
+        {**layer("gemm", "Int8"), "TacticName": "sm80_xmma_fprop_implicit_gemm_interleaved_i8i8_i8i32_f32"},
+        layer("kgen", "Half", name="__myl_CastCastAddMax_myl0_3"),
+        layer("fusion", "Half"),
+        {"Name": "x", "LayerType": "kgen"},
+    ]
+    found = coverage_from_json(json.dumps({"Layers": layers}))
+    assert counts(found["layers"]) == [1, 2, 0, 1]
+    assert counts(found["convolutions"]) == [1, 0, 0, 0]
+
+
+def test_an_engine_is_called_what_is_seen_in_it() -> None:
+    known = coverage_from_json(json.dumps({"Layers": [layer("CaskConvolution", "Int8")]}))
+    assert words_of_precision({"precision": "int8", "coverage": known}) == "int8"
+    assert words_of_precision({"precision": "fp16"}) == "fp16"
+    foreign = coverage_from_json(json.dumps({"Layers": [layer("DLA", "Int8", name="{ForeignNode[a...b]}")]}))
+    half = coverage_from_json(json.dumps({"Layers": [layer("CaskConvolution", "Half")]}))
+    for details in ({"coverage": foreign}, {"coverage": half}, {"coverage": None}, {}):
+        assert words_of_precision({"precision": "int8", **details}) == "int8 asked for, not seen in its layers"
 
 
 def test_an_int8_engine_has_int8_layers(capsys: pytest.CaptureFixture[str]) -> None:
@@ -97,6 +143,18 @@ def test_an_int8_engine_has_int8_layers(capsys: pytest.CaptureFixture[str]) -> N
     assert "1 blocks were compiled as one" in capsys.readouterr().err
     check_precision(coverage_from_json("{}"), "int8")
     assert "nothing tells whether the engine has INT8 layers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("version", ["8.5.3", "10.3.0", "11.4.0.106"])
+def test_coverage_where_shapes_are_dynamic(version: str, fake_tensorrt: Install, small_file: Build) -> None:
+    trt, options = fake_tensorrt(version), BuildOptions(shapes=(1, 2, 4))
+    plan = build_plan(trt, small_file("topk", batch=-1).read_bytes(), options)
+    assert coverage(trt, plan, options)["layers"]["fp32"]["count"] > 0
+    trt.test.context_error = "out of memory"
+    with pytest.raises(EngineBuildError, match="cannot start its own engine: out of memory"):
+        coverage(trt, plan, options)
+    trt.test.context_error = ""
+    assert coverage(trt, plan, BuildOptions())["layers"] is None  # without shapes the inspector tells no types
 
 
 @pytest.mark.parametrize("version", ["10.3.0", "11.4.0.106"])
