@@ -59,7 +59,7 @@ def detections_from_session(session: Session, data: CocoSet) -> CocoResults:
         batch = np.repeat(prepared.input, session.batch_limits[0], axis=0)
         outputs = session.infer({session.contract.input_name: batch})
         results += coco_from_detections(
-            postprocess(outputs, session.contract, prepared), image, session.contract.category_ids
+            postprocess(outputs, session.contract, prepared, image=image.path), image, session.contract.category_ids
         )
     return results
 

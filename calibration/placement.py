@@ -23,7 +23,9 @@ float: rounding there shrinks scores and moves boxes. Where the pairs go depends
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Callable, Dict, List, Sequence, Set, Tuple
+from typing import TYPE_CHECKING, Callable, Dict, List, Mapping, Sequence, Set, Tuple
+
+import numpy as np
 
 from deploy.errors import ConfigError
 from deploy.graphs.graph import constants, consumers, producers
@@ -37,6 +39,8 @@ MOVING_OPS = ("Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Slice"
 """Operators whose outputs are values of the first input, in other places: one scale fits both."""
 INTEGER_PRODUCTS = ("QLinearConv", "ConvInteger", "QLinearMatMul", "MatMulInteger")
 """Operators of a graph that was quantised to another format than Q/DQ pairs."""
+FEWEST_DECODING_WEIGHTS = 4
+"""Of a convolution that decodes: as many as there are sides of a box."""
 INTEGER_OPS = ("Add", "Mul", "Concat", "LeakyRelu", "Sigmoid", "AveragePool", "GlobalAveragePool")
 """Operators with uint8 kernels in ONNX Runtime's CPU provider: docs/ContribOperators.md of version 1.31, QLinear*."""
 
@@ -114,9 +118,9 @@ def final_convolutions(model: onnx.ModelProto) -> Set[str]:
     """
     Output names of the convolutions from which an output of the graph is reached without passing another convolution.
 
-    Paths through Shape do not count: they carry no values.
+    Paths through Shape do not count: they carry no values. A convolution that only decodes is passed, and final, too.
     """
-    made_by = producers(model)
+    made_by, known = producers(model), constants(model)
     pending, seen, final = [value.name for value in model.graph.output], set(), set()
     while pending:
         name = pending.pop()
@@ -126,9 +130,28 @@ def final_convolutions(model: onnx.ModelProto) -> Set[str]:
         seen.add(name)
         if node.op_type == "Conv":
             final.add(name)
+            if only_decodes(node, known):
+                pending.append(node.input[0])
         else:
             pending.extend(node.input)
     return final
+
+
+def only_decodes(node: onnx.NodeProto, known: Mapping[str, onnx.TensorProto]) -> bool:
+    """
+    Whether a convolution has weights that nobody has learnt: it is part of what makes boxes of predictions.
+
+    Such as the sum over the bins 0, 1, 2, ... of a distribution (DFL), or corners from centres and sizes: pointwise,
+    and all of its weights multiples of a half, which learnt ones never are.
+    """
+    from onnx import numpy_helper
+
+    tensor = known.get(node.input[1])
+    if tensor is None or any(size != 1 for size in tensor.dims[2:]):
+        return False
+    weights = numpy_helper.to_array(tensor)
+    doubled = 2 * weights.astype(np.float64)
+    return bool(weights.size >= FEWEST_DECODING_WEIGHTS and np.unique(weights).size > 1 and (doubled % 1 == 0).all())
 
 
 @dataclasses.dataclass

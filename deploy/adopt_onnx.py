@@ -1,7 +1,7 @@
 """
-Takes in an ONNX detector from elsewhere: checks it against a contract that a person wrote, and writes its sidecar.
+Command: takes in an ONNX detector from elsewhere, with a contract that a person wrote, and writes its sidecar.
 
-    python -m deploy.adopt_onnx nanodet.onnx --contract nanodet.json
+    python -m deploy.adopt_onnx nanodet.onnx --contract nanodet.json --image photo.jpg
 
 Then every command takes the file, as it takes one of `deploy.export`. The contract is a JSON object with the fields of
 `deploy.contract.ModelContract`, which says what each of them means:
@@ -11,76 +11,92 @@ Then every command takes the file, as it takes one of `deploy.export`. The contr
      "output_names": ["boxes", "scores", "labels"], "class_names": ["person", "car"], "category_ids": [1, 3],
      "score_threshold": 0.05, "nms_iou_threshold": 0.6, "max_detections": 100}
 
-The graph itself has to give boxes, scores and labels in that form: decoding is the exporter's part. Needs onnx and, to
-try the model on an empty image, onnxruntime.
+Where the outputs are others than boxes in pixels, scores and labels, further fields say how to read them, those of
+`deploy.graphs.decoding.OutputLayout`; docs/adopt-a-detector.md has them for families of detectors. The decoding becomes
+part of the graph. A graph that has to be changed is written to another file (`-o`, or NAME.adopted.onnx), its weights
+with it; the model itself stays as it is.
+
+The values are looked at on pictures: that of `--image`, on which the detector should find something, and two that are
+generated. Needs numpy, OpenCV, onnx and onnxruntime.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
+from pathlib import Path
 from typing import List, Optional
 
-import numpy as np
-
-from deploy.contract import OUTPUTS, ModelContract, sidecar_path, write_sidecar
-from deploy.errors import ContractError, command
-from deploy.files import check_writable, read_json
-from deploy.graphs.graph import check_graph, check_static, load_onnx
-from deploy.runtime.session import Arrays, OrtSession
-
-
-def check_outputs(outputs: Arrays, contract: ModelContract) -> None:
-    """
-    Raises ContractError if the outputs of one inference are not of the types and shapes that the contract stands for.
-    """
-    rows = "N, K" if contract.outputs == "topk" else "D"
-    for kind, name in zip(OUTPUTS[contract.outputs], contract.output_names):
-        values = outputs[name]
-        shape = f"({rows}, 4)" if kind == "boxes" else f"({rows})"
-        type_ = "float32" if kind in ("boxes", "scores") else "integer"
-        fits = values.ndim == shape.count(",") + 1 and (kind != "boxes" or values.shape[-1] == 4)
-        of_type = values.dtype == np.float32 if type_ == "float32" else np.issubdtype(values.dtype, np.integer)
-        if not (fits and of_type):
-            raise ContractError(
-                f"the output {name!r} is {values.shape}, {values.dtype}; expected {kind}: {shape}, {type_}. Export the "
-                "model with its boxes decoded, or correct output_names"
-            )
-        if kind == "labels" and values.size and not 0 <= values.min() <= values.max() < len(contract.class_names):
-            raise ContractError(
-                f"the output {name!r} has labels from {values.min()} to {values.max()}; expected indices into the "
-                f"{len(contract.class_names)} class_names"
-            )
+from deploy.contract import external_files, sidecar_path, write_sidecar
+from deploy.errors import ConfigError, ContractError, command
+from deploy.files import check_writable
+from deploy.graphs.graph import check_graph, check_static, load_onnx, save_onnx
+from deploy.images import read_image
+from deploy.runtime.adoption import adopt, check_on_pictures, check_pixel_scale, read_adoption
+from deploy.runtime.output_values import generated_pictures
 
 
 @command
 def main(argv: Optional[List[str]] = None) -> int:
-    """Checks one model and writes its sidecar; see the module's docstring."""
-    parser = argparse.ArgumentParser(
-        prog="python -m deploy.adopt_onnx", description="Write the sidecar of an ONNX detector from elsewhere."
-    )
-    parser.add_argument("model", help="ONNX file")
-    parser.add_argument("--contract", required=True, metavar="FILE", help="JSON file: how to feed and read the model")
-    arguments = parser.parse_args(argv)
-    document = read_json(arguments.contract, ContractError, "a model contract")
-    contract = ModelContract.from_json(document, arguments.contract)
-    model = load_onnx(arguments.model)
-    check_graph(model)
-    check_static(model, dynamic_batch=contract.input_shape[0] == -1, dynamic_outputs=contract.outputs == "nms")
-    path = sidecar_path(arguments.model)
-    if path.exists():
-        raise ContractError(f"{path} is there already; expected a model without a sidecar. Remove it to adopt it anew")
-    check_writable(path)
-    write_sidecar(arguments.model, {"contract": arguments.contract}, contract)
-    try:
-        with OrtSession(arguments.model) as session:
-            shape = (max(1, contract.input_shape[0]), *contract.input_shape[1:])
-            check_outputs(session.infer({contract.input_name: np.zeros(shape, contract.input_type)}), contract)
-    except BaseException:
-        path.unlink()
-        raise
-    print(f"wrote {path}: {arguments.model} can be used like a file of deploy.export")
+    arguments = _parser().parse_args(argv)
+    contract, layout, named = read_adoption(arguments.contract)
+    check_pixel_scale(contract)
+    source: Path = arguments.model
+    pictures = generated_pictures(contract.input_width_px, contract.input_height_px)
+    if arguments.image:
+        pictures = [(str(arguments.image), read_image(arguments.image)), *pictures]
+    model = load_onnx(source)
+    data = external_files(source)
+    with tempfile.TemporaryDirectory() as folder:
+        model, contract, notes = adopt(model, contract, layout, named, pictures, Path(folder))
+        if data:
+            notes.insert(0, f"the weights in {', '.join(data)} are in the one file")
+        output = arguments.output or (source.with_name(f"{source.stem}.adopted{source.suffix}") if notes else source)
+        _check_output(output, source)
+        check_graph(model)
+        check_static(model, contract.input_shape[0] == -1, contract.outputs == "nms")
+        check_on_pictures(model, contract, pictures, Path(folder))
+    is_new = output.resolve() != source.resolve()
+    inputs = {"contract": arguments.contract}
+    if is_new:
+        save_onnx(model, output)
+        inputs["model"] = source
+        inputs.update((f"model data {index + 1}", source.with_name(name)) for index, name in enumerate(data))
+    write_sidecar(output, inputs, contract, {"adopted": notes})
+    for note in notes:
+        print(note)
+    print(f"wrote {output if is_new else sidecar_path(output)}: {output} can be used like a file of deploy.export")
     return 0
+
+
+def _check_output(output: Path, source: Path) -> None:
+    """Raises ConfigError, ContractError or PipelineError if the file, or its sidecar, is not to be written."""
+    is_source = output.resolve() == source.resolve()
+    if output.suffix != ".onnx":
+        raise ConfigError(f"--output is {output}; expected a file with the suffix .onnx")
+    for path in [sidecar_path(output)] if is_source else [output, sidecar_path(output)]:
+        if path.exists():
+            expected = "a model without a sidecar" if is_source else "a new file"
+            raise ContractError(f"{path} is there already; expected {expected}. Remove it to adopt the model anew")
+        check_writable(path)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m deploy.adopt_onnx",
+        description="Take in an ONNX detector from elsewhere, and write its sidecar.",
+    )
+    parser.add_argument("model", type=Path, help="ONNX file")
+    parser.add_argument("--contract", required=True, metavar="FILE", help="JSON file: how to feed and read the model")
+    parser.add_argument(
+        "--image", type=Path, metavar="FILE", help="a photo in which it finds something (default: generated pictures)"
+    )
+    parser.add_argument(
+        "-o", "--output", type=Path, metavar="FILE",
+        help="ONNX file to write (default: none where the model can stay as it is, else NAME.adopted.onnx)",
+    )  # fmt: skip
+    return parser
 
 
 if __name__ == "__main__":

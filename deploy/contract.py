@@ -13,6 +13,7 @@ import datetime
 import hashlib
 import json
 import math
+import mmap
 import platform
 import sys
 import time
@@ -35,8 +36,12 @@ RUN_WEIGHTS = ("student.pth", "detector.pth")
 """What a training leaves in its run directory: of crosskd.distill, of crosskd.train."""
 LAYOUTS = {"float32": ("N", "3", "height", "width"), "uint8": ("N", "height", "width", "3")}
 """Type of the network's input -> its dimensions."""
+WHOLE = ("input_shape", "category_ids", "max_detections", "resize_wh_px")
+"""Fields of whole numbers."""
 OUTPUTS = {"topk": ("boxes", "scores", "labels"), "nms": ("boxes", "scores", "labels", "images")}
 """Kind of outputs -> what they are, in order."""
+LOCATION = b"\n\x08location\x12"
+"""How the key of that name is written in an ONNX file, up to its value."""
 DYNAMIC = -1
 """The batch size of a contract whose graph takes any number of images."""
 _STARTED = time.time()
@@ -100,6 +105,10 @@ class ModelContract:
         check(self.outputs in OUTPUTS, "outputs", f"one of {list(OUTPUTS)}")
         check(self.channel_order in ("rgb", "bgr"), "channel_order", "'rgb' or 'bgr'")
         check(self.resize in ("keep_ratio", "stretch"), "resize", "'keep_ratio' or 'stretch'")
+        for field in WHOLE:
+            value = getattr(self, field)
+            numbers = value if isinstance(value, tuple) else () if value is None else (value,)
+            check(all(isinstance(one, int) for one in numbers), field, "whole numbers")
         into = self.resize_wh_px
         check(
             into is None
@@ -121,8 +130,7 @@ class ModelContract:
         check(len(self.category_ids) == len(self.class_names), "category_ids", f"{len(self.class_names)} ids")
         check(0 <= self.score_threshold < 1, "score_threshold", "0 <= threshold < 1")
         check(0 < self.nms_iou_threshold <= 1, "nms_iou_threshold", "0 < threshold <= 1")
-        whole = isinstance(self.max_detections, int)
-        check(whole and self.max_detections > 0, "max_detections", "a positive whole number")
+        check(self.max_detections > 0, "max_detections", "a positive whole number")
 
     @property
     def input_height_px(self) -> int:
@@ -147,9 +155,7 @@ class ModelContract:
         wrong = sorted((names ^ set(document)) - (optional - set(document)))
         if wrong:
             raise ContractError(f"{source}: contract has missing or unknown keys {wrong}; expected {sorted(names)}")
-        values: Dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in document.items()
-        }
+        values: Dict[str, Any] = {key: _value_from_json(key, value) for key, value in document.items()}
         try:
             return cls(**values)
         except (TypeError, ContractError) as error:
@@ -157,6 +163,33 @@ class ModelContract:
 
     def to_json(self) -> Dict[str, Any]:
         return dataclasses.asdict(self)
+
+
+def _value_from_json(key: str, value: Any) -> Any:
+    """A list as a tuple, and a whole number as one where the field counts: 640.0 is 640."""
+    if isinstance(value, list):
+        return tuple(_value_from_json(key, one) for one in value)
+    return int(value) if key in WHOLE and isinstance(value, float) and value.is_integer() else value
+
+
+def external_files(path: AnyPath) -> List[str]:
+    """
+    The files beside an ONNX file in which it keeps weights (external data), as it names them; without the package onnx.
+
+    They are found by their field in onnx.proto: `TensorProto.external_data` (13), whose first key is `location`.
+    """
+    if Path(path).suffix != ".onnx" or Path(path).stat().st_size == 0:
+        return []
+    found = set()
+    with Path(path).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        start = content.find(LOCATION)
+        while start >= 0:
+            length_at = start + len(LOCATION)
+            if 0x6A in content[max(0, start - 3) : start]:  # the field's tag, then the length of the entry
+                name = content[length_at + 1 : length_at + 1 + content[length_at]]
+                found.add(name.decode("utf-8", "replace"))
+            start = content.find(LOCATION, length_at)
+    return sorted(found)
 
 
 def sidecar_path(artefact: AnyPath) -> Path:
@@ -237,7 +270,10 @@ def read_sidecar(artefact: AnyPath) -> Dict[str, Any]:
     if not artefact.is_file():
         raise ContractError(f"no such file: {artefact}")
     document = read_json(
-        path, ContractError, f"the sidecar that was written with {artefact.name}; keep the two together"
+        path,
+        ContractError,
+        f"the sidecar that was written with {artefact.name}; keep the two together, or write one for a model from "
+        "elsewhere with deploy.adopt_onnx",
     )
     if not isinstance(document, dict) or document.get("schema_version") != SCHEMA_VERSION:
         found = document.get("schema_version") if isinstance(document, dict) else document
@@ -251,6 +287,12 @@ def read_sidecar(artefact: AnyPath) -> Dict[str, Any]:
             f"{artefact} is not the file that its sidecar describes: its SHA-256 is {found[:12]}..., {path.name} says "
             f"{str(recorded)[:12]}... It was changed or truncated after it was made: make it again, or bring back "
             f"the original."
+        )
+    elsewhere = external_files(artefact)
+    if elsewhere:
+        raise ContractError(
+            f"{artefact} keeps weights in other files ({', '.join(elsewhere)}), which its sidecar does not vouch for; "
+            f"expected one file. Remove {path.name} and adopt the model anew: deploy.adopt_onnx writes one file"
         )
     return document
 

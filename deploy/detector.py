@@ -105,6 +105,7 @@ class Detector:
 
         Raises:
             DataError: the file cannot be read, or the array is no such image.
+            ContractError: what the model gave cannot be detections.
         """
         return self.batch([image])[0]
 
@@ -130,7 +131,10 @@ class Detector:
         filled = prepared + prepared[-1:] * (fewest - len(prepared))
         feed = prepared[0].input if len(filled) == 1 else np.concatenate([one.input for one in filled])
         outputs = self._session.infer({self.contract.input_name: feed})
-        return [self._chosen(postprocess(outputs, self.contract, one, index)) for index, one in enumerate(prepared)]
+        return [
+            self._chosen(postprocess(outputs, self.contract, one, index, _name(image)))
+            for index, (one, image) in enumerate(zip(prepared, images))
+        ]
 
     def _chosen(self, found: Detections) -> Detections:
         count = int(np.sum(found.scores >= self.score_threshold))  # they are sorted
@@ -146,6 +150,10 @@ class Detector:
         self, kind: Optional[Type[BaseException]], value: Optional[BaseException], traceback: Optional[TracebackType]
     ) -> None:
         self.close()
+
+
+def _name(image: AnyImage) -> AnyPath:
+    return "the image" if isinstance(image, np.ndarray) else image
 
 
 def _checked(image: AnyImage) -> np.ndarray:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 
+from deploy.contract import external_files
 from deploy.errors import ContractError, ExportError, MissingDependencyError
 from deploy.files import AnyPath, replacing
 
@@ -43,6 +44,14 @@ def load_onnx(path: AnyPath) -> onnx.ModelProto:
         raise MissingDependencyError("onnx", f"reading {Path(path).name}", "pip install onnx") from error
     if not Path(path).is_file():
         raise ContractError(f"no such file: {path}; expected an ONNX model")
+    folder, elsewhere = Path(path).parent, external_files(path)
+    sizes = [(folder / name).stat().st_size for name in elsewhere if (folder / name).is_file()]
+    size = Path(path).stat().st_size + sum(sizes)
+    if size > LARGEST_FILE_BYTES:
+        raise ContractError(
+            f"{path} has {size / 2**30:.1f} GiB{' with its other files' if elsewhere else ''}; expected below 2 GiB, "
+            "the limit of one ONNX file. Choose a smaller detector, or export it with weights in FP16"
+        )
     try:
         model = onnx.load(str(path), load_external_data=False)
     except Exception as error:  # protobuf's DecodeError, ValueError, OSError: no common base
@@ -56,7 +65,7 @@ def load_onnx(path: AnyPath) -> onnx.ModelProto:
             "model again."
         )
     try:
-        onnx.load_external_data_for_model(model, str(Path(path).parent))
+        onnx.load_external_data_for_model(model, str(folder))
     except Exception as error:  # onnx's ValidationError, OSError, ValueError
         raise ContractError(
             f"{path} keeps weights in other files (external data), which cannot be read ({error}); expected them "

@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 
 from deploy.contract import ModelContract
-from deploy.errors import DataError, PipelineError
+from deploy.errors import ContractError, DataError, PipelineError
 from deploy.files import replacing
 from deploy.images import read_image
 from deploy.progress import progress
@@ -148,7 +148,10 @@ def _frames(capture: cv2.VideoCapture, first: np.ndarray) -> Iterator[np.ndarray
 
 def _drawn(detect: Detect, contract: ModelContract, image: np.ndarray, seen: Seen, **where: Any) -> np.ndarray:
     """The image with what is in it, which is also noted in `seen` under `where`."""
-    found = detect(image)
+    try:
+        found = detect(image)
+    except ContractError as error:
+        raise ContractError(f"{', '.join(f'{name} {value}' for name, value in where.items())}: {error}") from error
     seen.pictures += 1
     boxes_xywh = found.boxes_xyxy.astype(float)
     boxes_xywh[:, 2:] -= boxes_xywh[:, :2]

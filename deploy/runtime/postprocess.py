@@ -9,6 +9,8 @@ import cv2
 import numpy as np
 
 from deploy.contract import ModelContract
+from deploy.errors import ContractError
+from deploy.files import AnyPath
 from deploy.runtime.preprocess import Prepared
 
 
@@ -25,7 +27,11 @@ class Detections:
 
 
 def postprocess(
-    outputs: Mapping[str, np.ndarray], contract: ModelContract, prepared: Prepared, index: int = 0
+    outputs: Mapping[str, np.ndarray],
+    contract: ModelContract,
+    prepared: Prepared,
+    index: int = 0,
+    image: AnyPath = "the image",
 ) -> Detections:
     """
     Thresholds, clips, scales back and suppresses the candidates of one image.
@@ -37,6 +43,10 @@ def postprocess(
     Args:
         outputs: as `Session.infer` returns them.
         prepared: of the image at `index` of the batch.
+        image: what it is called in a message.
+
+    Raises:
+        ContractError: scores or boxes are no numbers, or a label is that of no class.
     """
     if contract.outputs == "nms":
         *rows, images = (outputs[name] for name in contract.output_names)
@@ -44,6 +54,7 @@ def postprocess(
     else:
         boxes, scores, labels = (outputs[name][index] for name in contract.output_names)
     kept = scores > contract.score_threshold
+    _check_values(boxes[kept], scores, labels[kept], contract, image)
     boxes, scores, labels = (
         boxes[kept].astype(np.float32),
         scores[kept].astype(np.float32),
@@ -60,6 +71,23 @@ def postprocess(
         chosen = suppress(boxes, scores, labels, contract.nms_iou_threshold)
     chosen = chosen[: contract.max_detections]
     return Detections(boxes[chosen], scores[chosen], labels[chosen])
+
+
+def _check_values(
+    boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, contract: ModelContract, image: AnyPath
+) -> None:
+    """Of all scores, and of the boxes and labels that count; rows below the threshold may be padding."""
+    if np.isnan(scores).any() or not np.isfinite(boxes).all():
+        raise ContractError(
+            f"{image}: the model gave values that are not numbers; expected boxes and scores. A lower precision may "
+            "have overflowed: build it anew with FP32, and compare; or the model is damaged"
+        )
+    classes = len(contract.class_names)
+    if len(labels) and not 0 <= labels.min() <= labels.max() < classes:
+        raise ContractError(
+            f"{image}: the model gave labels from {labels.min()} to {labels.max()}; expected indices into the "
+            f"{classes} classes of its contract. Export it again, or adopt it with all its class_names"
+        )
 
 
 def suppress(boxes_xyxy: np.ndarray, scores: np.ndarray, labels: np.ndarray, iou_threshold: float) -> np.ndarray:
