@@ -24,19 +24,20 @@ from benchmarks.measuring.coco import evaluate_with_curves, words_of_cap
 from benchmarks.measuring.detections import CocoResults, detections_path, load_results, write_detections
 from benchmarks.measuring.result import check_same_data, read_result, write_result
 from benchmarks.measuring.subject import (
+    SPLIT,
     Subject,
     add_arguments,
     begin_result,
     check_fits,
     check_role,
     checked_role,
-    load_data,
     load_detections_subject,
     load_subject,
 )
 from benchmarks.reporting.operating_point import best_f1, comparison, found_scores
 from benchmarks.reporting.wording import between_points, points, signed_points
 from deploy.commands import run_relayed
+from deploy.data_arguments import SetOptions, set_options
 from deploy.dataset import CocoImage, CocoSet, coco_document
 from deploy.detector import open_session
 from deploy.errors import ConfigError, DataError, command
@@ -49,6 +50,48 @@ from deploy.runtime.session import Session
 
 BOOTSTRAP_SEED = 0
 BOOTSTRAP_DRAWS = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class AccuracyOptions:
+    """
+    What is measured, and what it is compared with.
+
+    Raises:
+        ConfigError: an option does not go with the model, or is out of range.
+    """
+
+    model: str
+    """An ONNX file, an engine, a run directory, or COCO results of any detector (.json)."""
+    data: SetOptions
+    """The images."""
+    output: str
+    """The result file."""
+    role: str
+    """What the model is in the report."""
+    runtime: Optional[str] = None
+    """What runs it, as `deploy.targets.target_from_path` takes it."""
+    limit: Optional[int] = None
+    """Only so many images; None: all."""
+    against: Optional[str] = None
+    """An accuracy result of another model, on the same images."""
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise ConfigError(f"--limit is {self.limit}; expected at least 1")
+        if not self.is_of_detections:
+            return
+        if self.limit is not None:
+            raise ConfigError("--limit does not go with a file of results: all of its images are measured")
+        if Path(self.model).resolve() == detections_path(self.output).resolve():
+            raise ConfigError(f"{self.model} would be written over; choose another --output")
+        if self.runtime is not None:
+            raise ConfigError("--runtime does not go with a file of results: nothing is run")
+
+    @property
+    def is_of_detections(self) -> bool:
+        """Whether the model is not here, only what it detected."""
+        return Path(self.model).suffix == ".json"
 
 
 def detections_from_session(session: Session, data: CocoSet) -> CocoResults:
@@ -107,13 +150,13 @@ def numbers_from_detections(
     numbers, curves = evaluate_with_curves(annotations, detections, image_ids)
     matches = matches_by_class(annotations, detections, image_ids)
     categories = sorted(annotations["categories"], key=lambda category: category["id"])
-    by_name = {category["name"]: one for category, one in zip(categories, matches)}
+    by_name = {category["name"]: of_class for category, of_class in zip(categories, matches)}
     aps = ap_of_draws(matches, len(image_ids), BOOTSTRAP_DRAWS, BOOTSTRAP_SEED)
     return {
         **numbers,
         "best_f1": best_f1(matches),
-        "best_f1_per_class": {name: best_f1([one]) for name, one in by_name.items()},
-        "found_scores": {name: found_scores(one) for name, one in by_name.items()},
+        "best_f1_per_class": {name: best_f1([of_class]) for name, of_class in by_name.items()},
+        "found_scores": {name: found_scores(of_class) for name, of_class in by_name.items()},
         "pr_curves": curves,
         "bootstrap": {
             "seed": BOOTSTRAP_SEED,
@@ -148,51 +191,73 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def options_from_arguments(arguments: argparse.Namespace) -> AccuracyOptions:
+    """
+    The options that the flags give.
+
+    Raises:
+        ConfigError: the flags do not go together. PipelineError: the result cannot be written.
+    """
+    return AccuracyOptions(
+        model=arguments.model,
+        data=set_options(arguments, SPLIT),
+        output=arguments.output,
+        role=checked_role(
+            arguments.model, arguments.role, arguments.output, [arguments.annotations, arguments.against]
+        ),
+        runtime=arguments.runtime,
+        limit=arguments.limit,
+        against=arguments.against,
+    )
+
+
 @command
 def main(argv: Optional[List[str]] = None) -> int:
     """Measures, writes the detections and the result file, and prints the numbers in points."""
-    arguments = _parser().parse_args(argv)
-    inputs_given = [arguments.annotations, arguments.against]
-    role = checked_role(arguments.model, arguments.role, arguments.output, inputs_given)
-    check_writable(detections_path(arguments.output))
-    if arguments.limit is not None and arguments.limit < 1:
-        raise ConfigError(f"--limit is {arguments.limit}; expected at least 1")
-    is_json = Path(arguments.model).suffix == ".json"
-    if is_json and arguments.limit is not None:
-        raise ConfigError("--limit does not go with a file of results: all of its images are measured")
-    if is_json and Path(arguments.model).resolve() == detections_path(arguments.output).resolve():
-        raise ConfigError(f"{arguments.model} would be written over; choose another --output")
-    if is_json and arguments.runtime is not None:
-        raise ConfigError("--runtime does not go with a file of results: nothing is run")
-    subject = load_detections_subject(arguments.model) if is_json else load_subject(arguments.model, arguments.runtime)
-    check_role(role, subject)
-    data = load_data(arguments, check_files=not is_json, by_class=True)
-    data = dataclasses.replace(data, images=data.images[: arguments.limit])
+    options = options_from_arguments(_parser().parse_args(argv))
+    check_writable(detections_path(options.output))
+    detected = options.is_of_detections
+    subject = load_detections_subject(options.model) if detected else load_subject(options.model, options.runtime)
+    check_role(options.role, subject)
+    data = _load_data(options)
+    result = begin_result("accuracy", subject, data, options.role, len(data.images))
+    inputs = subject.inputs(data)
+    other = None
+    if options.against is not None:  # read before long work
+        other = _result_to_compare(options.against, options.output, result)
+        inputs["against"] = Path(options.against)
+    detections = _detect(subject, data, options.limit)
+    annotations = coco_document(data, as_annotated=True)
+    numbers = numbers_from_detections(annotations, detections, [image.image_id for image in data.images])
+    if other is not None:
+        numbers["against"] = {"role": other["role"], **comparison(numbers, other["numbers"])}
+    result["numbers"] = numbers
+    result["detections"] = write_detections(options.output, detections)
+    write_result(options.output, result, inputs)
+    print(f"{options.role}, {len(data.images)} images: " + ", ".join(lines_from_numbers(numbers)))
+    return 0
+
+
+def _load_data(options: AccuracyOptions) -> CocoSet:
+    """The images to measure on; says what of them counts otherwise than one may expect."""
+    data = options.data.load(check_files=not options.is_of_detections, by_class=True)
+    data = dataclasses.replace(data, images=data.images[: options.limit])
     if not data.images:
         raise DataError(f"{data.annotations_path} names no images; expected at least one")
     if data.clipped:
         print(f"{data.clipped} boxes stick out of their image: counted as annotated, as pycocotools does")
     if words_of_cap(data):
         print(words_of_cap(data))
-    result = begin_result("accuracy", subject, data, role, len(data.images))
-    inputs = subject.inputs(data)
-    other = None
-    if arguments.against is not None:  # read before long work
-        other = read_result(arguments.against)
-        if other["kind"] != "accuracy":
-            raise ConfigError(f"--against {arguments.against} is a {other['kind']} result; expected an accuracy result")
-        check_same_data([(arguments.against, other), (arguments.output, result)])
-        inputs["against"] = Path(arguments.against)
-    detections = _detect(subject, data, arguments.limit)
-    annotations = coco_document(data, as_annotated=True)
-    numbers = numbers_from_detections(annotations, detections, [image.image_id for image in data.images])
-    if other is not None:
-        numbers["against"] = {"role": other["role"], **comparison(numbers, other["numbers"])}
-    result["numbers"] = numbers
-    result["detections"] = write_detections(arguments.output, detections)
-    write_result(arguments.output, result, inputs)
-    print(f"{role}, {len(data.images)} images: " + ", ".join(lines_from_numbers(numbers)))
-    return 0
+    return data
+
+
+def _result_to_compare(path: str, output: str, result: Dict[str, Any]) -> Dict[str, Any]:
+    """The accuracy result at `path`, of the same data as `result`, which is to be written to `output`."""
+    other = read_result(path)
+    if other["kind"] != "accuracy":
+        raise ConfigError(f"--against {path} is a {other['kind']} result; expected an accuracy result")
+    check_same_data([(path, other), (output, result)])
+    return other
 
 
 def lines_from_numbers(numbers: Dict[str, Any]) -> List[str]:

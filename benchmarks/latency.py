@@ -28,17 +28,18 @@ import cv2
 from benchmarks.measuring.detection import open_detection
 from benchmarks.measuring.result import STAGES, STATISTICS, summarize, write_result
 from benchmarks.measuring.subject import (
+    SPLIT,
     Subject,
     add_arguments,
     begin_result,
     check_role,
     checked_role,
-    load_data,
     load_subject,
     spread,
 )
 from benchmarks.measuring.throughput import sweep
 from benchmarks.measuring.timing import LatencyOptions, device_memory_used_mib, measure, read_samples
+from deploy.data_arguments import set_options
 from deploy.dataset import CocoSet
 from deploy.errors import MeasurementError, command
 from deploy.images import read_image
@@ -71,9 +72,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _options(arguments: argparse.Namespace, subject: Subject) -> LatencyOptions:
-    """What the flags say, checked. Raises ConfigError for what is out of range or has no meaning for the model."""
-    options = LatencyOptions(
+def options_from_arguments(arguments: argparse.Namespace) -> LatencyOptions:
+    """The options that the flags give. Raises ConfigError for what is out of range."""
+    return LatencyOptions(
         runs=arguments.runs,
         max_warmup_s=arguments.max_warmup_s,
         threads=arguments.threads,
@@ -81,10 +82,6 @@ def _options(arguments: argparse.Namespace, subject: Subject) -> LatencyOptions:
         sweep_batches=tuple(arguments.sweep_batches or ()),
         sweep_streams=tuple(arguments.sweep_streams or ()),
     )
-    options.check_fit(subject)
-    if options.threads is None and subject.takes_threads:
-        options = dataclasses.replace(options, threads=usable_cores())  # else each runtime would choose for itself
-    return options
 
 
 def _measure(subject: Subject, data: CocoSet, options: LatencyOptions) -> Dict[str, Any]:
@@ -134,8 +131,11 @@ def main(argv: Optional[List[str]] = None) -> int:
     role = checked_role(arguments.model, arguments.role, arguments.output, [arguments.annotations])
     subject = load_subject(arguments.model, arguments.runtime)
     check_role(role, subject)
-    options = _options(arguments, subject)
-    data = load_data(arguments, check_files=False)
+    options = options_from_arguments(arguments)
+    options.check_fit(subject)
+    if options.threads is None and subject.takes_threads:
+        options = dataclasses.replace(options, threads=usable_cores())  # else each runtime would choose for itself
+    data = set_options(arguments, SPLIT).load(check_files=False)
     if not data.images:
         raise MeasurementError(f"{data.annotations_path} names no images; expected at least one to measure on")
     result = begin_result("latency", subject, data, role, min(IMAGES, len(data.images)))

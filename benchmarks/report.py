@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Dict, List, Optional
+from typing import Dict, List, Optional, Sequence
 
 from benchmarks.measuring.result import read_result
 from benchmarks.measuring.subject import ROLES
@@ -65,7 +65,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _allowed(arguments: argparse.Namespace) -> Dict[str, float]:
+def limits_from_arguments(arguments: argparse.Namespace) -> Dict[str, float]:
+    """
+    Key of a limit -> what is allowed, of the file and the flags.
+
+    Raises:
+        ConfigError: a limit is given twice, or is none.
+    """
     allowed = limits_from_file(arguments.limits) if arguments.limits is not None else {}
     for kind in LIMITS:
         value = getattr(arguments, kind.key)
@@ -77,14 +83,20 @@ def _allowed(arguments: argparse.Namespace) -> Dict[str, float]:
     return allowed
 
 
-def _output_paths(arguments: argparse.Namespace) -> List[Path]:
-    html = Path(arguments.output)
+def output_paths(output: str, inputs: Sequence[Optional[str]]) -> List[Path]:
+    """
+    The files to write: HTML, Markdown, JSON.
+
+    Args:
+        inputs: files that are read, which must not be among them; None: not given.
+    """
+    html = Path(output)
     if html.suffix != ".html":
         raise ConfigError(f"--output is {html}; expected a name that ends in .html")
     paths = [html, html.with_suffix(".md"), html.with_suffix(".json")]
-    inputs = {Path(path).resolve() for path in [*arguments.results, arguments.against, arguments.limits] if path}
+    read = {Path(path).resolve() for path in inputs if path}
     for path in paths:
-        if path.resolve() in inputs:
+        if path.resolve() in read:
             raise ConfigError(f"{path} would be written over an input; choose another --output")
         check_writable(path)
     return paths
@@ -94,7 +106,8 @@ def _output_paths(arguments: argparse.Namespace) -> List[Path]:
 def main(argv: Optional[List[str]] = None) -> int:
     """Writes the files, prints the verdict, and returns 1 if it is not to roll out."""
     arguments = _parser().parse_args(argv)
-    allowed, (html, markdown, document) = _allowed(arguments), _output_paths(arguments)
+    allowed = limits_from_arguments(arguments)
+    html, markdown, document = output_paths(arguments.output, [*arguments.results, arguments.against, arguments.limits])
     if arguments.junit is not None:
         if not allowed:
             raise ConfigError("--junit writes limits, but none are given")

@@ -15,6 +15,7 @@ from deploy.int8_format import (
     quantization_from_range,
     weight_scales,
 )
+from deploy.targets import TARGETS
 
 if TYPE_CHECKING:
     import onnx
@@ -81,7 +82,7 @@ def quantize_graph(
     A copy of the graph's model with Q/DQ pairs.
 
     Args:
-        placement: of the target.
+        placement: of the target. target: one of `deploy.targets.QUANTISED_FOR`.
         ranges: (smallest, largest) of each tensor among the values of `placement.pairs`.
     """
     import onnx
@@ -91,7 +92,7 @@ def quantize_graph(
     result.CopyFrom(graph.model)
     writer = _Writer()
     weights = {node.output[0]: graph.constants[node.input[1]] for node in graph.quantized}
-    signed = has_signed_activations(target)
+    signed, integer_constants = has_signed_activations(target), TARGETS[target].integer_constants
     quantizations = {name: quantization_from_range(*ranges[name], signed) for name in placement.pairs.values()}
 
     def array(name: str) -> np.ndarray:
@@ -109,7 +110,7 @@ def quantize_graph(
     for node in graph.quantized:
         name = weights[node.output[0]].name
         needed = weight_scales(array(node.input[1]))
-        if target == "onnxruntime" and len(node.input) > 2:  # so that the bias fits into int32
+        if integer_constants and len(node.input) > 2:  # so that the bias fits into int32
             needed = np.maximum(needed, np.abs(array(node.input[2])) / (input_scale(node) * LARGEST_BIAS))
         scales[name] = np.maximum(needed, scales.get(name, needed))
 
@@ -118,7 +119,7 @@ def quantize_graph(
     for node in result.graph.node:
         if node.output[0] in weights:
             name = weights[node.output[0]].name
-            if target == "tensorrt":
+            if not integer_constants:
                 writer.float_weight(node, name, scales[name])
             else:
                 integers = int8_from_weight(array(node.input[1]), scales[name])

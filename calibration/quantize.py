@@ -26,11 +26,12 @@ from __future__ import annotations
 
 import argparse
 import collections
+import dataclasses
 import math
 import re
 import sys
 from pathlib import Path
-from typing import List, Optional
+from typing import List, Optional, Tuple
 
 from calibration.float_model import read_model
 from calibration.from_images import AUTO, CalibrationData, QuantizeOptions, int8_from_images
@@ -40,8 +41,8 @@ from calibration.quantizer import Quantized
 from calibration.ranges import PERCENTILE, RANGE_METHODS
 from calibration.search import journal_path
 from deploy.contract import ModelContract, write_sidecar
-from deploy.data_arguments import add_set_arguments, set_options
-from deploy.dataset import CocoSet, load_coco, load_split
+from deploy.data_arguments import SetOptions, add_set_arguments, set_options
+from deploy.dataset import load_coco, load_split
 from deploy.errors import ConfigError, command
 from deploy.files import AnyPath, check_writable
 from deploy.graphs.calibration_cache import amax_from_quantised, write_cache
@@ -51,21 +52,51 @@ from deploy.layouts import SPLITS, has_split, split_paths
 NUM_IMAGES = QuantizeOptions.num_images
 
 
-def load_evaluation_sets(arguments: argparse.Namespace, calibration: CocoSet) -> List[CocoSet]:
+@dataclasses.dataclass(frozen=True)
+class DataOptions:
     """
-    What the calibration images must not overlap with: `--evaluation-annotations`, or else val and test of `--data`.
+    What names the images to calibrate on, and those to keep apart from them.
 
     Raises:
-        ConfigError: the flags do not go together.
-        DataError: the data is missing or not COCO.
+        ConfigError: a folder of evaluation images without annotations.
     """
-    if arguments.evaluation_images_dir and not arguments.evaluation_annotations:
-        raise ConfigError("--evaluation-images-dir is given without --evaluation-annotations; expected both or neither")
-    images_dir = arguments.evaluation_images_dir or calibration.images_dir
-    paths = [(path, images_dir) for path in arguments.evaluation_annotations]
-    if arguments.data and not paths:
-        paths = [split_paths(arguments.data, split) for split in SPLITS[1:] if has_split(arguments.data, split)]
-    return [load_coco(*one, check_files=False, strict=arguments.strict) for one in paths]
+
+    calibration: SetOptions
+    """The set that calibration images are chosen from."""
+    evaluation_annotations: Tuple[str, ...] = ()
+    """Files with none of whose images to calibrate; none: val and test of the data folder, where it has them."""
+    evaluation_images_dir: Optional[str] = None
+    """The folder of their images; None: that of the calibration images."""
+    budget_split: Optional[str] = None
+    """The split of the data folder that the drop of AP is measured on; None without a budget."""
+
+    def __post_init__(self) -> None:
+        if self.evaluation_images_dir and not self.evaluation_annotations:
+            raise ConfigError(
+                "--evaluation-images-dir is given without --evaluation-annotations; expected both or neither"
+            )
+
+    def load(self) -> CalibrationData:
+        """
+        The sets.
+
+        Raises:
+            ConfigError: not exactly one set to calibrate on is named.
+            DataError: the data is missing or not COCO.
+        """
+        data, strict = self.calibration.data, self.calibration.strict
+        calibration = self.calibration.load(check_files=False)
+        images_dir = self.evaluation_images_dir or calibration.images_dir
+        paths: List[Tuple[AnyPath, AnyPath]] = [(path, images_dir) for path in self.evaluation_annotations]
+        if data and not paths:
+            paths = [split_paths(data, split) for split in SPLITS[1:] if has_split(data, split)]
+        evaluations = [load_coco(*files, check_files=False, strict=strict) for files in paths]
+        budget = None
+        if data and self.budget_split is not None:
+            budget = load_split(data, self.budget_split, strict=strict)
+            if budget.annotations_path not in [evaluation.annotations_path for evaluation in evaluations]:
+                evaluations.append(budget)
+        return CalibrationData(calibration, tuple(evaluations), budget)
 
 
 def parse_arguments(argv: Optional[List[str]]) -> argparse.Namespace:
@@ -220,22 +251,14 @@ def options_from_arguments(arguments: argparse.Namespace) -> QuantizeOptions:
     )
 
 
-def data_from_arguments(arguments: argparse.Namespace) -> CalibrationData:
-    """
-    The annotation files that the flags name.
-
-    Raises:
-        ConfigError: the flags do not go together.
-        DataError: the data is missing or not COCO.
-    """
-    calibration = set_options(arguments, SPLITS[0]).load(check_files=False)
-    evaluations = load_evaluation_sets(arguments, calibration)
-    if arguments.max_ap_drop is None:
-        return CalibrationData(calibration, tuple(evaluations))
-    budget = load_split(arguments.data, arguments.budget_split or "val", strict=arguments.strict)
-    if budget.annotations_path not in [evaluation.annotations_path for evaluation in evaluations]:
-        evaluations.append(budget)
-    return CalibrationData(calibration, tuple(evaluations), budget)
+def data_options_from_arguments(arguments: argparse.Namespace) -> DataOptions:
+    """What the flags say of the data. Raises ConfigError if they do not go together."""
+    return DataOptions(
+        calibration=set_options(arguments, SPLITS[0]),
+        evaluation_annotations=tuple(arguments.evaluation_annotations),
+        evaluation_images_dir=arguments.evaluation_images_dir,
+        budget_split=None if arguments.max_ap_drop is None else arguments.budget_split or "val",
+    )
 
 
 def write_quantized(quantized: Quantized, model_path: AnyPath, contract: ModelContract, output: AnyPath) -> None:
@@ -284,7 +307,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     elif arguments.calibration_cache:
         quantized = int8_from_cache(arguments.calibration_cache, target, options.keep_float, graph)
     else:
-        quantized = int8_from_images(options, data_from_arguments(arguments), graph, contract)
+        quantized = int8_from_images(options, data_options_from_arguments(arguments).load(), graph, contract)
     write_quantized(quantized, options.model, contract, options.output)
     if arguments.write_calibration_cache:
         write_cache(arguments.write_calibration_cache, amax_from_quantised(quantized.model), arguments.tensorrt_version)

@@ -17,6 +17,7 @@ Needs onnx and onnxruntime; for AP also what benchmarks.accuracy needs.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import html
 import sys
 import tempfile
@@ -28,7 +29,7 @@ from calibration.collect import statistics_of_images
 from calibration.float_model import read_model
 from calibration.images import calibration_images, choose_images
 from calibration.measure import ERROR_IMAGES, OutputError, accuracy_numbers, saved, total_error
-from calibration.placement import DEFAULT_TARGET, PLACEMENTS
+from calibration.placement import DEFAULT_TARGET, PLACEMENTS, FloatGraph
 from calibration.quantizer import Quantizer, key_of_measurements, tensors_of_any_choice
 from calibration.ranges import PERCENTILE, RANGE_METHODS
 from calibration.search import Drop, points
@@ -46,6 +47,59 @@ ALL = "all blocks"
 """The name of the row that is no block: all of them in INT8."""
 
 Row = Dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class SensitivityOptions:
+    """
+    What is measured, and how.
+
+    Raises:
+        ConfigError: the output has another suffix than .json.
+    """
+
+    model: Path
+    """The float model."""
+    output: Path
+    """The file of the rows, which goes on with one that is there; the chart stands beside it."""
+    data: str
+    """The data folder; calibrated on its train split."""
+    strict: bool = False
+    """Refuse annotations with any box of no use."""
+    target: str = DEFAULT_TARGET
+    """The runtime that is to run INT8."""
+    split: str = "val"
+    """The split that is measured on."""
+    limit: Optional[int] = None
+    """Only so many images of it; None: all."""
+    metric: str = "ap"
+    """One of METRICS."""
+    block_kind: str = "grouped"
+    """One of `calibration.blocks.BLOCK_KINDS`."""
+    method: str = "max"
+    """How a range is taken from what was seen."""
+    keep_float: Tuple[str, ...] = ()
+    """What is in float in any case, as `FloatGraph` takes it."""
+    num_images: int = 512
+    """How many images to calibrate on, at most."""
+    seed: int = 0
+    """Of the choice of these images."""
+    statistics: Optional[Path] = None
+    """File that keeps what was seen of the activations; None: it is not kept."""
+
+    def __post_init__(self) -> None:
+        if self.output.suffix != ".json":
+            raise ConfigError(f"--output is {self.output}; expected a file with the suffix .json")
+
+    @property
+    def settings(self) -> Dict[str, str]:
+        """What the rows depend on besides model and data; the names are for people."""
+        return {
+            "target": self.target,
+            "method": self.method,
+            "metric": self.metric,
+            "block kind": self.block_kind,
+        }
 
 
 def measured_block(
@@ -205,65 +259,88 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def options_from_arguments(arguments: argparse.Namespace) -> SensitivityOptions:
+    """The options that the flags give. Raises ConfigError for an output of another suffix."""
+    return SensitivityOptions(
+        model=Path(arguments.model),
+        output=Path(arguments.output),
+        data=arguments.data,
+        strict=arguments.strict,
+        target=arguments.target,
+        split=arguments.split,
+        limit=arguments.limit,
+        metric=arguments.metric,
+        block_kind=arguments.blocks,
+        method=arguments.method,
+        keep_float=tuple(arguments.keep_float),
+        num_images=arguments.num_images,
+        seed=arguments.seed,
+        statistics=Path(arguments.statistics) if arguments.statistics else None,
+    )
+
+
 @command
 def main(argv: Optional[List[str]] = None) -> int:
     """Measures every block of one model; see the module's docstring."""
-    arguments = _parser().parse_args(argv)
-    output = Path(arguments.output)
-    if output.suffix != ".json":
-        raise ConfigError(f"--output is {output}; expected a file with the suffix .json")
-    for path in (arguments.output, arguments.statistics):
-        if path and not Path(path).is_file():
+    options = options_from_arguments(_parser().parse_args(argv))
+    for path in (options.output, options.statistics):
+        if path and not path.is_file():
             check_writable(path)
-    graph, contract = read_model(arguments.model, arguments.keep_float)
-    calibration = load_coco(*split_paths(arguments.data, "train"), check_files=False, strict=arguments.strict)
-    measured = load_split(arguments.data, arguments.split, arguments.limit, arguments.strict)
-    images = calibration_images(calibration, arguments.num_images, arguments.seed, [measured])
-    settings = {
-        "target": arguments.target,
-        "method": arguments.method,
-        "metric": arguments.metric,
-        "block kind": arguments.blocks,
-    }
-    key = key_of_measurements(arguments.model, contract, graph, settings, images, measured)
-    rows = resumed_rows(output, key)
-
-    file = Path(arguments.statistics) if arguments.statistics else None
-    tensors = tensors_of_any_choice(graph, arguments.target)
+    graph, contract = read_model(options.model, options.keep_float)
+    calibration = load_coco(*split_paths(options.data, "train"), check_files=False, strict=options.strict)
+    measured = load_split(options.data, options.split, options.limit, options.strict)
+    images = calibration_images(calibration, options.num_images, options.seed, [measured])
+    key = key_of_measurements(options.model, contract, graph, options.settings, images, measured)
+    rows = resumed_rows(options.output, key)
+    blocks = blocks_to_measure(graph, contract, options.block_kind)
+    tensors = tensors_of_any_choice(graph, options.target)
     statistics = statistics_of_images(
-        graph.model, tensors, images, contract, file, Path(arguments.model), [arguments.method]
+        graph.model, tensors, images, contract, options.statistics, options.model, [options.method]
     )
-    keep_float = tuple(arguments.keep_float)
-    quantizer = Quantizer(graph.model, arguments.target, arguments.method, PERCENTILE, keep_float, statistics)
-    blocks = blocks_from_graph(graph, arguments.blocks, count_multiplications(graph, contract))
-    everything = tuple(name for block in blocks for name in block.convolutions)
-    blocks.append(Block(ALL, everything, sum(block.multiplications for block in blocks)))
-
-    known = {row["name"] for row in rows}
-    inputs = {"model": arguments.model, "annotations": measured.annotations_path}
-    if known:
-        print(f"{output}: {len(known)} of {len(blocks)} are known from an earlier run", file=sys.stderr)
-    with tempfile.TemporaryDirectory() as folder:
-        errors, against = None, None
-        for number, block in enumerate(blocks, start=1):
-            if block.name in known:
-                continue
-            if errors is None:
-                errors = OutputError(Path(arguments.model), choose_images(measured.images, ERROR_IMAGES, seed=0))
-                against = (
-                    _float_result(Path(arguments.model), measured, Path(folder)) if arguments.metric == "ap" else None
-                )
-            row = measured_block(quantizer, block, contract, errors, against)
-            rows.append(row)
-            _write(output, key, rows, inputs)
-            lost = f"{points(row['AP_drop'])} points of AP, " if "AP_drop" in row else ""
-            print(f"{number}/{len(blocks)} {block.name}: {lost}error {100 * total_error(row['error']):.2f} %",
-                  file=sys.stderr, flush=True)  # fmt: skip
+    quantizer = Quantizer(graph.model, options.target, options.method, PERCENTILE, options.keep_float, statistics)
+    measure_blocks(options, blocks, rows, key, quantizer, contract, measured)
     ranked = sorted(rows, key=cost, reverse=True)
-    with replacing(output.with_suffix(".svg")) as temporary:
+    with replacing(options.output.with_suffix(".svg")) as temporary:
         temporary.write_text(chart_from_rows(ranked), encoding="utf-8")
     print(table_from_rows(ranked))
     return 0
+
+
+def blocks_to_measure(graph: FloatGraph, contract: ModelContract, kind: str) -> List[Block]:
+    """The blocks of a graph, and behind them all of them as one, called ALL."""
+    blocks = blocks_from_graph(graph, kind, count_multiplications(graph, contract))
+    everything = tuple(name for block in blocks for name in block.convolutions)
+    return [*blocks, Block(ALL, everything, sum(block.multiplications for block in blocks))]
+
+
+def measure_blocks(
+    options: SensitivityOptions,
+    blocks: Sequence[Block],
+    rows: List[Row],
+    key: Dict[str, Any],
+    quantizer: Quantizer,
+    contract: ModelContract,
+    measured: CocoSet,
+) -> None:
+    """Measures the blocks that `rows` lack, adds their rows, and writes the file after each."""
+    known = {row["name"] for row in rows}
+    if known:
+        print(f"{options.output}: {len(known)} of {len(blocks)} are known from an earlier run", file=sys.stderr)
+    if len(known) == len(blocks):
+        return
+    errors = OutputError(options.model, choose_images(measured.images, ERROR_IMAGES, seed=0))
+    inputs = {"model": options.model, "annotations": measured.annotations_path}
+    with tempfile.TemporaryDirectory() as folder:
+        against = _float_result(options.model, measured, Path(folder)) if options.metric == "ap" else None
+        for number, block in enumerate(blocks, start=1):
+            if block.name in known:
+                continue
+            row = measured_block(quantizer, block, contract, errors, against)
+            rows.append(row)
+            _write(options.output, key, rows, inputs)
+            lost = f"{points(row['AP_drop'])} points of AP, " if "AP_drop" in row else ""
+            print(f"{number}/{len(blocks)} {block.name}: {lost}error {100 * total_error(row['error']):.2f} %",
+                  file=sys.stderr, flush=True)  # fmt: skip
 
 
 def _float_result(model_path: Path, data: CocoSet, folder: Path) -> Tuple[Path, CocoSet]:

@@ -50,6 +50,11 @@ class Target:
 
     None: `calibration` makes no graphs for it, it runs those of the others.
     """
+    integer_constants: Optional[bool]
+    """Whether such a graph holds weights and biases as integers (True), or in float with pairs for the weights (False).
+
+    None: as for `signed`.
+    """
     roles: Tuple[Role, ...]
 
     @property
@@ -71,6 +76,7 @@ TARGETS = {
             on_gpu=False,
             needs=("onnxruntime",),
             signed=False,
+            integer_constants=True,
             roles=(
                 Role("onnx-fp32", "ONNX FP32", "fp32", "student"),
                 Role("onnx-int8", "ONNX INT8", "int8", "onnx-fp32"),
@@ -85,6 +91,7 @@ TARGETS = {
             on_gpu=False,
             needs=("openvino",),
             signed=None,
+            integer_constants=None,
             roles=(
                 Role("openvino-fp32", "OpenVINO FP32", "fp32", "onnx-fp32"),
                 Role("openvino-int8", "OpenVINO INT8", "int8", "onnx-int8"),
@@ -99,6 +106,7 @@ TARGETS = {
             on_gpu=True,
             needs=("tensorrt", "cuda binding", "gpu"),
             signed=True,
+            integer_constants=False,
             roles=(
                 Role("engine-fp16", "TensorRT FP16", "fp16", "onnx-fp32"),
                 Role("engine-int8", "TensorRT INT8", "int8", "onnx-int8"),

@@ -15,21 +15,18 @@ import hashlib
 import json
 import time
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional
+from typing import Any, Dict, List, Optional
 
 import numpy as np
 
 from benchmarks.measuring.environment import clock_reasons, read_environment
 from benchmarks.measuring.result import (
     LEAST_RUNS,
-    STAGES,
     STATISTICS,
-    UNSTABLE,
-    UNSTABLE_SPREAD,
     Reason,
     numbers_from_reasons,
-    relative_spread,
-    summarize,
+    numbers_from_samples,
+    reasons_from_spread,
     write_result,
 )
 from deploy.board.commands import Bundle, add_engine_argument, golden_path
@@ -61,9 +58,12 @@ def bench(folder: Path, words: Optional[List[str]] = None) -> int:
     environment = read_environment()  # before we load the machine ourselves
     with TrtSession(engine) as session:
         fewest, most = session.batch_limits
-        inputs = [np.resize(one, (min(max(len(one), fewest), most), *one.shape[1:])) for one in bundle.golden_inputs()]
+        inputs = [
+            np.resize(golden, (min(max(len(golden), fewest), most), *golden.shape[1:]))
+            for golden in bundle.golden_inputs()
+        ]
         samples = samples_from_session(session, inputs, arguments.runs, arguments.warmup)
-        numbers = numbers_from_samples(samples, session.description, arguments.warmup, len(inputs[0]))
+        numbers = numbers_of_bench(samples, session.description, arguments.warmup, len(inputs[0]))
     sidecar = read_sidecar(engine)
     result = {
         "kind": "latency",
@@ -123,34 +123,24 @@ def samples_from_session(session: Session, inputs: List[np.ndarray], runs: int, 
         times_ms["total"] = 1e3 * (time.perf_counter() - start)
         if run >= warmup:
             for stage, value in times_ms.items():
-                samples.setdefault(stage, []).append(round(value, 4))
+                samples.setdefault(stage, []).append(value)
     return samples
 
 
-def numbers_from_samples(
-    samples: Mapping[str, List[float]], description: str, warmup: int, images: int
-) -> Dict[str, Any]:
+def numbers_of_bench(samples: Samples, description: str, warmup: int, images: int) -> Dict[str, Any]:
     """
     The `numbers` of a result file (`benchmarks.measuring.result`, kind latency). What was not measured is None.
 
     Args:
         images: in each run.
     """
-    spread = relative_spread(samples["total"])
+    numbers = numbers_from_samples(samples, description, threads=None)
     reasons = [NETWORK_ALONE, *(Reason("clocks", text) for text in clock_reasons(on_gpu=True))]
     if images != 1:
         reasons.append(Reason("batch", f"each run takes {images} images"))
-    if spread > UNSTABLE_SPREAD:
-        wide = f"the interquartile range is {100 * spread:.0f} % of the median"
-        reasons.append(Reason(UNSTABLE, f"it is unstable: {wide}"))
     return {
-        "summary_ms": {stage: summarize(samples[stage]) if stage in samples else None for stage in STAGES},
-        "samples_ms": {stage: samples.get(stage) for stage in STAGES},
-        "stable": spread <= UNSTABLE_SPREAD,
-        "spread": spread,
-        **numbers_from_reasons(reasons),
-        "threads": None,
-        "description": description,
+        **numbers,
+        **numbers_from_reasons(reasons + reasons_from_spread(numbers["spread"])),
         "warmup_runs": warmup,
         "mode": "back-to-back",
         "fps": None,

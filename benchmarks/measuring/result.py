@@ -14,7 +14,7 @@ Versioned result files: what was measured, of which file, on which images, where
 from __future__ import annotations
 
 import math
-from typing import Any, Dict, List, Mapping, NamedTuple, Sequence, Tuple, Union
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
@@ -153,6 +153,37 @@ def check_result(document: Any, path: AnyPath) -> None:
             f"{path}: numbers.comparable_codes is {codes!r:.80}; expected one for each of comparable_reasons. "
             "Measure again."
         )
+
+
+def numbers_from_samples(
+    samples: Mapping[str, Sequence[float]], description: str, threads: Optional[int]
+) -> Dict[str, Any]:
+    """
+    What the `numbers` of a latency result say of its samples; a stage that has none is None.
+
+    Args:
+        samples: stage -> milliseconds of each run. threads: of the CPU; None for what runs on a GPU.
+    """
+    samples_ms = {
+        stage: [round(value, 4) for value in samples[stage]] if stage in samples else None for stage in STAGES
+    }
+    spread_of_total = relative_spread(samples["total"])
+    return {
+        "summary_ms": {stage: summarize(values) if values else None for stage, values in samples_ms.items()},
+        "stable": spread_of_total <= UNSTABLE_SPREAD,
+        "spread": spread_of_total,
+        "threads": threads,
+        "description": description,
+        "samples_ms": samples_ms,
+    }
+
+
+def reasons_from_spread(spread: float) -> List[Reason]:
+    """The reason against comparing runs of this `relative_spread`, if they scatter too much."""
+    if spread <= UNSTABLE_SPREAD:
+        return []
+    wide = f"the interquartile range is {100 * spread:.0f} % of the median, above {100 * UNSTABLE_SPREAD:.0f} %"
+    return [Reason(UNSTABLE, f"it is unstable: {wide}")]
 
 
 def numbers_from_reasons(reasons: Sequence[Reason]) -> Dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any, Dict, List, Optional, Sequence, TypeVar
 
 from benchmarks.measuring.environment import read_environment
 from deploy.contract import ModelContract, read_sidecar, weights_of_run
-from deploy.data_arguments import add_set_arguments, set_options
+from deploy.data_arguments import add_set_arguments
 from deploy.dataset import CocoSet, with_classes
 from deploy.errors import ConfigError, DataError, MeasurementError, MissingDependencyError
 from deploy.files import check_writable, sha256_of
@@ -107,17 +107,6 @@ def load_detections_subject(path: str) -> Subject:
     if not model.is_file():
         raise MeasurementError(f"no such file: {model}; expected COCO results")
     return Subject(model, model, "detections", {"artefact": {"sha256": sha256_of(model)}})
-
-
-def load_data(arguments: argparse.Namespace, check_files: bool, by_class: bool = False) -> CocoSet:
-    """
-    The images that the arguments name.
-
-    Raises:
-        ConfigError: not exactly one of --data and --annotations with --images-dir.
-        DataError: as `deploy.dataset.load_coco`.
-    """
-    return set_options(arguments, SPLIT).load(check_files, by_class)
 
 
 def check_fits(contract: ModelContract, data: CocoSet, subject: Subject) -> None:

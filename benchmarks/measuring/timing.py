@@ -13,7 +13,7 @@ import math
 import statistics
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 from benchmarks.measuring.detection import Detection, Times
 from benchmarks.measuring.environment import (
@@ -31,13 +31,10 @@ from benchmarks.measuring.environment import (
 from benchmarks.measuring.power import Monitor, PowerSource, open_power, power_from_readings
 from benchmarks.measuring.result import (
     LEAST_RUNS,
-    STAGES,
-    UNSTABLE,
-    UNSTABLE_SPREAD,
     Reason,
     numbers_from_reasons,
-    relative_spread,
-    summarize,
+    numbers_from_samples,
+    reasons_from_spread,
 )
 from benchmarks.measuring.subject import Subject
 from deploy.errors import ConfigError
@@ -163,24 +160,6 @@ def read_samples(images: Sequence[Path], runs: int) -> List[float]:
     return samples
 
 
-def numbers_from_samples(
-    samples: Mapping[str, Sequence[float]], description: str, threads: Optional[int]
-) -> Dict[str, Any]:
-    """The part of a result's `numbers` that follows from the samples; a stage that has none is None."""
-    samples_ms = {
-        stage: [round(value, 4) for value in samples[stage]] if stage in samples else None for stage in STAGES
-    }
-    spread_of_total = relative_spread(samples["total"])
-    return {
-        "summary_ms": {stage: summarize(values) if values else None for stage, values in samples_ms.items()},
-        "stable": spread_of_total <= UNSTABLE_SPREAD,
-        "spread": spread_of_total,
-        "threads": threads,
-        "description": description,
-        "samples_ms": samples_ms,
-    }
-
-
 @dataclasses.dataclass(frozen=True)
 class Watch:
     """What is read of the device while it is measured; None what cannot be."""
@@ -263,9 +242,7 @@ def measure(detection: Detection, options: LatencyOptions, gpu_before_mib: Optio
     if detection.on_gpu and not (clocks and slowdowns) and not jetson_gpus():
         unread = "the GPU's clocks and slow-downs could not be read"
         add("gpu_unread", f"{unread}: install nvidia-ml-py; with several GPUs set CUDA_VISIBLE_DEVICES to a UUID")
-    if not numbers["stable"]:
-        wide = f"the interquartile range is {100 * numbers['spread']:.0f} % of the median"
-        add(UNSTABLE, f"it is unstable: {wide}, above {100 * UNSTABLE_SPREAD:.0f} %")
+    reasons += reasons_from_spread(numbers["spread"])
     if not warm:
         add("warm_up", f"the warm-up of {warmup_runs} runs did not become stable; raise --max-warmup-s")
     if others is not None and others > OTHERS_CORES:

@@ -13,7 +13,8 @@ from torch import nn
 
 from crosskd.loop.guard import skip_unreadable
 from crosskd.loop.layout import use_channels_last
-from deploy.errors import ConfigError
+from crosskd.models.checkpoint import check_finite
+from deploy.errors import ConfigError, PipelineError
 
 PROGRESS = re.compile(r"(Epoch|Iter)\((train|val)\)")
 EXPECTED = re.compile(r"is skipped since its requires_grad=False")
@@ -32,12 +33,15 @@ class TrainingRunner(Runner):
         if not getattr(model, "has_weights", False):
             try:
                 model.init_weights()
+            except PipelineError:
+                raise
             except Exception as error:  # of whatever reads weights, over the network or from a file
                 raise ConfigError(
                     f"the initial weights cannot be read: {type(error).__name__}: {error}. They are those of an "
                     "init_cfg=dict(type='Pretrained', checkpoint=...) in the config's model. Without a network, fetch "
                     "the file elsewhere and give its path as the checkpoint; init_cfg=None draws weights at random"
                 ) from error
+            check_finite("the initial weights", dict(model.named_parameters()))
         use_channels_last(model, get_device())
         return super().wrap_model(model_wrapper_cfg, model)
 

@@ -6,7 +6,7 @@ import os
 import pickle
 import re
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -187,7 +187,7 @@ def state_for_detector(path: AnyPath, checkpoint: dict[str, Any], names: Collect
     if whole and (chosen.prefix or left_out or chosen.place not in ("", "state_dict")):
         others = f"; left out {len(left_out)} more, such as {left_out[0]}" if left_out else ""
         print(f"{path}: took the weights in {chosen}{others}")
-    _check_finite(path, {chosen.keys.get(name, name): value for name, value in state.items()})
+    check_finite(path, {chosen.keys.get(name, name): value for name, value in state.items()})
     return state
 
 
@@ -202,7 +202,8 @@ def _same(one: DetectorWeights, other: DetectorWeights) -> bool:
     return all(first.shape == second.shape and bool((first == second).all()) for first, second in pairs)
 
 
-def _check_finite(path: AnyPath, state: dict[str, Tensor]) -> None:
+def check_finite(path: AnyPath, state: Mapping[str, Tensor]) -> None:
+    """Raises CheckpointError, with the first name, if a tensor of `path` holds values that are NaN or infinite."""
     wrong = [key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
     if wrong:
         values = state[wrong[0]]

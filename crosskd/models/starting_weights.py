@@ -1,17 +1,48 @@
-"""Weights to start a training from: the config's `load_from`, mmdet's way to fine-tune."""
+"""Weights to start a training from: the config's `load_from`, mmdet's way to fine-tune, and its pretrained parts."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from mmengine.model import PretrainedInit
+from mmengine.registry import WEIGHT_INITIALIZERS
+from mmengine.runner.checkpoint import load_state_dict
 from torch import Tensor
 
 from crosskd.models.checkpoint import OPTIONAL, classes_of_checkpoint, read_checkpoint, state_for_detector
 from crosskd.models.heads import FAMILIES
 from deploy.errors import CheckpointError
 from deploy.files import AnyPath
+
+
+@WEIGHT_INITIALIZERS.register_module(name="Pretrained", force=True)
+class FileInit(PretrainedInit):
+    """
+    mmengine's `init_cfg=dict(type="Pretrained", checkpoint=...)`, which takes what fits of a file and leaves the rest.
+
+    Here the weights of a file may stand behind a prefix, as `state_for_detector` finds them, and a file without any
+    of the module's is refused. Addresses, and files with a `prefix` in the config, are read by mmengine.
+
+    Raises:
+        CheckpointError: as `read_checkpoint` and `state_for_detector`, or none of it fits.
+    """
+
+    def __call__(self, module: Any) -> None:
+        if self.prefix is not None or not Path(self.checkpoint).is_file():
+            super().__call__(module)
+            return
+        wanted = module.state_dict()
+        names = [name for name in wanted if not name.endswith("num_batches_tracked")]
+        state = state_for_detector(self.checkpoint, read_checkpoint(self.checkpoint), names)
+        if not wanted.keys() & state.keys():
+            raise CheckpointError(
+                f"{self.checkpoint} holds no weights of this {type(module).__name__}: expected names such as "
+                f"{names[0]}, found {next(iter(state))}. Give weights of the same architecture as the pretrained ones"
+            )
+        load_state_dict(module, state, strict=False, logger="current")
 
 
 def start_from_checkpoint(detector: Any, path: AnyPath, class_names: Sequence[str]) -> None:

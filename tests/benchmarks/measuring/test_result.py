@@ -2,9 +2,20 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
-from benchmarks.measuring.result import Reason, numbers_from_reasons, read_result, reasons_from_numbers
+from benchmarks.measuring.result import (
+    STAGES,
+    STATISTICS,
+    Reason,
+    numbers_from_reasons,
+    numbers_from_samples,
+    read_result,
+    reasons_from_numbers,
+    relative_spread,
+    summarize,
+)
 from deploy.contract import RESULT_VERSION
 from deploy.errors import MeasurementError
 
@@ -88,3 +99,27 @@ def test_codes_that_do_not_go_with_the_reasons_are_refused(result, codes):
     path = edited(result("onnx-fp32", ms=5.0), lambda document: document["numbers"].update(comparable_codes=codes))
     with pytest.raises(MeasurementError, match=r"numbers\.comparable_codes is .* expected one for each"):
         read_result(path)
+
+
+def test_summaries_of_known_samples():
+    samples = [float(value) for value in range(1, 102)]  # 1 to 101: percentiles fall on samples
+    expected = {"median": 51.0, "mean": 51.0, "p90": 91.0, "p95": 96.0, "p99": 100.0, "max": 101.0}
+    assert summarize(samples) == expected
+    assert tuple(expected) == STATISTICS
+    assert relative_spread(samples) == pytest.approx(50 / 51)
+
+
+def test_a_stage_that_a_runtime_does_not_have_is_null():
+    numbers = numbers_from_samples({"inference": [1.0, 2.0], "total": [3.0, 4.0]}, "x", None)
+    assert set(numbers["samples_ms"]) == set(numbers["summary_ms"]) == set(STAGES)
+    assert {stage for stage, values in numbers["samples_ms"].items() if values} == {"inference", "total"}
+    assert {stage for stage, values in numbers["summary_ms"].items() if values} == {"inference", "total"}
+    assert numbers["summary_ms"]["total"]["max"] == 4.0
+
+
+@pytest.mark.parametrize(("width", "stable"), [(0.09, True), (0.11, False)])
+def test_an_interquartile_range_above_a_tenth_of_the_median_is_unstable(width, stable):
+    total = (100 * (1 + width * np.linspace(-1, 1, 101))).tolist()  # interquartile range: `width` of the median
+    numbers = numbers_from_samples({"total": total}, "x", None)
+    assert numbers["spread"] == pytest.approx(width)
+    assert numbers["stable"] is stable

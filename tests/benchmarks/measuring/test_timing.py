@@ -5,7 +5,6 @@ import pytest
 
 from benchmarks.measuring import detection, environment, power, timing
 from benchmarks.measuring.detection import Detection, SessionDetection
-from benchmarks.measuring.result import STAGES, STATISTICS, relative_spread, summarize
 from deploy.runtime.session import OrtSession
 
 CPU_STAGES = {"read", "preprocess", "inference", "postprocess", "total"}
@@ -41,33 +40,6 @@ def clock(monkeypatch):
 
 def not_here(*_words):
     raise environment.NotHere("not here")
-
-
-# Statistics
-
-
-def test_summaries_of_known_samples():
-    samples = [float(value) for value in range(1, 102)]  # 1 to 101: percentiles fall on samples
-    expected = {"median": 51.0, "mean": 51.0, "p90": 91.0, "p95": 96.0, "p99": 100.0, "max": 101.0}
-    assert summarize(samples) == expected
-    assert tuple(expected) == STATISTICS
-    assert relative_spread(samples) == pytest.approx(50 / 51)
-
-
-def test_a_stage_that_a_runtime_does_not_have_is_null():
-    numbers = timing.numbers_from_samples({"inference": [1.0, 2.0], "total": [3.0, 4.0]}, "x", None)
-    assert set(numbers["samples_ms"]) == set(numbers["summary_ms"]) == set(STAGES)
-    assert {stage for stage, values in numbers["samples_ms"].items() if values} == {"inference", "total"}
-    assert {stage for stage, values in numbers["summary_ms"].items() if values} == {"inference", "total"}
-    assert numbers["summary_ms"]["total"]["max"] == 4.0
-
-
-@pytest.mark.parametrize(("width", "stable"), [(0.09, True), (0.11, False)])
-def test_an_interquartile_range_above_a_tenth_of_the_median_is_unstable(width, stable):
-    total = (100 * (1 + width * np.linspace(-1, 1, 101))).tolist()  # interquartile range: `width` of the median
-    numbers = timing.numbers_from_samples({"total": total}, "x", None)
-    assert numbers["spread"] == pytest.approx(width)
-    assert numbers["stable"] is stable
 
 
 # The loop

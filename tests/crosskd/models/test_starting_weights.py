@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from crosskd.models.checkpoint import save_detector_weights
-from crosskd.models.starting_weights import start_from_checkpoint
+from crosskd.models.starting_weights import FileInit, start_from_checkpoint
 from deploy.errors import CheckpointError
 
 NAMES = ("a", "b", "c")
@@ -80,3 +80,22 @@ def test_weights_of_another_detector_are_refused(make: Callable[..., Any], tmp_p
             start_from_checkpoint(make(3), path, NAMES)
     with pytest.raises(CheckpointError, match=r"no such checkpoint: nowhere.pth"):
         start_from_checkpoint(make(3), "nowhere.pth", NAMES)
+
+
+def test_a_pretrained_part_is_found_behind_a_prefix_and_refused_where_nothing_fits_or_is_a_number(
+    make: Callable[..., Any], tmp_path: Path
+) -> None:
+    source, path = make(3).backbone, tmp_path / "weights.pth"
+    torch.save({"state_dict": {f"module.student.backbone.{k}": v for k, v in source.state_dict().items()}}, path)
+    backbone = make(3).backbone
+    backbone.init_cfg = dict(type="Pretrained", checkpoint=str(path))
+    backbone.init_weights()
+    assert torch.equal(backbone.conv1.weight, source.conv1.weight)
+
+    torch.save({"stem.weight": torch.ones(3)}, path)
+    with pytest.raises(CheckpointError, match=r"holds no weights of this ResNet: .*conv1\.weight, found stem\.weight"):
+        FileInit(str(path))(backbone)
+    source.conv1.weight.data.fill_(torch.inf)
+    torch.save(source.state_dict(), path)
+    with pytest.raises(CheckpointError, match=r"conv1\.weight has \d+ of \d+ values that are NaN or infinite"):
+        FileInit(str(path))(backbone)
