@@ -11,6 +11,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from calibration import quantize as quantize_command
 from calibration.activation_statistics import Collected, Seen, Statistics
 from calibration.collect import empty_statistics, extend_statistics, statistics_of_images
 from calibration.placement import PLACEMENTS, FloatGraph
@@ -19,8 +20,11 @@ from calibration.quantizer import Quantizer, tensors_of_any_choice
 from calibration.ranges import PERCENTILE, RANGE_METHODS
 from deploy.contract import ModelContract, write_sidecar
 from deploy.dataset import load_split
+from deploy.graphs.graph import constants, save_onnx
+from deploy.graphs.operators import check_operators
 from tests.calibration.activations import statistics_of
 
+TENSORRT = ("8.5", "8.6", "10.0", "10.3", "10.15")
 HEIGHT_PX, WIDTH_PX, CLASSES, BINS, TOP = 32, 48, 2, 5, 12
 
 
@@ -136,6 +140,20 @@ def decode(b, prediction, level, bins, height, width, stride):
     classes = integers("classes", CLASSES)
     chosen = b.node("Gather", [boxes, b.node("Div", [top[1], classes], f"point_{level}")], f"chosen_{level}", axis=0)
     return chosen, top[0], b.node("Mod", [top[1], classes], f"label_{level}")
+
+
+@pytest.fixture(autouse=True)
+def every_file_for_tensorrt_is_taken(monkeypatch):
+    """What `calibration.quantize` writes for TensorRT is what the parser of each JetPack's TensorRT takes."""
+
+    def save_checked(model, path):
+        save_onnx(model, path)
+        known = constants(model)
+        zeros = (node.input[2] for node in model.graph.node if node.op_type == "QuantizeLinear")
+        if all(known[name].data_type == TensorProto.INT8 for name in zeros):
+            assert [check_operators(model, version) for version in TENSORRT] == [[]] * len(TENSORRT)
+
+    monkeypatch.setattr(quantize_command, "save_onnx", save_checked)
 
 
 @pytest.fixture(scope="session")
