@@ -24,9 +24,15 @@ layouts, coco_file; files, progress; jetpack, errors; machine.
 import os
 from typing import TYPE_CHECKING, Any
 
+from deploy.machine import thread_limit
+
 # ONNX Runtime reports to Microsoft from 1.29 on: a database and a device's id in the user's cache, written as it is
 # imported. Every process of ours imports this package first, and its children inherit the variable.
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+# torch and numpy start a thread for each processor of the machine, whatever a container may use of it; they ask this
+# variable first.
+if thread_limit() is not None:
+    os.environ.setdefault("OMP_NUM_THREADS", str(thread_limit()))
 
 if TYPE_CHECKING:
     from deploy.detector import Detector

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Callable, Dict
 
@@ -52,6 +54,25 @@ def test_a_quota_counts_as_the_number_of_processors(files: Write, texts: Dict[st
     files(texts)
     assert machine.usable_cores() == cores
     assert machine.thread_limit() == (cores if cores < 8 else None)
+
+
+CONTAINER = """
+import os, pathlib
+read = pathlib.Path.read_text
+quota = pathlib.Path("/sys/fs/cgroup/cpu.max")
+pathlib.Path.read_text = lambda path, **options: "200000 100000" if path == quota else read(path, **options)
+os.sched_getaffinity = lambda pid: set(range(8))
+import deploy
+print(os.environ["OMP_NUM_THREADS"])
+"""
+
+
+@pytest.mark.parametrize(("variables", "threads"), [({}, "2"), ({"OMP_NUM_THREADS": "5"}, "5")])
+def test_torch_and_numpy_are_told_of_a_quota(variables: Dict[str, str], threads: str) -> None:
+    others = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    words, root = [sys.executable, "-c", CONTAINER], Path(__file__).parents[2]
+    done = subprocess.run(words, cwd=root, env={**others, **variables}, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{threads}\n"
 
 
 @pytest.mark.parametrize(

@@ -485,6 +485,12 @@ def test_restrictions(name: str) -> None:
         assert refusal(made, taken_by) is None
 
 
+def test_constants_of_a_shape_have_any_type() -> None:
+    """As torch's older exporter writes them for anchors and labels."""
+    made = model("g (int64[1] s) => (int64[N] y) { y = ConstantOfShape <value = int64[1] {1}> (s) }")
+    assert [refusal(made, version) for version in EVERY_TABLE] == [None] * len(EVERY_TABLE)
+
+
 def test_what_keeps_the_restrictions_passes() -> None:
     """The same operators as above, as detectors have them."""
     text = """g (float[1, 2, 8, 8] x) => (float[1, 5] y, int64[1, 5] i)
