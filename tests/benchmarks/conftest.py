@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 import pytest
 
+from benchmarks import report
 from benchmarks.measuring.coco import METRICS
 from benchmarks.measuring.detections import write_detections
 from benchmarks.measuring.result import STAGES, STATISTICS, write_result
@@ -17,6 +18,9 @@ from deploy.files import sha256_of
 
 BOXES_XYXY = [[20.0, 10.0, 80.0, 60.0], [100.0, 40.0, 180.0, 120.0]]  # pixels of the 192 x 128 images
 CLASSES = ("disc", "star")
+AP = {"teacher": 0.52, "baseline": 0.47, "student": 0.50, "onnx-fp32": 0.5001, "onnx-int8": 0.495}
+MS = {"teacher": 200.0, "baseline": 60.0, "student": 60.0, "onnx-fp32": 40.0, "onnx-int8": 16.0}
+"""Role -> what the results of a whole run say."""
 CATEGORY_IDS = (3, 7)
 
 
@@ -220,3 +224,24 @@ def result(tmp_path):
         return path
 
     return make
+
+
+@pytest.fixture
+def results(result):
+    """The ten result files of a whole run."""
+    made_from = {"student": "teacher", "onnx-fp32": "student", "onnx-int8": "onnx-fp32"}
+    paths = [result(role, ap=AP[role], made_from=made_from.get(role)) for role in AP]
+    return paths + [result(role, ms=MS[role], made_from=made_from.get(role)) for role in reversed(list(AP))]
+
+
+@pytest.fixture
+def run_report(tmp_path, capsys):
+    """Runs the command: (status, stderr, report.json or None)."""
+
+    def run_report(results, *words):
+        output = tmp_path / "out" / "report.html"
+        status = report.main([*map(str, results), "-o", str(output), *map(str, words)])
+        document = output.with_suffix(".json")
+        return status, capsys.readouterr().err, json.loads(document.read_text()) if document.exists() else None
+
+    return run_report

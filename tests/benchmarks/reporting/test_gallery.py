@@ -64,3 +64,19 @@ def test_images_that_are_missing_or_others_are_left_out(tmp_path):
     sides = (side("Teacher", [1], (1, 0, 3)), side("INT8", [1]))
     images = [image("none.png"), image("small.png")]
     assert gallery(images, tmp_path, {}, sides, NAMES) == ([], ["none.png", "small.png"])
+
+
+def test_the_gallery_needs_the_annotations_and_images_measured_with(data_dir, results, run_report, tmp_path):
+    document = run_report(results)[2]
+    assert not [note for note in document["notes"] if "allery" in note]
+    (data_dir / "images" / "sub" / "2.png").unlink()
+    notes = "\n".join(run_report(results)[2]["notes"])
+    assert "Gallery images not shown: 1. sub/2.png" in notes
+    annotations = data_dir / "annotations" / "instances_test.json"
+    annotations.rename(tmp_path / "moved.json")
+    assert "No gallery: " in "\n".join(run_report(results)[2]["notes"])
+    assert "No gallery: " not in "\n".join(run_report(results, "--annotations", tmp_path / "moved.json")[2]["notes"])
+    annotations.write_text((tmp_path / "moved.json").read_text() + " ")
+    status, error, _ = run_report(results)
+    assert status == 2
+    assert "is not the annotation file that the models were measured with" in error
