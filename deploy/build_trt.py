@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, List, Optional
 from deploy.commands import run_command
 from deploy.contract import load_contract
 from deploy.errors import ConfigError, EngineBuildError, MissingDependencyError, command
+from deploy.runtime.golden import TOLERANCES, tolerance_of_integer_kernels
 from deploy.runtime.session import OrtSession, Session
 from deploy.tensorrt.engine import NetworkSource, make_engine, open_machine, some_names, tell_float_convolutions
 from deploy.tensorrt.options import (
@@ -54,6 +55,9 @@ def main(argv: Optional[List[str]] = None) -> int:
     source = read_source(arguments.model, options.precision, arguments.data)
     graph = _checked_graph(source, machine.recipe, machine.trt.__version__)
     reference = _onnx_runtime(source.path)
+    tolerance = TOLERANCES[options.precision]
+    if source.is_quantised and reference is not None and options.dla_core is None:  # it is INT8 elsewhere, too
+        tolerance = tolerance_of_integer_kernels(reference, source.model)
     try:
         make_engine(
             machine,
@@ -66,6 +70,7 @@ def main(argv: Optional[List[str]] = None) -> int:
             {"onnx": source.path},
             source.parameters,
             reference,
+            tolerance,
         )
     finally:
         if reference is not None:

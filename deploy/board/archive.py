@@ -12,6 +12,7 @@ Making one needs onnx and onnxruntime, `unpack` neither. The command is `deploy.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gzip
 import hashlib
 import io
@@ -33,7 +34,7 @@ from deploy.board.run import MANIFEST, fault_of_files
 from deploy.contract import OUTPUTS, package_versions, sidecar_path
 from deploy.errors import ConfigError, ContractError, PipelineError
 from deploy.files import AnyPath, replacing
-from deploy.runtime.golden import SEEDS, noise_input
+from deploy.runtime.golden import SEEDS, noise_input, tolerance_of_integer_kernels
 from deploy.runtime.session import OrtSession
 
 if TYPE_CHECKING:
@@ -145,6 +146,9 @@ def files_of_bundle(sources: Mapping[str, OnnxFile]) -> Dict[str, bytes]:
             "amax": source.amax,
             "graphs": _add_graphs(kind, source, ranges, files),
         }
+        if kind == "int8":
+            with OrtSession(source.path) as session:
+                described[kind]["tolerance"] = dataclasses.asdict(tolerance_of_integer_kernels(session, source.model))
         files.update(golden_files(kind, source))
     manifest = {
         "bundle_version": BUNDLE_VERSION,

@@ -21,7 +21,7 @@ from deploy.contract import ModelContract, sidecar_path, write_sidecar
 from deploy.errors import ConfigError
 from deploy.files import AnyPath, check_writable, read_json, replacing, write_json
 from deploy.int8_format import FloatReason
-from deploy.runtime.golden import TOLERANCES, check_agreement, words_of_agreement
+from deploy.runtime.golden import Tolerance, check_agreement, measure_agreement, words_of_agreement
 from deploy.runtime.session import Session
 from deploy.tensorrt.bindings import load_tensorrt
 from deploy.tensorrt.builder import build_plan
@@ -98,6 +98,7 @@ def make_engine(
     inputs: Mapping[str, Path],
     parameters: int,
     reference: Optional[Session],
+    tolerance: Tolerance,
 ) -> None:
     """
     Builds an engine, checks it, writes it with its sidecar and says what it is.
@@ -105,6 +106,7 @@ def make_engine(
     Args:
         inputs: name -> file, for the sidecar.
         reference: what the engine is compared with; None where there is nothing.
+        tolerance: how far it may differ from that.
 
     Raises:
         EngineBuildError: it cannot be built, or is not right: nothing is kept.
@@ -122,7 +124,7 @@ def make_engine(
         write_json(_measured_on(timing_cache), {key: here[key] for key in TIMED_ON})
     found = coverage(trt, plan, options)
     check_precision(found, options.precision)
-    golden = check_plan(trt, plan, reference, options) if reference is not None else None
+    golden = check_plan(trt, plan, reference, options, tolerance) if reference is not None else None
     details = {
         **dataclasses.asdict(options),
         **here,
@@ -137,6 +139,12 @@ def make_engine(
     }
     write_engine(output, plan, inputs, contract, details)
     checked = words_of_agreement(golden) if golden else "NOT compared with ONNX Runtime"
+    if golden and not golden["agrees"]:
+        print(
+            f"warning: {output} is kept since --keep-differing is given: {checked}, where {tolerance.matched:.0%} were "
+            f"expected within {tolerance.box} of the box size and {tolerance.logit} in logit. Measure its AP.",
+            file=sys.stderr,
+        )
     print(f"{output}: {len(plan) / 2**20:.1f} MiB, built in {build_s:.0f} s, {checked}; {_layers(found)}")
 
 
@@ -151,16 +159,21 @@ def some_names(names: Sequence[str]) -> str:
     return ", ".join(names) if len(names) <= 4 else f"{', '.join(names[:3])} and {len(names) - 3} more"
 
 
-def check_plan(trt: ModuleType, plan: bytes, reference: Session, options: BuildOptions) -> Dict[str, float]:
+def check_plan(
+    trt: ModuleType, plan: bytes, reference: Session, options: BuildOptions, tolerance: Tolerance
+) -> Dict[str, Any]:
     """
-    How well the engine agrees with the reference, as `check_agreement` says.
+    How well the engine agrees with the reference, as `measure_agreement` says; `agrees`, whether that is well enough;
+    `tolerance`, the fields of that.
 
     Raises:
-        EngineBuildError: the engine's detections are not those of the reference.
+        EngineBuildError: the engine's detections are not those of the reference, and `options` do not keep it.
     """
     cuda = load_cuda("checking the engine")
     with PlanSession(plan, reference.contract, trt, cuda, options.dla_core, options.version_compatible) as engine:
-        return check_agreement(reference, engine, TOLERANCES[options.precision])
+        found = (measure_agreement if options.keep_differing else check_agreement)(reference, engine, tolerance)
+    agrees = found["matched"] >= tolerance.matched
+    return {**found, "agrees": agrees, "tolerance": dataclasses.asdict(tolerance)}
 
 
 def default_timing_cache(machine: Mapping[str, Optional[str]]) -> Path:

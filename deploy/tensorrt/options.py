@@ -46,6 +46,8 @@ class BuildOptions:
     """For each GPU from Ampere on, not this one alone."""
     version_compatible: bool = False
     """For later versions of the same major version too."""
+    keep_differing: bool = False
+    """Whether an engine is kept whose answers are not those of ONNX Runtime."""
 
 
 class Typing(NamedTuple):
@@ -211,6 +213,11 @@ def add_build_arguments(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument(
         "--version-compatible", action="store_true", help="for later TensorRT of the same major version too; slower"
     )
+    parser.add_argument(
+        "--keep-differing", action="store_true",
+        help="keep an engine whose answers differ from ONNX Runtime's by more than its precision explains; its sidecar "
+        "and results say so. Measure its AP before it ships",
+    )  # fmt: skip
     parser.add_argument("--verbose", action="store_true", help="print all that TensorRT logs")
 
 

@@ -17,6 +17,7 @@ from deploy.contract import ModelContract, load_contract, read_sidecar, sidecar_
 from deploy.errors import ContractError, PipelineError
 from deploy.files import AnyPath
 from deploy.machine import board_model, power_mode
+from deploy.runtime.golden import words_of_agreement
 from deploy.runtime.session import Arrays, Session
 from deploy.targets import version_numbers
 from deploy.tensorrt.bindings import load_tensorrt, logger
@@ -342,6 +343,9 @@ class TrtSession(PlanSession):
         dla_core, version_compatible = built_on.get("dla_core"), bool(built_on.get("version_compatible"))
         super().__init__(plan, contract, trt, cuda, dla_core, version_compatible)
         self.description += f", {words_of_precision(built_on)}"
+        golden = built_on.get("golden") or {}
+        if not golden.get("agrees", True):
+            self.description += f", DIFFERS from ONNX Runtime ({words_of_agreement(golden)})"
 
 
 def describe_machine(trt: ModuleType, cuda: Cuda) -> Dict[str, Optional[str]]:

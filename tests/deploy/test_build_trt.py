@@ -17,7 +17,7 @@ from deploy.build_trt import main
 from deploy.contract import sidecar_path, write_sidecar
 from deploy.errors import MissingDependencyError
 from deploy.graphs.precision import BEHIND
-from deploy.runtime.golden import noise_input
+from deploy.runtime.golden import TOLERANCES, noise_input
 from deploy.runtime.session import OrtSession
 from deploy.tensorrt.session import TrtSession
 
@@ -110,6 +110,33 @@ def test_a_wrong_engine_is_not_kept_and_the_old_one_stays(
     assert (engine.read_bytes(), sidecar_path(engine).read_bytes()) == before
     assert left_over(tmp_path) == ["student.engine", "student.engine.json"]
     assert not fake_cuda.memory
+
+
+def test_a_differing_engine_is_kept_where_asked_and_says_so(
+    detector_file: File, fake_tensorrt: Install, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trt = fake_tensorrt("11.4.0.106")
+    source, engine = detector_file("mini.onnx"), tmp_path / "student.engine"
+    for shift_px, differs in ((8.0, True), (0.0, False)):
+        trt.test.shift_px = shift_px
+        assert main([str(source), "--fp16", "--keep-differing", "-o", str(engine)]) == 0
+        assert ("kept since --keep-differing is given: " in capsys.readouterr().err) == differs
+        golden = json.loads(sidecar_path(engine).read_text())["details"]["golden"]
+        assert golden["agrees"] == (not differs)
+        assert golden["tolerance"] == {"box": 0.02, "logit": 0.1, "matched": 0.95}
+        with TrtSession(engine) as session:  # what latency results and the report show
+            assert ("fp16, DIFFERS from ONNX Runtime (" in session.description) == differs
+
+
+def test_the_tolerance_of_int8_is_that_of_integer_kernels(
+    detector_file: File, fake_tensorrt: Install, tmp_path: Path
+) -> None:
+    trt, source, engine = fake_tensorrt("10.3.0"), detector_file("mini.onnx", np.int8), tmp_path / "student.engine"
+    assert main([str(source), "--int8", "-o", str(engine)]) == 0
+    tolerance = json.loads(sidecar_path(engine).read_text())["details"]["golden"]["tolerance"]
+    assert tolerance["box"] < TOLERANCES["int8"].box
+    trt.test.shift_px = 2.0  # within what held for every INT8 model, beyond what rounding does to this one
+    assert main([str(source), "--int8", "-o", str(engine)]) == 2
 
 
 def test_without_onnx_runtime_the_missing_check_is_told(
@@ -483,7 +510,7 @@ def test_help_imports_nothing_heavy() -> None:
     for flag in (
         "--fp16", "--int8", "--data", "--output", "--target", "--scales", "--workspace-mib", "--shapes", "--opt-level",
         "--timing-cache", "--no-timing-cache", "--dla-core", "--gpu-fallback", "--hardware-compatible",
-        "--version-compatible", "--verbose",
+        "--version-compatible", "--verbose", "--keep-differing",
     ):  # fmt: skip
         assert flag in found.stdout
     assert found.stdout.splitlines()[-1] == "[]"

@@ -55,6 +55,7 @@ def test_a_bundle_holds_what_a_board_needs(sources: Sources, tmp_path: Path, det
             for name in detector_contract.output_names:
                 assert np.array_equal(np.load(folder / f"golden/1.{kind}.{name}.npy"), outputs[name])
     assert manifest["sources"]["float"]["amax"] == {}
+    assert set(manifest["sources"]["int8"]["tolerance"]) == {"box", "logit", "matched"}
     assert manifest["sources"]["int8"]["amax"]["images"] == pytest.approx(6.0)
     assert np.array_equal(np.load(folder / "golden/2.input.npy"), noise_input(detector_contract, 2))
     assert str(tmp_path) not in (folder / MANIFEST).read_text()

@@ -16,6 +16,7 @@ from deploy.runtime.golden import (
     check_agreement,
     match_distances,
     noise_input,
+    tolerance_from_distances,
 )
 from deploy.runtime.session import Session
 
@@ -107,6 +108,16 @@ def test_noise_of_pixels_and_of_any_number_of_images(detector_contract: ModelCon
     mean, std = np.float32(detector_contract.mean), np.float32(detector_contract.std)
     normalised = ((found.astype(np.float32) - mean) / std).transpose(0, 3, 1, 2)
     assert np.array_equal(normalised, noise_input(detector_contract, 0))  # the same picture
+
+
+def test_the_tolerance_of_integer_kernels() -> None:
+    spread = np.stack([np.linspace(0, 0.1, 101), np.linspace(0, 1, 101)], -1)
+    assert tolerance_from_distances(spread) == Tolerance(0.27, 2.7, 0.9)  # three times what nine of ten are within
+    assert tolerance_from_distances(spread / 1e6) == Tolerance(0.02, 0.1, 0.9)  # at least what FP16 has
+    spread[:40] = np.inf  # labels that rounding changes have no match
+    assert tolerance_from_distances(spread).matched == pytest.approx(61 / 101 - 0.05, abs=1e-4)
+    assert tolerance_from_distances(np.full((3, 2), np.inf)) == TOLERANCES["int8"]
+    assert tolerance_from_distances(np.empty((0, 2))) == TOLERANCES["int8"]
 
 
 @pytest.fixture
