@@ -38,7 +38,7 @@ from benchmarks.reporting.operating_point import best_f1, comparison, found_scor
 from benchmarks.reporting.wording import between_points, points, signed_points
 from deploy.commands import run_relayed
 from deploy.data_arguments import SetOptions, set_options
-from deploy.dataset import CocoImage, CocoSet, coco_document
+from deploy.dataset import CocoImage, CocoSet, check_pictures, coco_document
 from deploy.detector import open_session
 from deploy.errors import ConfigError, DataError, command
 from deploy.files import check_writable
@@ -98,7 +98,12 @@ def detections_from_session(session: Session, data: CocoSet) -> CocoResults:
     """COCO results of every image: `image_id`, `category_id`, `bbox` (x, y, width, height in pixels), `score`."""
     results: CocoResults = []
     for image in progress(data.images, len(data.images), "images"):
-        prepared = preprocess(read_image(image.path), session.contract)
+        try:
+            pixels = read_image(image.path)
+        except DataError:
+            check_pictures(data.images)  # names all that are damaged, not one a time
+            raise
+        prepared = preprocess(pixels, session.contract)
         batch = np.repeat(prepared.input, session.batch_limits[0], axis=0)
         outputs = session.infer({session.contract.input_name: batch})
         results += coco_from_detections(

@@ -21,9 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from crosskd.corrections import correct_entries, correct_sizes, image_entries
-from deploy.coco_file import ERROR, Fault, coco_file_from_document, read_document
-from deploy.dataset import coco_document, coco_set_from_file, faults_of_files, file_of_image
+from crosskd.corrections import ImageFiles, correct_entries, correct_sizes, image_entries
+from deploy.coco_file import ERROR, NOTE, Fault, coco_file_from_document, read_document
+from deploy.dataset import coco_document, coco_set_from_file, fault_of_pictures, faults_of_files, undecodable
 from deploy.errors import ConfigError, DataError, command
 from deploy.files import check_writable, sha256_of, write_json
 from deploy.layouts import LAYOUT, known_splits, split_paths
@@ -32,6 +32,8 @@ from deploy.progress import progress
 SIZES = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, np.inf)}
 """COCO's sizes of objects -> square pixels, from and below."""
 EXAMPLES = 3
+PICTURES_DECODED = 1000
+"""Of each split, unless all are asked for: a picture takes milliseconds, its header microseconds."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +59,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("data", metavar="DIR", help=f"data folder: {LAYOUT}")
     parser.add_argument("--write", metavar="CLEAN_DIR", help="folder to make, with corrected annotations")
+    parser.add_argument(
+        "--decode-all", action="store_true", help=f"decode every picture, not only {PICTURES_DECODED} of each split"
+    )
     arguments = parser.parse_args(argv)
     clean_dir = Path(arguments.write) if arguments.write else None
     if clean_dir is not None and clean_dir.exists():
@@ -65,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     paths = {split: split_paths(arguments.data, split) for split in splits}
     reports = {}
     for split, (path, images_dir) in paths.items():
-        reports[split] = report_of_split(path, images_dir, clean_dir is not None)
+        reports[split] = report_of_split(path, images_dir, clean_dir is not None, arguments.decode_all)
         print(words_of_split(split, path, reports[split]))
     print(table_of_classes(reports))
     twice = same_images({split: report.image_paths for split, report in reports.items()})
@@ -91,9 +96,14 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def report_of_split(annotations: Path, images_dir: Path, correct: bool) -> SplitReport:
+def report_of_split(
+    annotations: Path, images_dir: Path, correct: bool = False, decode_all: bool = False
+) -> SplitReport:
     """
     What is wrong with a split, and, if asked for, its corrected annotations.
+
+    Args:
+        decode_all: decode every picture; else PICTURES_DECODED of them, spread over the split.
 
     Raises:
         DataError: the file is missing or is no COCO detection file.
@@ -101,12 +111,21 @@ def report_of_split(annotations: Path, images_dir: Path, correct: bool) -> Split
     document = read_document(annotations)
     file = coco_file_from_document(document, annotations, images_dir)
     images = image_entries(document, images_dir)
-    files = [file_of_image(image) for image in progress(images, len(images), f"images of {annotations.name}")]
+    known = ImageFiles()
+    files = [known.of_image(image) for image in progress(images, len(images), f"images of {annotations.name}")]
     faults = [*file.faults, *faults_of_files(images, files)]
+    whole = [image for image, one in zip(images, files, strict=True) if not one.missing and not one.header.fault]
+    tried = whole if decode_all else whole[:: max(1, -(-len(whole) // PICTURES_DECODED))]
+    known.damaged = undecodable(tried)
+    if known.damaged:
+        faults.append(fault_of_pictures(known.damaged, len(tried)))
+    if len(tried) < len(whole):
+        text = f"{len(tried)} of {len(whole)} pictures were decoded; --decode-all tries all"
+        faults.append(Fault("not_decoded", NOTE, len(whole) - len(tried), text))
     changes: collections.Counter[str] = collections.Counter()
     corrected = None
     if correct:
-        corrected = corrected_document(document, annotations, images_dir, changes)
+        corrected = corrected_document(document, annotations, images_dir, known, changes)
     areas = file.areas[file.usable]
     return SplitReport(
         file.class_names, file.category_ids, file.boxes_by_class().tolist(),
@@ -116,19 +135,28 @@ def report_of_split(annotations: Path, images_dir: Path, correct: bool) -> Split
 
 
 def corrected_document(
-    document: dict[str, Any], annotations: Path, images_dir: Path, changes: collections.Counter[str]
+    document: dict[str, Any],
+    annotations: Path,
+    images_dir: Path,
+    files: ImageFiles,
+    changes: collections.Counter[str],
 ) -> dict[str, Any] | None:
     """
     The corrected annotations of a split, or None if a fault is left. `document` is changed.
 
     Args:
-        changes: counts what was corrected.
+        files: what is known of the image files. changes: counts what was corrected.
     """
-    correct_entries(document, images_dir, changes)
-    correct_sizes(document, images_dir, changes)
+    correct_entries(document, images_dir, files, changes)
+    if not document["images"] or not document["categories"]:
+        return None
+    correct_sizes(document, images_dir, files, changes)
     file = coco_file_from_document(document, annotations, images_dir)
-    # Boxes of no use are dropped, however many they are.
-    if any(fault.code == "box_pattern" for fault in file.faults):
+    # Boxes without a size are dropped, however many they are; many that lie elsewhere are in other units, or of other
+    # images, as are those whose pattern shows a mistake.
+    codes = {fault.code for fault in file.faults if fault.severity == ERROR}
+    elsewhere = codes & {"box_pattern", "outside"}
+    if elsewhere or not len(file.rows):
         return None
     dropped = len(document["annotations"]) - len(file.rows)
     if dropped:
@@ -136,7 +164,7 @@ def corrected_document(
         document["annotations"] = [document["annotations"][row] for row in file.rows.tolist()]
         file = coco_file_from_document(document, annotations, images_dir)
     images = image_entries(document, images_dir)
-    left = [*file.faults, *faults_of_files(images, [file_of_image(image) for image in images])]
+    left = [*file.faults, *faults_of_files(images, files.of(images))]
     if any(fault.severity == ERROR for fault in left):
         return None
     return coco_document(coco_set_from_file(file, images_dir), as_annotated=True)

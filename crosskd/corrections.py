@@ -3,17 +3,40 @@
 from __future__ import annotations
 
 import collections
+import itertools
+import os
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
-from deploy.dataset import CocoImage, file_of_image, scale_of, size_fault
+from deploy.coco_file import is_side
+from deploy.dataset import CocoImage, ImageFile, file_of_image, path_in_other_letters, scale_of, size_fault
 
 Entry = dict[str, Any]
 Changes = collections.Counter[str]
 FLAGS = {"0": 0, "1": 1, "false": 0, "true": 1}
 NO_BOXES = [np.zeros(0)] * 6
+NAMES = {"images": "file_name", "categories": "name"}
+"""List -> what two entries with one id must have in common to be the same thing twice."""
+
+
+class ImageFiles:
+    """What the files of images say of themselves; each file is looked at once."""
+
+    def __init__(self) -> None:
+        self.damaged: dict[Path, str] = {}
+        """Pictures that cannot be decoded -> why."""
+        self._known: dict[Path, ImageFile] = {}
+
+    def of(self, images: Sequence[CocoImage]) -> list[ImageFile]:
+        return [self.of_image(image) for image in images]
+
+    def of_image(self, image: CocoImage) -> ImageFile:
+        if image.path not in self._known:
+            self._known[image.path] = file_of_image(image)
+        return self._known[image.path]
 
 
 def image_entries(document: Entry, images_dir: Path) -> list[CocoImage]:
@@ -22,13 +45,13 @@ def image_entries(document: Entry, images_dir: Path) -> list[CocoImage]:
 
 
 def _image(entry: Entry, images_dir: Path) -> CocoImage:
-    width, height = (side if type(side := entry.get(key)) is int and side > 0 else 1 for key in ("width", "height"))
+    width, height = (side if is_side(side := entry.get(key)) else 1 for key in ("width", "height"))
     return CocoImage(entry.get("id"), images_dir / str(entry.get("file_name")), width, height, *NO_BOXES)  # type: ignore[arg-type]
 
 
-def correct_entries(document: Entry, images_dir: Path, changes: Changes) -> None:
+def correct_entries(document: Entry, images_dir: Path, files: ImageFiles, changes: Changes) -> None:
     """
-    Corrects names, ids, references, flags and areas in place, and drops images that cannot be read.
+    Corrects names, ids, references, flags, boxes and areas in place, and drops images that cannot be read.
 
     Args:
         changes: counts what was corrected.
@@ -37,15 +60,15 @@ def correct_entries(document: Entry, images_dir: Path, changes: Changes) -> None
         name = file_name_there(images_dir, entry.get("file_name"))
         if name is not None and name != entry.get("file_name"):
             entry["file_name"] = name
-            changes["file names without back-slashes and doubled folders"] += 1
+            changes["file names, made those of the files"] += 1
     readable = []
     for entry, image in zip(document["images"], image_entries(document, images_dir), strict=True):
-        file = file_of_image(image)
-        if file.missing or file.header.fault:
+        file = files.of_image(image)
+        if file.missing or file.header.fault or image.path in files.damaged:
             changes["images that are missing or cannot be read, dropped"] += 1
             continue
         readable.append(entry)
-        if not all(type(entry.get(key)) is int and entry[key] > 0 for key in ("width", "height")):
+        if not all(is_side(entry.get(key)) for key in ("width", "height")):
             entry["width"], entry["height"] = file.shown_wh_px
             changes["sizes of images, taken from the pictures"] += 1
     document["images"] = readable
@@ -64,6 +87,10 @@ def correct_entries(document: Entry, images_dir: Path, changes: Changes) -> None
             if isinstance(value, str) and value.strip().lower() in FLAGS:
                 entry[key] = FLAGS[value.strip().lower()]
                 changes[f"{key} that was a string, made a number"] += 1
+        box = _number_box(entry)
+        if box is not None:
+            entry["bbox"] = box
+            changes["boxes made of strings or polygons"] += 1
         if isinstance(entry.get("area"), str):
             try:
                 entry["area"] = float(entry["area"])
@@ -85,18 +112,35 @@ def file_name_there(images_dir: Path, name: Any) -> str | None:
         parts = [part for part in PurePosixPath(form).parts if part not in ("/", "..", ".")]
         for start in range(len(parts)):
             shorter = "/".join(parts[start:])
-            if (images_dir / shorter).is_file():
+            if os.path.isfile(images_dir / shorter):
                 return name if shorter == name else shorter
-    return None
+    there = path_in_other_letters(images_dir / name)
+    return None if there is None or images_dir not in there.parents else there.relative_to(images_dir).as_posix()
 
 
-def correct_sizes(document: Entry, images_dir: Path, changes: Changes) -> None:
+def _number_box(entry: Entry) -> list[float] | None:
+    """The box of an annotation whose box is four texts, or is not there but for polygons around it; else None."""
+    box, polygons = entry.get("bbox"), entry.get("segmentation")
+    try:
+        if isinstance(box, list) and len(box) == 4 and all(isinstance(value, str) for value in box):
+            return [float(value) for value in box]
+        if box or not isinstance(polygons, list):
+            return None
+        points = np.array(list(itertools.chain.from_iterable(polygons)), np.float64).reshape(-1, 2)
+        low, high = points.min(axis=0), points.max(axis=0)
+        return [*low.tolist(), *(high - low).tolist()]
+    except (TypeError, ValueError):
+        return None
+
+
+def correct_sizes(document: Entry, images_dir: Path, files: ImageFiles, changes: Changes) -> None:
     """Turns and scales the boxes of images that were turned by EXIF or scaled since they were annotated, in place."""
     boxes_of: dict[Any, list[Entry]] = collections.defaultdict(list)
     for entry in document["annotations"]:
-        boxes_of[entry.get("image_id")].append(entry)
+        if type(entry.get("image_id")) is int:
+            boxes_of[entry["image_id"]].append(entry)
     for entry, image in zip(document["images"], image_entries(document, images_dir), strict=True):
-        file = file_of_image(image)
+        file = files.of_image(image)
         fault = size_fault(image, file)
         if fault not in ("turned", "scaled"):
             continue
@@ -140,12 +184,15 @@ def _canonical(value: Any) -> Any:
     if type(value) is float and value.is_integer():
         return int(value)
     if isinstance(value, str):
-        return int(value) if value.strip().isdigit() else value
+        return int(value) if value.strip().isdecimal() and len(value) < 100 else value
     return None
 
 
 def _renumber(document: Entry, key: str, field: str, changes: Changes) -> None:
-    """Makes the ids of a list integers, with the references to them; of several with one id the first stays."""
+    """
+    Makes the ids of a list integers, with the references to them. What is there twice stays once; different things
+    with one id stay, since only a person knows which of them a box is of.
+    """
     entries, forms = document[key], [_canonical(entry.get("id")) for entry in document[key]]
     changed = sum(
         entry.get("id") != form or type(entry.get("id")) is not int for entry, form in zip(entries, forms, strict=True)
@@ -153,18 +200,21 @@ def _renumber(document: Entry, key: str, field: str, changes: Changes) -> None:
     references = sum(type(entry.get(field)) is not int for entry in document["annotations"])
     new_id = {form: form for form in forms}
     if not all(isinstance(form, int) for form in forms):
-        new_id = {form: number for number, form in enumerate(dict.fromkeys(forms), start=1)}
-    kept, seen = [], set()
+        # In the order of the ids, so that the same ones get the same numbers in all splits.
+        new_id = {form: number for number, form in enumerate(sorted(set(forms), key=str), start=1)}
+    kept: list[Entry] = []
+    seen: dict[Any, Any] = {}
     for entry, form in zip(entries, forms, strict=True):
-        if form is None or form in seen:
+        name = entry.get(NAMES[key])
+        if form is None or (form in seen and seen[form] == name):
             continue
-        seen.add(form)
+        seen[form] = name
         entry["id"] = new_id[form]
         kept.append(entry)
     if changed:
         changes[f"ids of {key}, made integers"] += changed
     if len(kept) < len(entries):
-        changes[f"{key} with the id of another or none, dropped"] += len(entries) - len(kept)
+        changes[f"{key} that are there twice or have no id, dropped"] += len(entries) - len(kept)
     document[key] = kept
     if changed or references:
         for entry in document["annotations"]:

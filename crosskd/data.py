@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from crosskd.settings import EVALUATORS, datasets_of, metrics_of, transforms_of
 from deploy.data_arguments import add_data_argument, add_strict_argument
-from deploy.dataset import CocoSet, coco_document, load_coco, renumbered, with_classes
+from deploy.dataset import CocoSet, check_pictures, coco_document, load_coco, renumbered, with_classes
 from deploy.errors import ConfigError, DataError
 from deploy.files import write_json
 from deploy.layouts import has_split, split_paths
@@ -83,6 +83,7 @@ def data_from_arguments(arguments: argparse.Namespace) -> TrainingData:
     if arguments.data is not None and has_split(arguments.data, "test"):
         paths["test"] = split_paths(arguments.data, "test")
     sets = load_splits(paths, arguments.strict, arguments.drop_empty_classes, only_classes=("test",))
+    check_pictures(sets["val"].images)  # a damaged one would end the training at the first evaluation
     return TrainingData(sets["train"], sets["val"])
 
 

@@ -109,7 +109,8 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=10,
         metavar="N",
-        help="batches in a row whose loss is not finite, which are skipped, before training ends (default: 10)",
+        help="batches in a row that are skipped, for a loss that is not finite or an image that cannot be read, before "
+        "training ends (default: 10)",
     )
     parser.add_argument(
         "--log-to", nargs="+", choices=sorted(LOG_BACKENDS), default=[], help="besides RUN_DIR/log.jsonl"

@@ -209,6 +209,19 @@ def _is_integer(value: Any) -> bool:
     return type(value) is int  # JSON's true is an int to isinstance
 
 
+def is_side(value: Any) -> bool:
+    """Whether a value is a width or height of an image, in pixels."""
+    return _is_integer(value) and 0 < value < 2**31
+
+
+def _is_text(value: Any) -> bool:
+    """Whether a value is a text that a file or a class can have as its name."""
+    if not isinstance(value, str) or not value or "\0" in value:
+        return False
+    # JSON may hold one half of a surrogate pair, which no encoding has.
+    return value.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in value)
+
+
 def _only_of(values: Sequence[Any], types: Tuple[type, ...]) -> bool:
     return set(map(type, values)) <= set(types)
 
@@ -219,7 +232,7 @@ def _where_not(values: Sequence[Any], is_right: Callable[[Any], bool]) -> List[i
 
 def _names(categories: Sequence[Entry], faults: _Faults) -> List[str]:
     names = [entry.get("name") for entry in categories]
-    wrong = _where_not(names, lambda name: isinstance(name, str) and bool(name))
+    wrong = _where_not(names, _is_text)
     faults.add(
         "category_name", ERROR, "categories", wrong, lambda index: f"name is {_short(names[index])}",
         "the name of the class. Add it",
@@ -258,7 +271,7 @@ def _index_of_id(entries: Sequence[Entry], key: str, faults: _Faults) -> Dict[in
 
 def _sizes(images: Sequence[Entry], key: str, faults: _Faults) -> List[int]:
     values = [entry.get(key) for entry in images]
-    wrong = _where_not(values, lambda value: _is_integer(value) and 0 < value < 2**31)
+    wrong = _where_not(values, is_side)
     faults.add(
         "size", ERROR, "images", wrong, lambda index: f"{key} is {_short(values[index])}",
         f"a positive integer, in pixels. {COMMAND} takes it from the picture",
@@ -270,7 +283,7 @@ def _sizes(images: Sequence[Entry], key: str, faults: _Faults) -> List[int]:
 
 def _file_names(images: Sequence[Entry], images_dir: Path, faults: _Faults) -> List[str]:
     names = [entry.get("file_name") for entry in images]
-    wrong = _where_not(names, lambda name: isinstance(name, str) and bool(name) and "\0" not in name)
+    wrong = _where_not(names, _is_text)
     faults.add(
         "file_name", ERROR, "images", wrong, lambda index: f"file_name is {_short(names[index])}",
         f"the image's path inside {images_dir}",
@@ -283,6 +296,15 @@ def _file_names(images: Sequence[Entry], images_dir: Path, faults: _Faults) -> L
         "file_name_leaves", ERROR, "images", leaves,
         lambda index: f"file_name {names[index]!r} leaves the image folder", f"a path inside {images_dir}",
     )  # fmt: skip
+    if not wrong and len(set(names)) < len(names):
+        first: Dict[Any, int] = {}
+        again = [index for index, name in enumerate(names) if first.setdefault(name, index) != index]
+        faults.add(
+            "file_name_twice", NOTE, "images", again,
+            lambda index: f"file_name {names[index]!r} is also that of images[{first[names[index]]}], so that each of "
+            "the two has a part of the picture's boxes, or all twice",
+            "one entry for each picture",
+        )  # fmt: skip
     return [str(name) for name in names]
 
 
@@ -406,8 +428,11 @@ def _bad_boxes(
         fits = (boxes[:, :2] + boxes[:, 2:] <= swapped + 1).all(axis=1)
         if fits[known & numeric].mean() > 1 - SHARE_OF_BAD_BOXES:
             hint += ". Width and height of the images look exchanged"
+    form = "four finite numbers [x, y, width, height], in pixels"
+    if any(not entries[row].get("bbox") and entries[row].get("segmentation") for row in np.flatnonzero(~numeric)):
+        form += f". Some have a segmentation in its place: {COMMAND} makes boxes of polygons"
     for code, chosen, what, expected in (
-        ("not_a_box", ~numeric, "", "four finite numbers [x, y, width, height], in pixels"),
+        ("not_a_box", ~numeric, "", form),
         ("no_size", no_size, ", of no size", "positive width and height"),
         ("outside", outside, " lies wholly outside its image", "some of it in the image"),
     ):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import collections
+import concurrent.futures
 import dataclasses
+import os
 import sys
+import unicodedata
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -25,8 +28,9 @@ from deploy.coco_file import (
 )
 from deploy.errors import ConfigError, DataError
 from deploy.files import AnyPath
-from deploy.images import ImageHeader, read_header, shown_size_px, used_bits, words_of_empty_bits
+from deploy.images import ImageHeader, read_header, read_image, shown_size_px, used_bits, words_of_empty_bits
 from deploy.layouts import split_paths
+from deploy.progress import progress
 
 IMAGES_OF_16_BITS = 16
 """So many are decoded to see whether their upper bits are in use."""
@@ -255,10 +259,46 @@ def file_of_image(image: CocoImage) -> ImageFile:
         if header.fault:
             return ImageFile(header, (0, 0))
         return ImageFile(header, shown_size_px(image.path, header))
-    except OSError as error:
-        return ImageFile(ImageHeader(""), (0, 0), error.strerror or str(error))
+    except (OSError, ValueError) as error:  # a name may be one that no file can have
+        return ImageFile(ImageHeader(""), (0, 0), getattr(error, "strerror", None) or str(error))
     except DataError as error:
         return ImageFile(ImageHeader("", fault=str(error)), (0, 0))
+
+
+def check_pictures(images: Sequence[CocoImage]) -> None:
+    """
+    Decodes every picture, in some threads: for those who would else find a damaged one after long work.
+
+    Raises:
+        DataError: some cannot be decoded; names the first of them.
+    """
+    damaged = undecodable(images)
+    if damaged:
+        raise DataError(fault_of_pictures(damaged, len(images)).text)
+
+
+def undecodable(images: Sequence[CocoImage]) -> Dict[Path, str]:
+    """The pictures that cannot be decoded -> why."""
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:  # OpenCV decodes without Python's lock
+        reasons = pool.map(_reason_not_to_decode, (image.path for image in images))
+        told = progress(zip(images, reasons), len(images), "decoding pictures") if images else ()
+        return {image.path: reason for image, reason in told if reason}
+
+
+def _reason_not_to_decode(path: Path) -> str:
+    try:
+        read_image(path)
+    except DataError as error:
+        return str(error)
+    return ""
+
+
+def fault_of_pictures(damaged: Mapping[Path, str], tried: int) -> Fault:
+    """The fault of a set with pictures as `undecodable` gives them, of so many that were tried."""
+    examples = "; ".join(list(damaged.values())[:EXAMPLES])
+    more = "; ..." if len(damaged) > EXAMPLES else ""
+    text = f"{len(damaged)} of {tried} pictures cannot be decoded: {examples}{more}. {FILE_FAULTS['unreadable'][2]}"
+    return Fault("undecodable", ERROR, len(damaged), text)
 
 
 def scale_of(image: CocoImage, file: ImageFile) -> Tuple[float, float]:
@@ -335,7 +375,8 @@ def faults_of_files(images: Sequence[CocoImage], files: Sequence[ImageFile]) -> 
             remedy = _hint_for_missing([images[index] for index in indices[:EXAMPLES]]) + remedy
         examples = "; ".join(_words_of_file(images[index], files[index]) for index in indices[:EXAMPLES])
         text = f"{len(indices)} of {len(images)} images {sentence}: {examples}. {remedy}"
-        faults.append(Fault(code, severity, len(indices), text))
+        shown = text.encode("utf-8", "backslashreplace").decode("utf-8")  # a name of half a surrogate pair
+        faults.append(Fault(code, severity, len(indices), shown))
     deep = [image for image, file in zip(images, files) if file.header.bits == 16]
     tried = deep[:IMAGES_OF_16_BITS]
     bits = max((used_bits(image.path) for image in tried), default=16)
@@ -361,13 +402,23 @@ def _words_of_file(image: CocoImage, file: ImageFile) -> str:
     return f"{named}, {image.width_px} x {image.height_px} in the annotations, {width} x {height} as it is read{by}"
 
 
+def path_in_other_letters(path: Path) -> Optional[Path]:
+    """A file that is there, whose name differs by the case of its ending or the Unicode form (macOS writes NFD)."""
+    names = [path.name, path.stem + path.suffix.lower(), path.stem + path.suffix.upper()]
+    forms = [path.with_name(unicodedata.normalize(form, name)) for name in names for form in ("NFC", "NFD")]
+    return next((form for form in forms if form != path and os.path.isfile(form)), None) if path.name else None
+
+
 def _hint_for_missing(images: Sequence[CocoImage]) -> str:
     """What may be wrong with file names that lead nowhere, as far as the names show it."""
     for image in images:
         if "\\" in image.path.name:
             return f"The name has the back-slashes of Windows: {COMMAND} makes slashes of them. "
+        there = path_in_other_letters(image.path)
+        if there is not None:
+            return f"There is {there.name!r}, in other letters: {COMMAND} corrects the name. "
         parts = image.path.parts
         for index in range(1, len(parts) - 1):
-            if Path(*parts[:index], *parts[index + 1 :]).is_file():
+            if os.path.isfile(Path(*parts[:index], *parts[index + 1 :])):
                 return f"It is there without the folder {parts[index]}/ in the name: {COMMAND} takes it off. "
     return ""

@@ -14,6 +14,12 @@ from typing import Any, Dict, Iterator, Type, Union
 from deploy.errors import PipelineError
 
 AnyPath = Union[str, Path]
+NO_TEXT = {
+    b"\x1f\x8b": "it is packed by gzip: unpack it",
+    b"PK\x03\x04": "it is a zip archive: unpack it",
+    b"version https://git-lfs": "it is a pointer of Git LFS: run git lfs pull",
+}
+"""First bytes of files that stand in the place of others -> what to do."""
 DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
@@ -95,8 +101,18 @@ def read_json(path: AnyPath, error_type: Type[PipelineError], what: str) -> Any:
         error_type: the file is missing, unreadable or not JSON; `what` says what it should have been.
     """
     try:
-        return json.loads(Path(path).read_bytes())  # UTF-8, with a byte order mark or without, or UTF-16
+        content = Path(path).read_bytes()
     except OSError as error:
         raise error_type(f"cannot read {path} ({error.strerror}); expected {what}") from error
+    try:
+        return json.loads(content)  # UTF-8, with a byte order mark or without, or UTF-16
+    except RecursionError as error:
+        raise error_type(f"{path} is nested too deeply to be read; expected {what}") from error
     except ValueError as error:
-        raise error_type(f"{path} is not JSON ({error}); expected {what}") from error
+        reason = stands_in_for(content) or ("" if content else "it is empty") or str(error)
+        raise error_type(f"{path} is not JSON ({reason}); expected {what}") from error
+
+
+def stands_in_for(content: bytes) -> str:
+    """What a file is that stands in the place of another, by its first bytes, and what to do; or nothing."""
+    return next((words for magic, words in NO_TEXT.items() if content.startswith(magic)), "")

@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 
 from deploy.errors import DataError
-from deploy.files import AnyPath
+from deploy.files import AnyPath, stands_in_for
 
 HEAD_BYTES = 4096
 """Read at once from the beginning of a file: in most files all that is looked at, but for the end."""
@@ -325,7 +325,8 @@ def _other_header(path: AnyPath, content: _Bytes) -> ImageHeader:
 
 
 def _not_an_image(content: _Bytes) -> str:
-    return f"not an image: it begins with {content.head[:8]!r}; expected {KNOWN}"
+    found = stands_in_for(content.head) or (f"it begins with {content.head[:8]!r}" if content.head else "it is empty")
+    return f"not an image: {found}; expected {KNOWN}"
 
 
 _built_in: Dict[str, bool] = {}

@@ -5,6 +5,8 @@ import dataclasses
 import json
 import tracemalloc
 
+import cv2
+import numpy as np
 import pytest
 
 from benchmarks import accuracy
@@ -46,6 +48,19 @@ def test_an_onnx_file_that_finds_everything_has_ap_1(data_dir, detector, tmp_pat
     assert result["detections"] == {"file": kept.name, "sha256": sha256_of(kept), "count": 10}
     assert json.loads(kept.read_text())[0]["bbox"] == pytest.approx([20.0, 10.0, 60.0, 50.0])
     assert "AP 100.0" in capsys.readouterr().out
+
+
+def test_all_pictures_that_cannot_be_read_are_named_at_once(data_dir, detector, tmp_path, capsys):
+    images = load_split(data_dir, "test").images
+    for image in images[1:3]:
+        noise = np.random.default_rng(0).integers(0, 255, (image.height_px, image.width_px, 3), np.uint8)
+        content = cv2.imencode(".png", noise)[1].tobytes()
+        start = content.index(b"IDAT") + 4
+        image.path.write_bytes(content[:start] + bytes(500) + content[start + 500 :])
+    assert run(detector(), "--data", data_dir, "--role", "onnx-fp32", "-o", tmp_path / "r.result.json") == 2
+    said = capsys.readouterr().err
+    assert f"2 of {len(images)} pictures cannot be decoded" in said
+    assert all(image.path.name in said for image in images[1:3])
 
 
 def test_the_same_file_on_openvino(data_dir, detector, tmp_path):

@@ -205,6 +205,117 @@ def test_nothing_is_written_where_a_person_is_needed(
     assert "is there already" in capsys.readouterr().err
 
 
+def _for_each(key: str, **fields: Any) -> Callable[[Document], None]:
+    """Changes every entry of a list; a value that can be called gets the old one."""
+
+    def change(document: Document) -> None:
+        for entry in document[key]:
+            entry.update({name: new(entry.get(name)) if callable(new) else new for name, new in fields.items()})
+
+    return change
+
+
+def _merged_without_new_ids(document: Document) -> None:
+    document["images"][1]["id"] = document["images"][0]["id"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(_for_each("annotations", bbox=[0, 0, -3, 5]), id="no box has a size"),
+        pytest.param(_for_each("annotations", bbox=lambda box: [*box, 0.9]), id="five numbers"),
+        pytest.param(_for_each("annotations", bbox=lambda box: [20 * v for v in box]), id="thousandths of the image"),
+        pytest.param(_for_each("annotations", image_id=[1]), id="no box has an image"),
+        pytest.param(_for_each("images", file_name="\ud800.jpg"), id="no text"),
+        pytest.param(_for_each("images", file_name="1.jpg\0"), id="no file name"),
+        pytest.param(_for_each("images", file_name="a" * 5000), id="longer than a file name"),
+        pytest.param(_merged_without_new_ids, id="two images with one id"),
+    ],
+)
+def test_what_leaves_nothing_or_is_a_guess_is_not_written(
+    data_dir: Path, tmp_path: Path, change: Callable[[Document], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    _change(data_dir, change)
+    assert main([str(data_dir)]) == 2
+    assert main([str(data_dir), "--write", str(tmp_path / "clean")]) == 2
+    said = capsys.readouterr()
+    assert "need a person" in said.err
+    assert (said.out + said.err).isascii()
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def _polygons(document: Document) -> None:
+    for entry in document["annotations"]:
+        x, y, width, height = entry.pop("bbox")
+        entry["segmentation"] = [[x, y, x + width, y], [x + width, y + height, x, y + height]]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(_polygons, id="polygons"),
+        pytest.param(_for_each("annotations", bbox=lambda box: [str(value) for value in box]), id="strings"),
+        pytest.param(_for_each("images", file_name=lambda name: name.upper()), id="letter case"),
+        pytest.param(lambda document: document["images"].append(dict(document["images"][0])), id="an image twice"),
+    ],
+)
+def test_boxes_and_names_are_corrected(data_dir: Path, tmp_path: Path, change: Callable[[Document], None]) -> None:
+    expected = [image.boxes_xyxy.tolist() for image in load_split(data_dir, "train").images]
+    _change(data_dir, change)
+    assert main([str(data_dir)]) == 2
+    assert main([str(data_dir), "--write", str(tmp_path / "clean")]) == 0
+    assert [image.boxes_xyxy.tolist() for image in load_split(tmp_path / "clean", "train").images] == expected
+
+
+def test_ids_that_are_words_become_the_same_numbers_in_every_split(data_dir: Path, tmp_path: Path) -> None:
+    def words(document: Document) -> None:
+        names = {1: "first", 2: "second"}
+        document["categories"] = [{"id": names[entry["id"]], "name": entry["name"]} for entry in document["categories"]]
+        for entry in document["annotations"]:
+            entry["category_id"] = names[entry["category_id"]]
+
+    _change(data_dir, words)
+    path = data_dir / "annotations/instances_val.json"
+    document = json.loads(path.read_text())
+    document["categories"].reverse()
+    path.write_text(json.dumps(document))
+    assert main([str(data_dir), "--write", str(tmp_path / "clean")]) == 0
+    sets = [load_split(tmp_path / "clean", split) for split in SPLITS]
+    assert [dict(zip(one.class_names, one.category_ids, strict=True)) for one in sets] == [{"a": 1, "b": 2}] * 3
+
+
+def _spoil_pixels(path: Path) -> None:
+    """A PNG whose first and last bytes are as they should be."""
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 60, 3), np.uint8)
+    content = cv2.imencode(".png", pixels)[1].tobytes()
+    start = content.index(b"IDAT") + 4
+    path.write_bytes(content[:start] + bytes(200) + content[start + 200 :])
+
+
+def test_pictures_are_decoded(data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _spoil_pixels(data_dir / "images/2.jpg")
+    assert main([str(data_dir)]) == 2
+    assert "error: 1 of 4 pictures cannot be decoded" in capsys.readouterr().out
+    assert main([str(data_dir), "--write", str(tmp_path / "clean")]) == 0
+    assert [image.image_id for image in load_split(tmp_path / "clean", "train").images] == [1, 3, 4]
+
+
+def test_of_many_pictures_some_are_decoded_unless_all_are_asked_for(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("crosskd.check_data.PICTURES_DECODED", 2)
+    _spoil_pixels(data_dir / "images/2.jpg")
+    assert main([str(data_dir)]) == 0
+    assert "2 of 4 pictures were decoded; --decode-all tries all" in capsys.readouterr().out
+    assert main([str(data_dir), "--decode-all"]) == 2
+
+
+def test_a_picture_in_two_entries_is_said(data_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _change(data_dir, _for_each("images", file_name="1.jpg"))
+    assert main([str(data_dir)]) == 0
+    assert "file_name '1.jpg' is also that of images[0]" in capsys.readouterr().out
+
+
 def test_turning_four_times_is_no_turning() -> None:
     box, width, height = [3.0, 5.0, 7.0, 11.0], 60, 40
     for _ in range(4):

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
 import pytest
 
 from crosskd.config import load_config
@@ -318,3 +320,17 @@ def test_mmdets_own_ap_goes_by_the_limits_of_coco(shapes_dir: Path, configs: Pat
     config = load_config(configs / "gfl_tiny.py")
     set_data(config, _data("--data", str(shapes_dir)), tmp_path)
     assert tuple(config.val_evaluator.proposal_nums) == (1, 10, 100)
+
+
+def test_a_picture_that_no_evaluation_could_read_ends_the_training_before_it_begins(
+    shapes_dir: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "data"
+    shutil.copytree(shapes_dir, folder)
+    image = json.loads((folder / "annotations/instances_val.json").read_text())["images"][0]
+    pixels = np.random.default_rng(0).integers(0, 255, (image["height"], image["width"], 3), np.uint8)
+    content = cv2.imencode(".png", pixels)[1].tobytes()
+    start = content.index(b"IDAT") + 4
+    (folder / "images" / image["file_name"]).write_bytes(content[:start] + bytes(500) + content[start + 500 :])
+    with pytest.raises(DataError, match=f"1 of .* pictures cannot be decoded: .*{image['file_name']}"):
+        _data("--data", str(folder))

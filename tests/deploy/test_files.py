@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import hashlib
 import os
 from pathlib import Path
@@ -117,3 +118,19 @@ def test_of_a_link_the_target_is_replaced(tmp_path: Path) -> None:
     assert link.is_symlink()
     assert target.read_text() == "new"
     assert os.listdir(target.parent) == ["a.json"]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (gzip.compress(b"{}"), "packed by gzip"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+        (b"", "it is empty"),
+        (b"[" * 100_000, "nested too deeply"),
+    ],
+)
+def test_what_stands_in_the_place_of_a_json_file_is_said(tmp_path, content, reason):
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    with pytest.raises(PipelineError, match=reason):
+        read_json(path, PipelineError, "numbers")
