@@ -127,6 +127,8 @@ class ModelContract:
         expected = OUTPUTS[self.outputs]
         check(len(self.output_names) == len(expected), "output_names", f"{len(expected)} names: {', '.join(expected)}")
         check(len(self.class_names) > 0, "class_names", "at least one name")
+        for field in ("score_threshold", "nms_iou_threshold"):
+            check(isinstance(getattr(self, field), (int, float)), field, "a number")
         check(len(self.category_ids) == len(self.class_names), "category_ids", f"{len(self.class_names)} ids")
         check(0 <= self.score_threshold < 1, "score_threshold", "0 <= threshold < 1")
         check(0 < self.nms_iou_threshold <= 1, "nms_iou_threshold", "0 < threshold <= 1")

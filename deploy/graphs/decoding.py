@@ -79,16 +79,20 @@ class OutputLayout:
             if value is not None and value not in choices:
                 raise ContractError(f"{field} is {value!r}; expected one of {list(choices)}")
         parts = self.output_parts
-        if parts is not None and not (isinstance(parts, tuple) and all(set(one) <= set(PARTS) for one in parts)):
-            raise ContractError(f"output_parts is {parts!r}; expected for each output a list of {list(PARTS)}")
-        whole = isinstance(self.candidates, int) and 0 < self.candidates <= MOST_TOP_K
-        if not whole:
+        if parts is not None and not (
+            all(one and set(one) <= set(PARTS) and len(set(one)) == len(one) for one in parts) and _is_whole(parts)
+        ):
+            raise ContractError(
+                f"output_parts is {parts!r}; expected for each output a list of {list(PARTS)}: boxes in as many "
+                "outputs as scores, or as score and label"
+            )
+        if not (_is_whole_number(self.candidates) and 0 < self.candidates <= MOST_TOP_K):
             raise ContractError(
                 f"candidates is {self.candidates!r}; expected 1 to {MOST_TOP_K}, the most that TensorRT sorts"
             )
         strides = self.strides
         if strides is not None and not (
-            isinstance(strides, tuple) and strides and all(isinstance(one, int) and one > 0 for one in strides)
+            isinstance(strides, tuple) and strides and all(_is_whole_number(one) and one > 0 for one in strides)
         ):
             raise ContractError(f"strides is {strides!r}; expected positive whole numbers, such as [8, 16, 32]")
         offset = self.point_offset
@@ -113,12 +117,13 @@ class OutputLayout:
             key: tuple(value) if isinstance(value, list) else value for key, value in document.items()
         }
         parts = values.get("output_parts")
-        try:
-            if parts is not None:
-                values["output_parts"] = tuple((one,) if isinstance(one, str) else tuple(one) for one in parts)
-            return cls(**values)
-        except TypeError as error:
-            raise ContractError(f"the layout of the outputs cannot be read: {error}") from error
+        if parts is not None:
+            if not (isinstance(parts, tuple) and all(isinstance(one, (str, list)) for one in parts)):
+                raise ContractError(f"output_parts is {parts!r}; expected for each output a list of {list(PARTS)}")
+            values["output_parts"] = tuple((one,) if isinstance(one, str) else tuple(map(str, one)) for one in parts)
+        for name in ("candidates", "strides"):  # 1000.0 is 1000
+            values.update({name: _whole(values[name])} if name in values else {})
+        return cls(**values)
 
     @property
     def is_ordinary(self) -> bool:
@@ -131,6 +136,16 @@ class OutputLayout:
 
 
 LAYOUT_FIELDS = tuple(field.name for field in dataclasses.fields(OutputLayout))
+
+
+def _is_whole_number(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _whole(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_whole, value))
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 class Output(NamedTuple):
@@ -155,20 +170,40 @@ def propose_parts(outputs: Sequence[Output], layout: OutputLayout, contract: Mod
                 f"{[output.name for output in outputs]}"
             )
         return layout
-    choices = [_possible_parts(output, layout, contract) for output in outputs]
-    fitting = [parts for parts in itertools.product(*choices) if _is_whole(parts)]
-    if len(fitting) != 1:
-        named = [parts for parts in fitting if all(map(_is_named, (output.name for output in outputs), parts))]
-        fitting = named or fitting
+    fitting = _fitting_parts(outputs, layout, contract)
     if len(fitting) != 1:
         many = f"could be {' or '.join(str([list(p) for p in parts]) for parts in fitting[:4])}"
         raise ContractError(
             f"the outputs are {_seen(outputs)}, of a detector with {len(contract.class_names)} classes: which holds "
-            f"the boxes and which the scores {'cannot be told' if not fitting else many}. Say it with output_names and "
+            f"the boxes and which the scores {'cannot be told' if not fitting else many}."
+            f"{'' if fitting else _what_would_fit(outputs, layout, contract)} Say it with output_names and "
             f"output_parts, for each output a list of {list(PARTS)}, and with background where the scores have a "
             "class more than class_names, with decode where boxes are yet to be decoded: see docs/adopt-a-detector.md"
         )
     return dataclasses.replace(layout, output_parts=fitting[0])
+
+
+def _fitting_parts(
+    outputs: Sequence[Output], layout: OutputLayout, contract: ModelContract
+) -> List[Tuple[Tuple[str, ...], ...]]:
+    """Every choice of parts that the shapes allow, or of these the ones that go with the names."""
+    choices = [_possible_parts(output, layout, contract) for output in outputs]
+    fitting = [parts for parts in itertools.product(*choices) if _is_whole(parts)]
+    if len(fitting) == 1:
+        return fitting
+    named = [parts for parts in fitting if all(map(_is_named, (output.name for output in outputs), parts))]
+    return named or fitting
+
+
+def _what_would_fit(outputs: Sequence[Output], layout: OutputLayout, contract: ModelContract) -> str:
+    """A sentence on the fields with which the outputs would fit; empty if there are none."""
+    more = '"background": "first" (SSD, torchvision) or "last" (DETR)', {"background": "first"}
+    bins = '"decode": "bins"', {"decode": "bins", "box_format": None, "box_units": None}
+    for told, changes in (more, bins, (f"{more[0]} and {bins[0]}", {**more[1], **bins[1]})):
+        if _fitting_parts(outputs, dataclasses.replace(layout, **changes), contract):
+            classes = "" if told == bins[0] else ", or with a class more in class_names"
+            return f" They fit with {told}{classes}."
+    return ""
 
 
 def _seen(outputs: Sequence[Output]) -> str:

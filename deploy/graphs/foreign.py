@@ -16,7 +16,7 @@ import numpy as np
 from deploy.contract import ModelContract
 from deploy.errors import ContractError
 from deploy.graphs.decoding import rename_tensors
-from deploy.graphs.graph import LEARNT_OPS, constants, producers, remove_unused, with_outputs
+from deploy.graphs.graph import LEARNT_OPS, constants, learnt_tensors, producers, remove_unused, with_outputs
 
 if TYPE_CHECKING:
     import onnx
@@ -54,9 +54,11 @@ def normalise_inputs(
         raise ContractError(
             f"the graph has the inputs {seen}; its contract expects {contract.input_name!r}. Correct input_name"
         )
-    unknown = sorted(set(constant_inputs) - set(seen))
+    unknown = sorted(set(constant_inputs) - (set(seen) - {contract.input_name}))
     if unknown:
-        raise ContractError(f"constant_inputs has {unknown}; expected inputs of the graph, which are {seen}")
+        raise ContractError(
+            f"constant_inputs has {unknown}; expected inputs of the graph, which are {seen}, other than input_name"
+        )
     for value in list(graph.input):
         if value.name != contract.input_name:
             values = constant_inputs.get(value.name)
@@ -146,6 +148,40 @@ def keep_outputs(model: onnx.ModelProto, names: Sequence[str]) -> Iterator[str]:
     remove_unused(model)
     if dropped:
         yield f"the outputs {', '.join(dropped)} are dropped: the contract does not name them"
+
+
+def float_from_half(model: onnx.ModelProto) -> Iterator[str]:
+    """
+    Makes a graph in FP16 one in FP32, in place, its weights the same numbers; yields a sentence if it was one.
+
+    What is in FP16 on a device `deploy.build_trt --fp16` decides, for each node; INT8 is made of FP32.
+    """
+    import onnx
+    from onnx import numpy_helper
+
+    half, single = onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT
+    graph = model.graph
+    learnt = learnt_tensors(model).values()
+    if not any(tensor.data_type == half for tensor in learnt):
+        return
+
+    def widen(tensor: onnx.TensorProto) -> None:
+        if tensor.data_type == half:
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), tensor.name))
+
+    for tensor in graph.initializer:
+        widen(tensor)
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.TENSOR:
+                widen(attribute.t)
+            elif attribute.name in ("to", "dtype") and attribute.i == half:
+                attribute.i = single
+    for value in (*graph.input, *graph.output):
+        if value.type.tensor_type.elem_type == half:
+            value.type.tensor_type.elem_type = single
+    del graph.value_info[:]
+    yield "the graph is in FP16: it is in FP32 now, with the same weights. Build it with --fp16"
 
 
 def fold_weights(model: onnx.ModelProto) -> Iterator[str]:

@@ -18,6 +18,7 @@ from deploy.files import AnyPath, read_json
 from deploy.graphs.decoding import LAYOUT_FIELDS, ORDINARY, Output, OutputLayout, add_decoding, propose_parts
 from deploy.graphs.foreign import (
     fix_output_shapes,
+    float_from_half,
     fold_weights,
     free_our_names,
     keep_outputs,
@@ -186,6 +187,8 @@ def _format_of_boxes(rows: Sequence[Any], layout: OutputLayout, contract: ModelC
         return "xyxy", ""
     told = ", ".join(f"{name} {100 * fit:.0f} %" for name, fit in fits.items())
     best, second = sorted(fits, key=lambda name: -fits[name])[:2]
+    if fits["cxcywh"] >= CLEAR_FIT and any("scores" in parts for parts in layout.output_parts or ()):
+        best, second = "cxcywh", "xyxy"  # what comes beside scores of each class is centres, where it is no corners
     if fits[best] < CLEAR_FIT or fits[best] - fits[second] < CLEAR_GAP:
         raise ContractError(
             f"the boxes are no two corners: only {100 * share:.0f} % have x1 < x2 and y1 < y2. Formats make sense of "
@@ -244,7 +247,7 @@ def adopt(
     check_no_subgraph(model)
     notes = list(normalise_inputs(model, contract, layout.constant_inputs))
     notes += keep_outputs(model, named or [value.name for value in model.graph.output])
-    notes += [*fold_weights(model), *name_nodes(model), *free_our_names(model)]
+    notes += [*fold_weights(model), *float_from_half(model), *name_nodes(model), *free_our_names(model)]
     raw = outputs_on(model, contract, pictures, folder)
     if contract.outputs == "nms":
         check_shapes(raw[0], contract)

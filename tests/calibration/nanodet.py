@@ -43,10 +43,16 @@ class Block(nn.Module):
 
 
 class NanoDet(nn.Module):
-    """Network input -> boxes (1, K, 4) in its pixels, scores (1, K), labels (1, K)."""
+    """
+    Network input -> boxes (1, K, 4) in its pixels, scores (1, K), labels (1, K).
 
-    def __init__(self) -> None:
+    Or, raw, what its own exporter writes: for each point the scores of the classes and the logits of the bins,
+    (1, 2100, 112), the levels one after the other.
+    """
+
+    def __init__(self, raw: bool = False) -> None:
         super().__init__()
+        self.raw = raw
         self.backbone = torchvision.models.shufflenet_v2_x1_0()
         del self.backbone.conv5, self.backbone.fc
         for parent in list(self.backbone.modules()):
@@ -59,7 +65,7 @@ class NanoDet(nn.Module):
         self.head.cls_convs = nn.ModuleList(nn.Sequential(Block(), Block()) for _ in STRIDES)
         self.head.gfl_cls = nn.ModuleList(nn.Conv2d(96, CLASSES + 4 * BINS, 1) for _ in STRIDES)
 
-    def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, ...] | torch.Tensor:
         x, maps = self.backbone.maxpool(self.backbone.conv1(image)), []
         for stage in (self.backbone.stage2, self.backbone.stage3, self.backbone.stage4):
             x = stage(x)
@@ -69,15 +75,18 @@ class NanoDet(nn.Module):
             maps[level] = maps[level] + self.resized(maps[level + 1], maps[level])
         for level in (1, 2):  # bottom-up
             maps[level] = maps[level] + self.resized(maps[level - 1], maps[level])
-        boxes, scores = [], []
+        boxes, scores, all_rows = [], [], []
         for level, stride in enumerate(STRIDES):
             rows = self.head.gfl_cls[level](self.head.cls_convs[level](maps[level])).flatten(2).transpose(1, 2)
             scores.append(rows[..., :CLASSES].sigmoid())
+            all_rows.append(torch.cat([scores[-1], rows[..., CLASSES:]], -1))
             bins = rows[..., CLASSES:].reshape(1, -1, 4, BINS).softmax(-1)
             left, top, right, bottom = ((bins * torch.arange(BINS)).sum(-1) * stride).unbind(-1)
             y, x = torch.meshgrid(*[(torch.arange(SIDE_PX // stride) + 0.5) * stride] * 2, indexing="ij")
             x, y = x.flatten(), y.flatten()
             boxes.append(torch.stack([x - left, y - top, x + right, y + bottom], -1))
+        if self.raw:
+            return torch.cat(all_rows, 1)
         best, index = torch.cat(scores, 1).flatten(1).topk(CANDIDATES)
         points = (index // CLASSES).unsqueeze(-1).expand(-1, -1, 4)
         return torch.cat(boxes, 1).gather(1, points), best, index % CLASSES
@@ -92,15 +101,18 @@ def main() -> int:
     parser.add_argument("data", type=Path, help="folder with weights/ and coco_open/")
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--slim", action="store_true", help="simplify it with onnxslim: onnx then knows all shapes")
+    parser.add_argument(
+        "--raw", action="store_true", help="as its own exporter writes it, to be decoded by adopting it"
+    )
     arguments = parser.parse_args()
-    model = NanoDet().eval()
+    model = NanoDet(arguments.raw).eval()
     weights = arguments.data / "weights" / "nanodet_m_coco_torch_rgb.pth"
     model.load_state_dict(torch.load(weights, weights_only=True, map_location="cpu"))
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     with torch.no_grad():
         torch.onnx.export(
             model, (torch.zeros(1, 3, SIDE_PX, SIDE_PX),), str(arguments.output), dynamo=False, opset_version=17,
-            input_names=["image"], output_names=["boxes", "scores", "labels"],
+            input_names=["image"], output_names=["output"] if arguments.raw else ["boxes", "scores", "labels"],
         )  # fmt: skip
     if arguments.slim:
         onnx.save(onnxslim.slim(onnx.load(arguments.output)), arguments.output)
@@ -109,11 +121,13 @@ def main() -> int:
     contract = {
         "input_name": "image", "input_shape": [1, 3, SIDE_PX, SIDE_PX], "channel_order": "rgb",
         "mean": [123.675, 116.28, 103.53], "std": [58.395, 57.12, 57.375], "pad_value": [0, 0, 0],
-        "resize": "keep_ratio", "output_names": ["boxes", "scores", "labels"],
+        "resize": "keep_ratio",
         "class_names": [category["name"] for category in categories],
         "category_ids": [category["id"] for category in categories],
         "score_threshold": 0.05, "nms_iou_threshold": 0.6, "max_detections": 100,
     }  # fmt: skip
+    if arguments.raw:
+        contract.update(decode="bins", output_parts=[["scores", "boxes"]])
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "contract.json"
         path.write_text(json.dumps(contract))

@@ -24,20 +24,24 @@ from deploy.contract import read_sidecar
 pytestmark = pytest.mark.shared
 
 
-@pytest.fixture(scope="module")
-def nanodet(shared_dir, tmp_path_factory):
-    """The detector as ONNX, as torch writes it, with the sidecar that a hand-written contract gives it."""
+def write_nanodet(shared_dir, folder, *words):
     if importlib.util.find_spec("torchvision") is None:
         pytest.skip("torchvision is not installed")
-    path, script = tmp_path_factory.mktemp("nanodet") / "nanodet.onnx", Path(__file__).with_name("nanodet.py")
-    subprocess.run([sys.executable, str(script), str(shared_dir / "data"), "-o", str(path)], check=True)
+    path, script = folder / "nanodet.onnx", Path(__file__).with_name("nanodet.py")
+    subprocess.run([sys.executable, str(script), str(shared_dir / "data"), "-o", str(path), *words], check=True)
     return path
 
 
-def ap_of(path, data):
+@pytest.fixture(scope="module")
+def nanodet(shared_dir, tmp_path_factory):
+    """The detector as ONNX, as torch writes it, with the sidecar that a hand-written contract gives it."""
+    return write_nanodet(shared_dir, tmp_path_factory.mktemp("nanodet"))
+
+
+def ap_of(path, data, limit=16):
     """AP on the first images of the test split."""
     output = path.with_suffix(".result.json")
-    assert accuracy.main([str(path), "--data", str(data), "--limit", "16", "-o", str(output)]) == 0
+    assert accuracy.main([str(path), "--data", str(data), "--limit", str(limit), "-o", str(output)]) == 0
     return json.loads(output.read_text())["numbers"]["AP"]
 
 
@@ -74,3 +78,11 @@ def test_integer_kernels_run_all_but_the_predictions(nanodet, shared_dir, tmp_pa
     assert counts["QLinearLeakyRelu"] == 45  # the other 3 are read by the predictions, which are float
     assert counts["QLinearConcat"] == 16
     assert counts["Conv"] + counts["FusedConv"] == counts["LeakyRelu"] == 3
+
+
+@pytest.mark.slow
+def test_as_its_own_exporter_writes_it_it_keeps_its_ap(shared_dir, tmp_path):
+    pytest.importorskip("faster_coco_eval")
+    write_nanodet(shared_dir, tmp_path, "--raw")
+    found = ap_of(tmp_path / "nanodet.adopted.onnx", shared_dir / "data" / "coco_open", limit=55)
+    assert found == pytest.approx(0.316, abs=5e-4)  # as of the graph that decodes by torch
