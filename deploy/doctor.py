@@ -23,10 +23,9 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 
 from deploy.commands import NEEDS, TORCH
 from deploy.errors import MissingDependencyError, command
-from deploy.jetpack import JETPACKS, JetPack, install_cuda_binding, jetpack_here
+from deploy.jetpack import JetPack, install_cuda_binding, jetpack_here, unknown_jetpack
 from deploy.machine import (
     VENV,
-    L4tRelease,
     board_model,
     driver_cuda_version,
     is_externally_managed,
@@ -80,7 +79,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args(argv)
     found = {name: _finding(probe) for name, probe in probes().items()}
-    jetpack, release = jetpack_here(), l4t_release()
+    jetpack = jetpack_here()
     missing = {
         label: [name for name in needs if found[name].version is None]
         for label, needs in NEEDS.items()
@@ -98,8 +97,9 @@ def main(argv: Optional[List[str]] = None) -> int:
     print("Found here:")
     for name, one in found.items():
         print(f"  {name:<18} {', '.join(filter(None, (one.version or '-', one.note)))}")
-    if release is not None:
-        print(f"\n{words_of_jetpack(jetpack, release)}")
+    known = unknown_jetpack() if jetpack is None else words_of_jetpack(jetpack)
+    if known is not None:
+        print(f"\n{known}")
     print("\nCommands, each python -m ...:")
     for label, names in missing.items():
         verdict = f"no, {', '.join(names)} missing. Do: {'; '.join(to_do(names))}" if names else "works"
@@ -141,17 +141,11 @@ def to_do(names: List[str]) -> List[str]:
     return [VENV, *steps] if is_externally_managed() and any("pip install" in step for step in steps) else steps
 
 
-def words_of_jetpack(jetpack: Optional[JetPack], release: L4tRelease) -> str:
-    """What is known of the JetPack of this board."""
-    if jetpack is None:
-        known = ", ".join(row.name for row in JETPACKS)
-        return (
-            f"Jetson Linux {release} belongs to no JetPack that is known here ({known}). It is tried as any machine: "
-            "what is found above counts, and deploy.build_trt compares an engine with ONNX Runtime before it keeps it."
-        )
+def words_of_jetpack(jetpack: JetPack) -> str:
+    """What is known of it."""
     lines = {
         "install for CUDA": " or ".join(jetpack.install) or "-",
-        "works": jetpack.works,
+        "should work": jetpack.works,
         "known not to": jetpack.known_not,
         "sources": ", ".join(jetpack.sources),
     }

@@ -100,6 +100,18 @@ def jetpack_here() -> Optional[JetPack]:
     return None if release is None else jetpack_of(release)
 
 
+def unknown_jetpack() -> Optional[str]:
+    """What is to be said of a Jetson whose release is not known here; None elsewhere."""
+    release = l4t_release()
+    if release is None or jetpack_of(release) is not None:
+        return None
+    known = "; ".join(row.name for row in JETPACKS)
+    return (
+        f"Jetson Linux {release} belongs to no JetPack that is known here ({known}). It is tried as any machine, and "
+        "an engine is compared with ONNX Runtime before it is kept"
+    )
+
+
 def install_cuda_binding(driver_cuda: Optional[Tuple[int, int]] = None) -> str:
     """
     What to do for a binding for CUDA that works here.

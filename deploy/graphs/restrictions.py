@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional
 
 import numpy as np
 
+from deploy.graphs.calibration_cache import is_scale
 from deploy.graphs.graph import ONNX_DOMAINS, constants, producers
 
 if TYPE_CHECKING:
@@ -203,7 +204,8 @@ def _constant_scale(graph: GraphFacts, node: onnx.NodeProto) -> Optional[str]:
 
 def _positive_scale(graph: GraphFacts, node: onnx.NodeProto) -> Optional[str]:
     scale = graph.value(node.input[1])
-    return f"the scale {float(scale.min()):g}" if scale is not None and not np.all(scale > 0) else None
+    wrong = [] if scale is None else [value for value in scale.ravel().tolist() if not is_scale(value)]
+    return f"the scale {wrong[0]:g}" if wrong else None
 
 
 def _scale_per_tensor(graph: GraphFacts, node: onnx.NodeProto) -> Optional[str]:
@@ -467,7 +469,7 @@ RESTRICTIONS: Dict[str, Check] = {
     "3 inputs": _three_inputs,
     "scale FP32": _float_scale,
     "scale constant": _constant_scale,
-    "scale above 0": _positive_scale,
+    "scale finite and above 0": _positive_scale,
     "one scale per tensor but for weights": _scale_per_tensor,
     "zero point all zeros": _zero_point,
     "no INT8 constants": _no_int8_constants,

@@ -21,6 +21,7 @@ from deploy.contract import ModelContract, sidecar_path, write_sidecar
 from deploy.errors import ConfigError
 from deploy.files import AnyPath, check_writable, read_json, replacing, write_json
 from deploy.int8_format import FloatReason
+from deploy.jetpack import unknown_jetpack
 from deploy.runtime.golden import Tolerance, check_agreement, measure_agreement, words_of_agreement
 from deploy.runtime.session import Session
 from deploy.tensorrt.bindings import load_tensorrt
@@ -75,6 +76,9 @@ def open_machine(
         EngineBuildError: as `recipe_for`.
     """
     needed_for = f"building {output}"
+    unknown = unknown_jetpack()
+    if unknown is not None:
+        print(unknown, file=sys.stderr)
     trt = load_tensorrt(needed_for)
     cuda = load_cuda(needed_for)
     try:

@@ -30,6 +30,22 @@ def test_calibration_cache_gives_the_ranges_back(words, model_path, tmp_path):
     assert sidecar["inputs"]["calibration_cache"]["sha256"] == sha256_of(cache)
 
 
+def test_a_calibration_cache_with_what_is_no_scale(words, model_path, tmp_path, capsys):
+    cache, output = tmp_path / "calibration.cache", model_path.with_name("student.int8.onnx")
+    assert main([*words, "--write-calibration-cache", str(cache), "--tensorrt-version", "8.5.3"]) == 0
+    from_cache = [str(model_path), "--calibration-cache", str(cache), "-o", str(output)]
+    whole = cache.read_text()
+    cache.write_text(f"{whole}a tensor that gets no pair: 7f800000\n")
+    assert main(from_cache) == 0
+    output.unlink()
+    header, first, *others = whole.splitlines()
+    cache.write_text("\n".join([header, f"{first[:-8]}7f800000", *others]))
+    capsys.readouterr()
+    assert main(from_cache) == 2
+    assert f"line 2: the scale of the tensor {first[:-10]!r} is inf (7f800000)" in capsys.readouterr().err
+    assert not output.exists()
+
+
 def test_calibration_cache_of_another_model_is_refused(model_path, tmp_path, capsys):
     cache = tmp_path / "calibration.cache"
     write_cache(cache, {"image": 2.0}, "8.5.3")

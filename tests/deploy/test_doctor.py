@@ -211,7 +211,7 @@ def test_a_jetson_is_recognised(jetson: Jetson, capsys: pytest.CaptureFixture[st
 def test_an_unknown_jetpack_is_said(jetson: Jetson, capsys: pytest.CaptureFixture[str]) -> None:
     jetson("R51 (release), REVISION: 0.0")
     assert doctor.main([]) == 0
-    assert "Jetson Linux 51.0.0 belongs to no JetPack that is known here (4, 5.0, 5.1," in capsys.readouterr().out
+    assert "Jetson Linux 51.0.0 belongs to no JetPack that is known here (4; 5.0; 5.1;" in capsys.readouterr().out
     assert _report(capsys)["jetpack"] is None
 
 

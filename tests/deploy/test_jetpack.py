@@ -43,6 +43,14 @@ def test_a_driver_is_given_a_cuda_python_that_it_runs(cuda: tuple[int, int], req
     assert jetpack.cuda_python_for(cuda) == requirement
 
 
+def test_only_a_jetson_of_no_known_jetpack_is_spoken_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    for release, said in ((None, False), (machine.L4tRelease(36, 4, 3), False), (machine.L4tRelease(51, 0, 0), True)):
+        monkeypatch.setattr(jetpack, "l4t_release", lambda release=release: release)
+        words = jetpack.unknown_jetpack()
+        assert (words is not None) == said
+        assert not said or "Jetson Linux 51.0.0 belongs to no JetPack" in str(words)
+
+
 def test_the_advice_for_a_binding(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jetpack, "l4t_release", lambda: None)
     assert jetpack.install_cuda_binding() == "pip install cuda-python (or pycuda)"

@@ -341,6 +341,9 @@ CASES = {
     "DQ of uint8": (pair(zero=""), {"s": ONE}, 17, "10.3", "DequantizeLinear 'y': does not take UINT8", None),
     "zero point": (pair(), {"s": ONE, "z": np.int8(3)}, 17, "11.4", "the INT8 zero point [3]", None),
     "scale of zero": (pair(), {"s": np.float32(0), "z": ZERO}, 17, "10.3", "the scale 0; supported only with", None),
+    "scale without a bound": (pair(), {"s": np.float32(np.inf), "z": ZERO}, 17, "8.6", "the scale inf; sup", None),
+    "scale below zero": (pair(), {"s": np.float32(-0.5), "z": ZERO}, 17, "11.4", "the scale -0.5; supported", None),
+    "denormal scale": (pair(), {"s": np.float32(1e-42), "z": ZERO}, 17, "10.15", "e-42; supported only with", None),
     "scale computed": (
         pair().replace("{ q", "{ s = ReduceMax <keepdims = 0> (x) q"),
         {"z": ZERO}, 17, "10.16", "scale 's' computed", "11.4",
