@@ -64,7 +64,11 @@ def main(argv: Optional[List[str]] = None) -> int:
             options,
             arguments.output,
             NetworkSource(
-                graph.model.SerializeToString(), graph.float_tensors, graph.kept, source.amax, graph.float_convolutions
+                graph.model.SerializeToString(),
+                graph.float_tensors,
+                graph.kept,
+                *source.dla_ranges,
+                graph.float_convolutions,
             ),
             source.contract,
             {"onnx": source.path},

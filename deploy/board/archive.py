@@ -140,10 +140,12 @@ def files_of_bundle(sources: Mapping[str, OnnxFile]) -> Dict[str, bytes]:
     for kind, source in sources.items():
         files[source.path.name] = source.path.read_bytes()
         files[sidecar_path(source.path).name] = sidecar_path(source.path).read_bytes()  # so that it can be run there
+        dla = source.dla_ranges
         described[kind] = {
             "file": source.path.name,
             "parameters": source.parameters,
-            "amax": source.amax,
+            "amax": dla.amax,
+            "dla_half": list(dla.half),
             "graphs": _add_graphs(kind, source, ranges, files),
         }
         if kind == "int8":

@@ -159,6 +159,7 @@ def build(folder: Path, words: Optional[List[str]] = None) -> int:
             graph["float_tensors"],
             graph["kept"],
             source["amax"],
+            source["dla_half"],
             graph["float_convolutions"],
         ),
         bundle.contract,

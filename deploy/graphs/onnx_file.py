@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, NamedTuple
 
 from deploy.contract import ModelContract, load_contract, read_sidecar
-from deploy.graphs.calibration_cache import amax_from_quantised
+from deploy.graphs.dla_ranges import DlaRanges, ranges_for_dla
 from deploy.graphs.graph import check_graph, check_static, count_parameters, load_onnx
 from deploy.graphs.precision import is_quantised
 
@@ -28,9 +28,9 @@ class OnnxFile(NamedTuple):
         return is_quantised(self.model)
 
     @property
-    def amax(self) -> Dict[str, float]:
-        """Activation that has Q/DQ -> the largest absolute value that it holds."""
-        return amax_from_quantised(self.model)
+    def dla_ranges(self) -> DlaRanges:
+        """What a DLA is told of the ranges of a quantised graph."""
+        return ranges_for_dla(self.model, self.sidecar["details"])
 
     @property
     def parameters(self) -> int:

@@ -218,7 +218,7 @@ def float_nodes(model: onnx.ModelProto, amax: Mapping[str, float]) -> Dict[int, 
         finite = np.abs(values[np.isfinite(values)])
         if finite.size and finite.max() > LARGEST_HALF:
             beyond[name] = f"the constant {name} reaches {finite.max():g}"
-    leading, floating = _leading_to_convolutions(model), _float_tensors(model)
+    leading, floating = _leading_to_convolutions(model), float_tensors(model)
     kept = {}
     for index, node in enumerate(model.graph.node):
         if (
@@ -275,7 +275,8 @@ def _float_constants(model: onnx.ModelProto) -> Dict[str, np.ndarray]:
     }
 
 
-def _float_tensors(model: onnx.ModelProto) -> Set[str]:
+def float_tensors(model: onnx.ModelProto) -> Set[str]:
+    """Names of the FP32 tensors: inputs, results and constants."""
     import onnx
 
     return {name for name, kind in _types(model).items() if kind == onnx.TensorProto.FLOAT}
@@ -283,7 +284,7 @@ def _float_tensors(model: onnx.ModelProto) -> Set[str]:
 
 def _float_outputs(model: onnx.ModelProto, kept: Mapping[int, str]) -> List[str]:
     """FP32 results of the kept nodes, but for Q/DQ, whose types TensorRT knows."""
-    floating = _float_tensors(model)
+    floating = float_tensors(model)
     nodes = [model.graph.node[index] for index in kept]
     return [name for node in nodes if node.op_type not in QUANTISERS for name in node.output if name in floating]
 

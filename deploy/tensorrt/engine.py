@@ -54,7 +54,9 @@ class NetworkSource(NamedTuple):
     kept: Mapping[str, Sequence[str]]
     """As `deploy.graphs.precision.TypedGraph`."""
     amax: Mapping[str, float]
-    """Of activations that have Q/DQ."""
+    """As `deploy.graphs.dla_ranges.DlaRanges`."""
+    dla_half: Sequence[str]
+    """Nodes that are FP16 on a DLA whose ranges come from `amax`."""
     float_convolutions: Sequence[str] = ()
     """As `deploy.graphs.precision.TypedGraph`."""
 
@@ -121,6 +123,8 @@ def make_engine(
         file=sys.stderr,
     )
     tell_float_convolutions(source.float_convolutions)
+    if recipe.calibrated and source.dla_half:
+        print(f"FP16 on the DLA, for want of a range: {some_names(source.dla_half)}", file=sys.stderr)
     start = time.monotonic()
     plan = build_plan(trt, source.model, options, source.float_tensors, source.amax, timing_cache, verbose)
     build_s = round(time.monotonic() - start, 1)
@@ -135,6 +139,7 @@ def make_engine(
         **recipe._asdict(),
         "timing_cache": None if timing_cache is None else str(timing_cache),
         "float_convolution_codes": dict.fromkeys(source.float_convolutions, FloatReason.DEPTHWISE.code),
+        "dla_half": list(source.dla_half) if recipe.calibrated else [],
         "kept_in_fp32": source.kept if recipe.has_half else {},
         "coverage": found,
         "parameters": parameters,

@@ -16,6 +16,7 @@ from deploy import build_trt
 from deploy.build_trt import main
 from deploy.contract import sidecar_path, write_sidecar
 from deploy.errors import MissingDependencyError
+from deploy.graphs.calibration_cache import amax_from_quantised
 from deploy.graphs.precision import BEHIND
 from deploy.runtime.golden import TOLERANCES, noise_input
 from deploy.runtime.session import OrtSession
@@ -126,6 +127,32 @@ def test_a_differing_engine_is_kept_where_asked_and_says_so(
         assert golden["tolerance"] == {"box": 0.02, "logit": 0.1, "matched": 0.95}
         with TrtSession(engine) as session:  # what latency results and the report show
             assert ("fp16, DIFFERS from ONNX Runtime (" in session.description) == differs
+
+
+def test_what_is_half_on_a_dla_is_said(
+    detector_file: File, fake_tensorrt: Install, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trt, engine = fake_tensorrt("10.3.0"), tmp_path / "student.engine"
+    trt.test.dla_cores = 1
+    trt.test.inspector = json.dumps({"Layers": [{"Name": "{ForeignNode[a...b]}", "LayerType": "DLA"}]})
+    words = [str(detector_file("mini.onnx", np.int8)), "--int8", "-o", str(engine)]
+    assert main([*words, "--dla-core", "0", "--gpu-fallback"]) == 0
+    error = capsys.readouterr().err
+    assert "FP16 on the DLA, for want of a range: " in error
+    assert (
+        "1 of its layers are blocks that were compiled as one (on a DLA, say). It is kept, and not called INT8" in error
+    )
+    half = json.loads(sidecar_path(engine).read_text())["details"]["dla_half"]
+    relu = next(node for node in onnx.load(words[0]).graph.node if node.op_type == "Relu")
+    assert half
+    assert relu.name not in half
+    with TrtSession(engine) as session:
+        assert "int8 asked for, not seen in its layers" in session.description
+    assert len(trt.test.cache.splitlines()) > len(amax_from_quantised(onnx.load(words[0])))
+    trt.test.inspector = None
+    assert main(words) == 0  # on the GPU Q/DQ say it all
+    assert "for want of a range" not in capsys.readouterr().err
+    assert json.loads(sidecar_path(engine).read_text())["details"]["dla_half"] == []
 
 
 def test_the_tolerance_of_int8_is_that_of_integer_kernels(
