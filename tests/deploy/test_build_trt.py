@@ -487,6 +487,21 @@ def test_what_a_target_lacks_is_said_before_a_build(
     assert main([str(source), "--fp16", "--target", "10.3"]) == 0
 
 
+def test_what_a_target_changes_in_silence_is_said(detector_file: File, capsys: pytest.CaptureFixture[str]) -> None:
+    source = detector_file("mini.onnx")
+    model, contract = onnx.load(source), OrtSession(source).contract
+    made_by = next(node for node in model.graph.node if "labels" in node.output)
+    made_by.output[:] = ["all_labels" if name == "labels" else name for name in made_by.output]
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([1 << 40]), "most"))
+    model.graph.node.append(onnx.helper.make_node("Min", ["all_labels", "most"], ["labels"], name="limit"))
+    onnx.save(model, source)
+    write_sidecar(source, {}, contract)
+    for version, said in (("8.6", True), ("10.3", False)):
+        assert main([str(source), "--target", version]) == 0
+        line = f"TensorRT {version}: Min 'limit': the constant 'most' reaches from {1 << 40} to {1 << 40}; constants"
+        assert (line in capsys.readouterr().err) == said
+
+
 @pytest.mark.parametrize("which", ["student.engine", "student.engine.json"])
 def test_a_full_disk_leaves_nothing(
     which: str, detector_file: File, fake_tensorrt: Install, tmp_path: Path, capsys: pytest.CaptureFixture[str],

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import itertools
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -264,6 +267,14 @@ def test_what_speaks_against_comparing_is_said(measured, facts, code, reason):
     assert numbers["comparable_codes"] == [code]
     assert len(numbers["comparable_reasons"]) == 1
     assert reason in numbers["comparable_reasons"][0]
+
+
+def test_the_clock_of_a_jetson_whose_nvml_says_nothing_is_watched_in_its_files(measured, monkeypatch):
+    clocks = itertools.chain([1300.5] * 40, itertools.repeat(612.0))
+    monkeypatch.setattr(timing, "jetson_gpus", lambda: [Path("/sys/class/devfreq/17000000.gpu")])
+    monkeypatch.setattr(timing, "gpu_clock_mhz", lambda gpu: next(clocks))
+    (reason,) = measured(gpu=None)["comparable_reasons"]
+    assert reason == "the GPU's clock moved between 612 and 1300 MHz: lock it with sudo jetson_clocks"
 
 
 def test_clocks_of_the_machine_are_a_reason(measured, monkeypatch):
