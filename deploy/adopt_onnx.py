@@ -26,7 +26,7 @@ import argparse
 import sys
 import tempfile
 from pathlib import Path
-from typing import List, Optional
+from typing import List, Optional, Sequence
 
 from deploy.contract import external_files, sidecar_path, write_sidecar
 from deploy.errors import ConfigError, ContractError, command
@@ -53,7 +53,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         if data:
             notes.insert(0, f"the weights in {', '.join(data)} are in the one file")
         output = arguments.output or (source.with_name(f"{source.stem}.adopted{source.suffix}") if notes else source)
-        _check_output(output, source)
+        _check_output(output, source, notes)
         check_graph(model)
         check_static(model, contract.input_shape[0] == -1, contract.outputs == "nms")
         check_on_pictures(model, contract, pictures, Path(folder))
@@ -70,11 +70,15 @@ def main(argv: Optional[List[str]] = None) -> int:
     return 0
 
 
-def _check_output(output: Path, source: Path) -> None:
+def _check_output(output: Path, source: Path, notes: Sequence[str]) -> None:
     """Raises ConfigError, ContractError or PipelineError if the file, or its sidecar, is not to be written."""
     is_source = output.resolve() == source.resolve()
     if output.suffix != ".onnx":
-        raise ConfigError(f"--output is {output}; expected a file with the suffix .onnx")
+        raise ConfigError(f"{output} is to be written; expected a file with the suffix .onnx. Name one with --output")
+    if is_source and notes:
+        raise ConfigError(
+            f"--output is the model itself, whose graph has to be changed ({notes[0]}); expected another file"
+        )
     for path in [sidecar_path(output)] if is_source else [output, sidecar_path(output)]:
         if path.exists():
             expected = "a model without a sidecar" if is_source else "a new file"

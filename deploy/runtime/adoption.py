@@ -15,7 +15,7 @@ import numpy as np
 from deploy.contract import ModelContract, write_sidecar
 from deploy.errors import ContractError
 from deploy.files import AnyPath, read_json
-from deploy.graphs.decoding import LAYOUT_FIELDS, ORDINARY, Output, OutputLayout, add_decoding, propose_parts
+from deploy.graphs.decoding import LAYOUT_FIELDS, ORDINARY, Output, OutputLayout, add_decoding, opset_of, propose_parts
 from deploy.graphs.foreign import (
     fix_output_shapes,
     float_from_half,
@@ -254,6 +254,7 @@ def adopt(
         return model, contract, notes
     outputs = [Output(name, array.shape, array.dtype) for name, array in raw[0].items()]
     layout, outputs = _layout_of_outputs(outputs, layout, contract, named)
+    _check_labels(raw, outputs, layout)
     order = [output.name for output in outputs]
     if [value.name for value in model.graph.output] != order:
         list(keep_outputs(model, order))  # the same, in another order
@@ -270,9 +271,26 @@ def adopt(
             notes += fix_output_shapes(model, {output.name: output.shape for output in outputs})
     else:
         parts = ", ".join(f"{output.name}: {' + '.join(p)}" for output, p in zip(outputs, layout.output_parts or ()))
-        model = _decoded(model, outputs, layout, contract)
+        opset, model = opset_of(model), _decoded(model, outputs, layout, contract)
+        if opset_of(model) != opset:
+            notes.append(f"the opset is raised from {opset} to {opset_of(model)}")
         notes.append(f"the outputs ({parts}) are decoded in the graph to {', '.join(contract.output_names)}")
     return model, contract, notes
+
+
+def _check_labels(raw: Sequence[Arrays], outputs: Sequence[Output], layout: OutputLayout) -> None:
+    """Raises ContractError if what is taken for labels, where they are no integers by type, has other values."""
+    for output, parts in zip(outputs, layout.output_parts or ()):
+        if parts[-1] != "label":
+            continue
+        for arrays in raw:
+            values = arrays[output.name]
+            labels = values if len(parts) == 1 else np.moveaxis(values, -1, 0)[-1]
+            if not np.array_equal(labels, np.rint(labels)):
+                raise ContractError(
+                    f"{output.name!r} is taken for labels and has values such as {labels.ravel()[0]:.4g}; expected "
+                    "whole numbers. Correct the order of output_names, or say with output_parts what each output holds"
+                )
 
 
 def _is_of_contract(output: Output, index: int) -> bool:

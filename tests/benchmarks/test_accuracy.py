@@ -194,6 +194,13 @@ def test_memory_does_not_grow_with_the_images(data_dir, detector):
     assert peaks[1] - peaks[0] < 2e6  # 198 images more are 14 MB of pixels, 44 MB of network inputs
 
 
+def test_values_that_are_no_numbers_name_the_image(data_dir, detector, tmp_path, capsys):
+    output = tmp_path / "x.result.json"
+    assert run(detector(boxes=[[0, 0, np.inf, 9]]), "--data", data_dir, "-o", output) == 2
+    assert "1.png: the model gave values that are not numbers" in capsys.readouterr().err
+    assert not output.exists()
+
+
 @pytest.mark.parametrize(
     ("contract", "words", "message"),
     [

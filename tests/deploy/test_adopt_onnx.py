@@ -587,6 +587,36 @@ def test_a_changed_graph_is_another_file(
     assert adopt(path, *words) == 2
 
 
+def float_labels() -> Any:
+    model = small_graph()
+    graph = model.graph
+    for node in graph.node:
+        node.output[:] = ["labels0" if name == "labels" else name for name in node.output]
+    graph.node.append(onnx.helper.make_node("Cast", ["labels0"], ["labels"], to=onnx.TensorProto.FLOAT))
+    graph.output[2].type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+    return model
+
+
+def test_labels_of_floating_point_are_read_and_scores_are_not_taken_for_them(
+    foreign: Foreign, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = foreign(model=float_labels())
+    assert adopt(path, output_names=["boxes", "labels", "scores"]) == 2
+    assert "'scores' is taken for labels and has values such as 0." in capsys.readouterr().err
+    assert adopt(path, output_names=["boxes", "scores", "labels"]) == 0
+    found = Detector(adopted_path(path))(np.full((32, 32, 3), 255, np.uint8))
+    assert found.labels.tolist() == [0, 1]
+
+
+def test_the_model_itself_is_never_written_over(foreign: Foreign, capsys: pytest.CaptureFixture[str]) -> None:
+    path = foreign(model=changed_graph(give_more))
+    before = sha256_of(path)
+    assert adopt(path, "-o", str(path)) == 2
+    assert "--output is the model itself, whose graph has to be changed (the outputs share" in capsys.readouterr().err
+    assert sha256_of(path) == before
+    assert not sidecar_path(path).exists()
+
+
 def test_image_is_one_that_can_be_read(foreign: Foreign, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = foreign()
     assert adopt(path, "--image", str(tmp_path / "none.jpg")) == 2
