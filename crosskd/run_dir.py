@@ -9,7 +9,6 @@ from typing import Any
 
 from crosskd.config import load_config
 from crosskd.data import TrainingData
-from crosskd.loop.distributed import is_first_process
 from crosskd.settings import datasets_of
 from deploy.contract import read_sidecar, weights_of_run, write_sidecar
 from deploy.dataset import CocoSet
@@ -113,18 +112,15 @@ def _shown(values: dict[str, Any], name: str) -> str:
 
 def set_run_dir(config: Any, run_dir: Path, resume: bool) -> None:
     """
-    Points the run to its folder and, with `resume`, to its last checkpoint; clears away what a killed run left.
+    Points the run to its folder and, with `resume`, to its last checkpoint.
 
     Raises:
         CheckpointError: `resume`, and there is nothing to go on from.
     """
-    from crosskd.loop.hooks import remove_leftovers
     from crosskd.models.checkpoint import latest_checkpoint
 
     config.work_dir = str(run_dir)
     config.resume, config.load_from = resume, str(latest_checkpoint(run_dir)) if resume else None
-    if is_first_process():
-        remove_leftovers(run_dir)
 
 
 def start_run(run_dir: Path, record: dict[str, Any]) -> None:

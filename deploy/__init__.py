@@ -15,8 +15,8 @@ follow it:
 Between board and the sessions stands detector, which opens a file with the session that targets names for it. A further
 runtime is a room like openvino and an entry in targets.
 
-Ground, below all: data_arguments; commands, freshness, dataset, export_options; contract, targets, int8_format, images,
-layouts, coco_file; files, progress; jetpack, errors; machine.
+Ground, below all: data_arguments; commands, freshness, dataset, export_options; processes; folder_lock; contract,
+targets, int8_format, images, layouts, coco_file; files, progress; jetpack, errors; machine.
 
 `Detector` is fetched when it is first asked for: a board may have no OpenCV, which it needs and other modules do not.
 """

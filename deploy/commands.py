@@ -10,9 +10,10 @@ from __future__ import annotations
 import shlex
 import subprocess
 import sys
-from typing import IO, Any, Dict, List, Sequence, Tuple, Type
+from typing import IO, Any, Dict, Sequence, Tuple, Type
 
 from deploy.errors import MeasurementError, PipelineError
+from deploy.processes import process_words, started, status_of
 from deploy.targets import TARGETS
 
 TORCH = ("torch", "torchvision", "mmdet", "mmcv", "mmengine")
@@ -73,11 +74,6 @@ ERROR = "error: "
 ESCAPES = {"\n": "\\n", "\r": "\\r", "\t": "\\t", "\\": "\\\\", "'": "\\'"}
 
 
-def process_words(module: str, *words: object) -> List[str]:
-    """The words of a process that runs `python -m MODULE WORDS` with this very Python."""
-    return [sys.executable, "-m", module, *map(str, words)]
-
-
 def shell_line(words: Sequence[object]) -> str:
     """
     `words` as one line that can be pasted into a shell; the shell makes the same words of it.
@@ -105,8 +101,7 @@ def command_line(module: str, *words: object) -> str:
 
 def run_status(module: str, *words: object) -> int:
     """The exit status of a command of ours, which prints where this process does; 128 + n where signal n ended it."""
-    status = subprocess.run(process_words(module, *words), check=False).returncode
-    return 128 - status if status < 0 else status
+    return status_of(process_words(module, *words))
 
 
 def run_command(module: str, *words: object, error_type: Type[PipelineError] = PipelineError, tell: Any = None) -> None:
@@ -133,7 +128,7 @@ def run_relayed(module: str, *words: object, error_type: Type[PipelineError] = M
     Raises:
         error_type: it failed; the message is the command's own.
     """
-    with subprocess.Popen(
+    with started(
         process_words(module, *words), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
     ) as process:
         assert process.stdout is not None
@@ -165,11 +160,14 @@ def run_captured(
     Raises:
         error_type: it failed, or prints nothing where a verdict is expected.
     """
-    done = subprocess.run(process_words(module, *words), capture_output=True, text=True, errors="replace", check=False)
-    if not ((done.returncode in (0, 1) and done.stdout) if verdict else done.returncode == 0):
-        last = last_message(done.stderr, done.returncode) or "nothing"
-        raise error_type(f"{module} ended with status {done.returncode}: {last}")
-    return done.stdout
+    with started(
+        process_words(module, *words), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace"
+    ) as process:
+        output, messages = process.communicate()
+    if not ((process.returncode in (0, 1) and output) if verdict else process.returncode == 0):
+        last = last_message(messages, process.returncode) or "nothing"
+        raise error_type(f"{module} ended with status {process.returncode}: {last}")
+    return output
 
 
 def last_message(text: str, status: int) -> str:

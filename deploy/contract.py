@@ -218,7 +218,7 @@ def provenance(inputs: Mapping[str, AnyPath], command: Optional[List[str]] = Non
         inputs: name -> file. Each is recorded with its SHA-256.
         command: the words of the command; by default this process's own.
     """
-    words = command or _command_line()
+    words = command or this_command()
     return {
         "schema_version": SCHEMA_VERSION,
         "inputs": {name: {"file": str(path), "sha256": sha256_of(path)} for name, path in inputs.items()},
@@ -229,7 +229,8 @@ def provenance(inputs: Mapping[str, AnyPath], command: Optional[List[str]] = Non
     }
 
 
-def _command_line() -> List[str]:
+def this_command() -> List[str]:
+    """The words of the command that this process runs: `python -m MODULE ARGUMENTS`."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     return ["python", "-m", spec.name, *sys.argv[1:]] if spec else ["python", *sys.argv]
 

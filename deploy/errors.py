@@ -22,11 +22,41 @@ import contextlib
 import errno
 import functools
 import os
+import signal
 import sys
+import sysconfig
+import threading
 import traceback
+from types import FrameType
 from typing import Any, Callable, Iterator, List, Optional, TextIO
 
 from deploy.machine import VENV, is_externally_managed
+
+PARENT_VARIABLE = "CROSSKD_PARENT"
+"""In the environment of a command that a command of ours started: the starter's process id."""
+MOST_LETTERS, MOST_LINES = 1000, 20
+"""Of a message: letters of a line, lines."""
+FAULTS_OF_STORAGE = {
+    errno.ENOSPC: "Is the disk full? Free some space, or choose another.",
+    errno.EDQUOT: "Your share of the disk is full: free some space, or choose another.",
+    errno.EFBIG: "No file may be so large there: choose another disk, or raise `ulimit -f`.",
+    errno.EIO: "The disk or the network drive fails; see the system's log (dmesg).",
+}
+"""What a disk does to any file -> what to do."""
+FAULTS_OF_PATHS = {
+    errno.EACCES: "Give a path that you may use, or change its permissions.",
+    errno.EPERM: "Give a path that you may use, or change its permissions.",
+    errno.EROFS: "Give a path on a disk that can be written.",
+    errno.ENOENT: "Give a path that exists; if it did, something else has removed it meanwhile.",
+    errno.ENOTDIR: "A part of this path is no folder; give another.",
+    errno.EISDIR: "Expected a file, and it is a folder; give another path.",
+    errno.ENAMETOOLONG: "Give a shorter path.",
+    errno.ELOOP: "Its links lead in a circle; give another path.",
+    errno.ESTALE: "The network drive has lost it; mount it anew.",
+    errno.EMFILE: "Too many files are open; raise the limit (`ulimit -n`).",
+    errno.ENFILE: "Too many files are open on this machine; end other programs.",
+}
+"""What can be wrong with a path that somebody gave -> what to do."""
 
 
 class PipelineError(Exception):
@@ -75,6 +105,14 @@ class MissingDependencyError(PipelineError):
 
 class MeasurementError(PipelineError):
     """A measurement cannot be made, or a result file cannot be used."""
+
+
+class Ended(KeyboardInterrupt):
+    """A signal that ends this process as Ctrl-C does: what is half made is put away on the way out."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
 
 
 def printable(text: str) -> str:
@@ -129,6 +167,50 @@ def _lasting_output() -> Iterator[_Output]:
         sys.stdout, sys.stderr = before
 
 
+def is_first_process() -> bool:
+    """Whether this process is the first of those that torchrun started together, or the only one: it writes."""
+    return int(os.environ.get("WORLD_SIZE", "1")) == 1 or int(os.environ.get("RANK", "0")) == 0
+
+
+def _was_started_by_a_command() -> bool:
+    """Whether the process that started this one is a command of ours, which says itself how it ends."""
+    return os.environ.get(PARENT_VARIABLE) == str(os.getppid())
+
+
+def _end_with_parent() -> None:
+    """Asks Linux to end this process when the command that started it is killed and cannot do so itself."""
+    import ctypes
+
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG of linux/prctl.h
+        if not _was_started_by_a_command():  # it had been killed before
+            raise Ended(signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """
+    SIGTERM and SIGHUP raise `Ended` in the block. What is ignored (nohup) or handled already stays so.
+
+    Not so in those that torchrun started besides the first: they write nothing, and wait for the others in code that
+    hears no signals from Python.
+    """
+
+    def end(number: int, _frame: Optional[FrameType]) -> None:
+        raise Ended(number)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread() and is_first_process():
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is signal.SIG_DFL:
+                before[number] = signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 Main = Callable[[Optional[List[str]]], Optional[int]]
 
 
@@ -136,8 +218,10 @@ def command(main: Main) -> Callable[..., int]:
     """
     Wraps a command's `main(argv) -> status`: a PipelineError becomes one message on stderr and status 2.
 
-    Anything else is a bug of ours: it keeps its traceback, and the status is 3. Status 1 is a verdict alone. Where
-    nobody reads the output any longer (`| head`) the work goes on; output that a full disk loses is status 2.
+    So does a disk that is full, and a path that is not there or not allowed. Anything else is a bug of ours: it keeps
+    its traceback, and the status is 3. Status 1 is a verdict alone. Ctrl-C, SIGTERM and SIGHUP end it with 128 + the
+    signal's number, after what is half made has been put away. Where nobody reads the output any longer (`| head`) the
+    work goes on; output that a full disk loses is status 2.
     """
 
     @functools.wraps(main)
@@ -155,14 +239,50 @@ def command(main: Main) -> Callable[..., int]:
 
 def _status(main: Main, argv: Optional[List[str]]) -> int:
     try:
-        return main(argv) or 0
+        with _ended_by_signals():
+            if _was_started_by_a_command():
+                _end_with_parent()
+            return main(argv) or 0
     except PipelineError as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
+        _tell(str(error))
         return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except Exception:
+    except KeyboardInterrupt as interrupt:
+        if is_first_process() and not _was_started_by_a_command():  # said once
+            print("interrupted", file=sys.stderr)
+        return 128 + getattr(interrupt, "number", signal.SIGINT)
+    except Exception as error:
+        message = _message_of_system(error)
+        if message is not None:
+            _tell(message)
+            return 2
         traceback.print_exc()
         print("error: this is a fault of the program, not of its input; please report it", file=sys.stderr)
         return 3
+
+
+def _tell(message: str) -> None:
+    """Prints an error's message; where it quotes more than a line of some file, only the beginning."""
+    lines = [line if len(line) <= MOST_LETTERS else f"{line[:MOST_LETTERS]}..." for line in message.split("\n")]
+    more = [f"... and {len(lines) - MOST_LINES} more lines"] if len(lines) > MOST_LINES else []
+    print(f"error: {printable(chr(10).join([*lines[:MOST_LINES], *more]))}", file=sys.stderr)
+
+
+def fault_of_storage(error: Optional[BaseException]) -> Optional[str]:
+    """What a disk refused and what to do, if `error` comes from that: torch makes a RuntimeError of it. Else None."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in FAULTS_OF_STORAGE:
+            return f"{error.strerror}. {FAULTS_OF_STORAGE[error.errno]}"
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _message_of_system(error: Exception) -> Optional[str]:
+    """The message for what the system refused of a user's file or disk; None where the program is at fault."""
+    fault = fault_of_storage(error)
+    if fault is not None:
+        return f"cannot write: {fault}"
+    if not isinstance(error, OSError) or error.errno not in FAULTS_OF_PATHS or not error.filename:
+        return None
+    if os.path.realpath(error.filename).startswith(tuple(sysconfig.get_paths().values())):
+        return None  # a file of Python or of a package
+    return f"{os.fsdecode(error.filename)}: {error.strerror}. {FAULTS_OF_PATHS[error.errno]}"

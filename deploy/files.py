@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
+import re
 import tempfile
 from pathlib import Path
-from typing import Any, Dict, Iterator, Type, Union
+from typing import Any, Dict, Iterator, Tuple, Type, Union
 
-from deploy.errors import PipelineError
+from deploy.errors import PipelineError, fault_of_storage
 
 AnyPath = Union[str, Path]
 NO_TEXT = {
@@ -20,7 +20,8 @@ NO_TEXT = {
     b"version https://git-lfs": "it is a pointer of Git LFS: run git lfs pull",
 }
 """First bytes of files that stand in the place of others -> what to do."""
-DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+UNFINISHED = ".unfinished-"
+"""In the name of a file that is not yet whole."""
 
 
 @contextlib.contextmanager
@@ -41,13 +42,11 @@ def replacing(path: AnyPath) -> Iterator[Path]:
             raise IsADirectoryError(f"{path} is a folder")
         if target.exists() and not target.is_file():  # as root, the rename would put a file in the place of a device
             raise OSError(f"{path} is a device, a pipe or a socket, not a file")
-        handle, name = tempfile.mkstemp(prefix=f".{target.stem}.", suffix=target.suffix, dir=target.parent)
+        handle, temporary = _temporary_beside(target)
     except OSError as error:
         raise PipelineError(
             f"cannot write {path}: {error}. Give an output path in a folder that can be written."
         ) from error
-    os.close(handle)
-    temporary = Path(name)
     try:
         yield temporary
         with temporary.open("rb+") as file:
@@ -56,21 +55,60 @@ def replacing(path: AnyPath) -> Iterator[Path]:
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)  # mkstemp's 0600 would keep the file from everybody else
         os.replace(temporary, target)
-    except OSError as error:
-        if error.errno not in DISK_FAULTS:
+    except Exception as error:
+        fault = fault_of_storage(error)
+        if fault is None:
             raise
-        raise PipelineError(f"cannot write {path}: {error.strerror}. Is the disk full? Free some space.") from error
+        raise PipelineError(f"cannot write {path}: {fault}") from error
     finally:
+        os.close(handle)
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
+
+
+def _temporary_beside(target: Path) -> Tuple[int, Path]:
+    """A new file in the folder of `target`, locked as long as its handle is open: see `remove_leftovers`."""
+    prefix = f".{target.stem[:40]}{UNFINISHED}"
+    while True:
+        handle, name = tempfile.mkstemp(prefix=prefix, suffix=target.suffix, dir=target.parent)
+        with contextlib.suppress(OSError):  # a file system without locks, where leftovers stay
+            lock(handle)
+        if os.path.exists(name):  # else another process took it for a leftover before it was locked
+            return handle, Path(name)
+        os.close(handle)
+
+
+def lock(handle: int) -> None:
+    """
+    Locks an open file until it is closed or its process ends, however that happens.
+
+    Raises:
+        BlockingIOError: another process has locked it.
+        OSError: this file system knows no locks.
+    """
+    import fcntl
+
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def remove_leftovers(folder: AnyPath) -> None:
+    """Removes the temporary files in `folder` whose writer was killed: nobody has them locked."""
+    for path in Path(folder).glob(f".*{UNFINISHED}*"):
+        if re.search(rf"{re.escape(UNFINISHED)}[a-z0-9_]{{8}}(\.[^.]*)?$", path.name):
+            with contextlib.suppress(OSError), path.open("rb+") as file:
+                lock(file.fileno())
+                path.unlink()
 
 
 def check_writable(path: AnyPath) -> None:
     """
     Raises PipelineError if `path` cannot be written: asked before long work, so that nothing is lost after it.
+
+    What an earlier run that was killed left half written beside it is removed.
     """
     with contextlib.suppress(_Abandon), replacing(path):
         raise _Abandon
+    remove_leftovers(Path(os.path.realpath(path)).parent)
 
 
 class _Abandon(Exception):

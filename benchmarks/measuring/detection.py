@@ -15,10 +15,11 @@ import numpy as np
 
 from benchmarks.measuring.environment import process_memory_mib, reset_peak_memory
 from benchmarks.measuring.subject import Subject, check_fits
-from deploy.commands import process_words, relay
+from deploy.commands import relay
 from deploy.dataset import CocoSet
 from deploy.detector import open_session
 from deploy.errors import ConfigError, MeasurementError
+from deploy.processes import GRACE_S, end, process_words, start
 from deploy.runtime.postprocess import postprocess
 from deploy.runtime.preprocess import preprocess
 from deploy.runtime.session import Session
@@ -90,7 +91,7 @@ class TorchDetection(Detection):
     def __init__(self, run_dir: Path, images: Sequence[Path], threads: Optional[int]) -> None:
         words = [str(run_dir), *map(str, images)] + (["--threads", str(threads)] if threads is not None else [])
         self._message = ""
-        self._process: Any = subprocess.Popen(
+        self._process: Any = start(
             process_words("crosskd.workers.time_detector", *words),
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace",
         )  # fmt: skip
@@ -143,7 +144,11 @@ class TorchDetection(Detection):
         """Ends the process: it stops by itself when its input does."""
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
-        self._process.wait()
+        try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(GRACE_S)
+        finally:
+            end([self._process])
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ from typing import List, Optional
 
 from benchmarks.studies.calibration_methods import METHODS, MethodsOptions, run_methods
 from benchmarks.studies.calibration_training import Int8AwareOptions, run_int8_aware
-from benchmarks.studies.jobs import Processes, end_as_by_ctrl_c
+from benchmarks.studies.jobs import Processes
 from benchmarks.studies.tables import check_tables
 from deploy.contract import read_sidecar, weights_of_run
 from deploy.errors import command
@@ -88,5 +88,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    end_as_by_ctrl_c()
     sys.exit(main())

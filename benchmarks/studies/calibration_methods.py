@@ -25,7 +25,7 @@ from benchmarks.measuring.environment import busy_cores, read_environment
 from benchmarks.measuring.result import read_result
 from benchmarks.measuring.timing import OTHERS_CORES, REST_S
 from benchmarks.reporting.wording import UNKNOWN, ms, times
-from benchmarks.studies.jobs import Make, Processes, is_current, is_made, locked, make, printed_json
+from benchmarks.studies.jobs import Make, Processes, is_current, is_made, make, printed_json
 from benchmarks.studies.tables import disturbed, interval, points, table, write_tables
 from deploy.commands import shell_line
 from deploy.contract import provenance, read_sidecar
@@ -33,6 +33,7 @@ from deploy.dataset import load_coco
 from deploy.detector import open_session
 from deploy.errors import ConfigError, MeasurementError, PipelineError
 from deploy.files import read_json, sha256_of, write_json
+from deploy.folder_lock import locked
 from deploy.images import read_image
 from deploy.layouts import SPLITS, split_paths
 from deploy.runtime.preprocess import preprocess
@@ -336,9 +337,8 @@ def run_methods(options: MethodsOptions, processes: Processes) -> None:
     if len(set(names)) < len(names):
         raise ConfigError(f"the models are named {', '.join(names)}; expected a name of its own for each")
     trained = trained_files(options.int8_aware, models)
-    runs_dir.mkdir(parents=True, exist_ok=True)
-    with locked(runs_dir) as lock:
-        made = functools.partial(make, processes=processes, keep_open=[lock])
+    with locked(runs_dir, MeasurementError):
+        made = functools.partial(make, processes=processes)
         for model in models:
             made(model.result, model.words)
         rows = [row for model in models for row in rows_of(model, options, trained[model.name])]

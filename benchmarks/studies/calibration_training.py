@@ -21,11 +21,12 @@ from benchmarks.measuring.environment import read_environment
 from benchmarks.measuring.result import read_result
 from benchmarks.reporting.wording import UNKNOWN
 from benchmarks.studies.calibration_methods import accuracy_words, images_to_calibrate_on, measured
-from benchmarks.studies.jobs import Make, Processes, is_current, locked, make, work_through
+from benchmarks.studies.jobs import Make, Processes, is_current, make, work_through
 from benchmarks.studies.tables import interval, points, table, write_tables
 from deploy.commands import shell_line
 from deploy.contract import provenance, read_sidecar, sidecar_path, weights_of_run
 from deploy.errors import ConfigError, MeasurementError
+from deploy.folder_lock import locked
 from deploy.layouts import split_paths
 
 INT8_AWARE, FINE_TUNED = "INT8-aware", "fine-tuned, then INT8"
@@ -192,9 +193,8 @@ def run_int8_aware(options: Int8AwareOptions, processes: Processes) -> None:
         MeasurementError: trainings failed; each was told of when it did, and the others were done all the same.
     """
     folder = Path(options.runs_dir or "runs/bench/calibration/int8_aware")
-    folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder) as lock:
-        made = functools.partial(make, processes=processes, keep_open=[lock])
+    with locked(folder, MeasurementError):
+        made = functools.partial(make, processes=processes)
         model, int8 = folder / "student.onnx", folder / "student.int8.onnx"
         export_and_quantize(Path(options.student), model, int8, options, made)
         student = measure_pair(model, int8, options, None, made)

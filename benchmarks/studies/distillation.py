@@ -26,13 +26,14 @@ import numpy as np
 from benchmarks.measuring.bootstrap import interval_from_aps, resampled_ap
 from benchmarks.measuring.coco import evaluate
 from benchmarks.measuring.environment import read_environment
-from benchmarks.studies.jobs import Processes, end_as_by_ctrl_c, locked, tail_of, work_through
+from benchmarks.studies.jobs import Processes, tail_of, work_through
 from benchmarks.studies.tables import check_tables, table, write_tables
 from deploy.commands import command_line, shell_line
 from deploy.contract import provenance, read_sidecar, sidecar_path
 from deploy.dataset import coco_document, load_coco
 from deploy.errors import ConfigError, MeasurementError, command
 from deploy.files import read_json, sha256_of, write_json
+from deploy.folder_lock import locked
 from deploy.freshness import changed_inputs, made_by, read_start, start_from, write_start
 from deploy.layouts import SPLITS, split_paths
 
@@ -342,14 +343,13 @@ def complete_run(run: Run, data: Path, processes: Processes, jobs: int, alone: b
     Raises:
         PipelineError: it failed, with the end of its log; or another process is at it.
     """
-    run.folder.mkdir(parents=True, exist_ok=True)
-    with locked(run.folder) as lock:
+    with locked(run.folder, MeasurementError):
         began = time.monotonic()
         if not sidecar_path(run.weights).is_file():
-            _train(run, processes, 1 if alone else jobs, alone, lock)
+            _train(run, processes, 1 if alone else jobs, alone)
         record = finished_run(run, data)
         if record is None:
-            _measure(run, data, processes, alone, lock)
+            _measure(run, data, processes, alone)
             record = finished_run(run, data)
         assert record is not None
     ap = record["numbers"]["AP"]
@@ -357,7 +357,7 @@ def complete_run(run: Run, data: Path, processes: Processes, jobs: int, alone: b
     return record
 
 
-def _train(run: Run, processes: Processes, jobs: int, alone: bool, lock: int) -> None:
+def _train(run: Run, processes: Processes, jobs: int, alone: bool) -> None:
     started = start_from(run.words, run.files)
     left = run.folder / "last_checkpoint"
     resume = left.is_file() and read_start(run.folder) == started
@@ -369,28 +369,28 @@ def _train(run: Run, processes: Processes, jobs: int, alone: bool, lock: int) ->
     words = [*run.words, "--resume"] if resume else run.words
     print(command_line(*words), flush=True)
     began = time.monotonic()
-    _run(words, run, processes, alone, lock)
+    _run(words, run, processes, alone)
     seconds = None if resume else round(time.monotonic() - began, 1)
     write_json(run.folder / "timing.json", {"train_s": seconds, "jobs": jobs})
 
 
-def _measure(run: Run, data: Path, processes: Processes, alone: bool, lock: int) -> None:
+def _measure(run: Run, data: Path, processes: Processes, alone: bool) -> None:
     annotations_path, images_dir = split_paths(data, "test")
     detections_path = run.folder / "test.bbox.json"
     words = [
         "crosskd.predict", str(run.folder), "--annotations", str(annotations_path), "--images-dir", str(images_dir),
         "-o", str(detections_path),
     ]  # fmt: skip
-    _run(words, run, processes, alone, lock)
+    _run(words, run, processes, alone)
     annotations = _annotations(annotations_path)
     detections = read_json(detections_path, MeasurementError, "the COCO results of crosskd.predict")
     numbers = evaluate(annotations, detections, [image["id"] for image in annotations["images"]])
     write_json(run.folder / "test.json", {"of": _measured_of(run, data), "numbers": numbers})
 
 
-def _run(words: Sequence[str], run: Run, processes: Processes, alone: bool, lock: int) -> None:
+def _run(words: Sequence[str], run: Run, processes: Processes, alone: bool) -> None:
     log = run.folder / "log.txt"
-    status = processes.run(words, log, alone, [lock])
+    status = processes.run(words, log, alone)
     if status:
         raise MeasurementError(f"{words[0]} ended with status {status}; the end of {log}:\n{tail_of(log)}")
 
@@ -526,5 +526,4 @@ def _points(fraction: Optional[float], sign: str = "") -> str:
 
 
 if __name__ == "__main__":
-    end_as_by_ctrl_c()
     sys.exit(main())

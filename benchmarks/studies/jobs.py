@@ -7,29 +7,24 @@ Layers above and beside the benchmarks (training, calibration) are reached in th
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import functools
 import json
-import os
-import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, TypeVar
+from typing import Any, Callable, Dict, List, Optional, Sequence, TypeVar
 
 from benchmarks.measuring.environment import read_environment
 from deploy import freshness
-from deploy.commands import command_line, last_message, process_words, run_captured
+from deploy.commands import command_line, last_message, run_captured
 from deploy.errors import MeasurementError, PipelineError
+from deploy.processes import end, process_words, start
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 LOG_LINES = 15
 """Of a failed command's log are shown."""
-GRACE_S = 10.0
-"""That a process has to put things in order when it is interrupted."""
 Make = Callable[[Path, Sequence[str]], None]
 """`make` with all but its first two arguments given."""
 
@@ -43,24 +38,23 @@ class Processes:
         self._guard = threading.Lock()
         self._stopped = False
 
-    def run(self, words: Sequence[str], log: Path, alone: bool = False, keep_open: Sequence[int] = ()) -> int:
+    def run(self, words: Sequence[str], log: Path, alone: bool = False) -> int:
         """
         The exit status of `python -m <words>`, whose output is appended to `log`.
 
         Args:
             alone: nothing else runs beside it, so that it may have all the cores.
-            keep_open: file descriptors that it inherits.
         """
-        environment = dict(os.environ)
+        environment: Dict[str, str] = {}
         if self._jobs > 1 and not alone:  # a thread each: two such trainings do more than one with two threads
             environment.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE")
         with log.open("ab") as output:
             with self._guard:
                 if self._stopped:
                     raise MeasurementError("stopped")
-                process = subprocess.Popen(
+                process = start(
                     process_words(*words), stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                    env=environment, pass_fds=keep_open, start_new_session=True,
+                    env=environment,
                 )  # fmt: skip
                 self._running.append(process)
             try:
@@ -78,40 +72,6 @@ class Processes:
             self._stopped = True
             running = list(self._running)
         end(running)
-
-
-def end(processes: Sequence[subprocess.Popen]) -> None:
-    """
-    Ends processes that were started with `start_new_session`, and all that they have started.
-
-    They are interrupted, as by Ctrl-C, so that they remove what they have half written; what is left of them after
-    GRACE_S is killed.
-    """
-    _signal(processes, signal.SIGINT)
-    deadline = time.monotonic() + GRACE_S
-    try:
-        for process in processes:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(max(0.0, deadline - time.monotonic()))
-    finally:
-        _signal(processes, signal.SIGKILL)
-        for process in processes:
-            process.wait()
-
-
-def _signal(processes: Sequence[subprocess.Popen], number: int) -> None:
-    for process in processes:
-        with contextlib.suppress(ProcessLookupError):  # nothing of it is left
-            os.killpg(process.pid, number)
-
-
-def end_as_by_ctrl_c() -> None:
-    """Makes SIGTERM and a closed terminal what Ctrl-C is to this process, so that it ends what it has started."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a script's background job, which Ctrl-C must not end;
-        signal.signal(signal.SIGINT, lambda *_: None)  # but what is ignored, and not only caught, children ignore, too
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
-            signal.signal(number, signal.default_int_handler)
 
 
 def work_through(
@@ -150,26 +110,6 @@ def work_through(
     return failed
 
 
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[int]:
-    """
-    A file descriptor that holds the folder; a training that inherits it holds it too, even where we were killed.
-
-    Raises:
-        MeasurementError: another process has it.
-    """
-    import fcntl
-
-    with (folder / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise MeasurementError(
-                f"another process is training or measuring in {folder}; wait for it, or end it"
-            ) from error
-        yield file.fileno()
-
-
 def tail_of(log: Path) -> str:
     return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:])
 
@@ -190,12 +130,9 @@ def _this_cpu() -> Optional[str]:
     return cpu
 
 
-def make(artefact: Path, words: Sequence[str], processes: Processes, keep_open: Sequence[int] = ()) -> None:
+def make(artefact: Path, words: Sequence[str], processes: Processes) -> None:
     """
     Runs `python -m <words>`, which makes the artefact, unless it is made.
-
-    Args:
-        keep_open: file descriptors that the command inherits.
 
     Raises:
         MeasurementError: the command failed; the message is its own, or else the last line of its log.
@@ -206,7 +143,7 @@ def make(artefact: Path, words: Sequence[str], processes: Processes, keep_open: 
     log = artefact.with_name(f"{artefact.name}.log")
     log.unlink(missing_ok=True)
     print(command_line(*words), flush=True)
-    status = processes.run(words, log, keep_open=keep_open)
+    status = processes.run(words, log)
     if status:
         last = last_message(log.read_text(encoding="utf-8", errors="replace"), status) or "nothing"
         raise MeasurementError(

@@ -39,15 +39,16 @@ from benchmarks.measuring.environment import busy_cores, read_environment, reset
 from benchmarks.measuring.subject import spread
 from benchmarks.measuring.timing import OTHERS_CORES, REST_S
 from benchmarks.reporting.wording import UNKNOWN, decimals, times
-from benchmarks.studies.jobs import end, end_as_by_ctrl_c, printed_json
+from benchmarks.studies.jobs import printed_json
 from benchmarks.studies.tables import check_tables, disturbed, points, table, write_tables
-from deploy.commands import last_message, process_words, shell_line
+from deploy.commands import last_message, shell_line
 from deploy.contract import load_contract, package_versions, provenance, sidecar_path, write_sidecar
 from deploy.dataset import check_image_files, coco_document, load_coco
 from deploy.errors import ConfigError, MeasurementError, command
 from deploy.files import read_json, sha256_of, write_json
 from deploy.int8_format import FloatReason
 from deploy.layouts import SPLITS, split_paths
+from deploy.processes import end, process_words, start
 
 KIND = "calibration_tools"
 PLAIN, OURS, ONNX_RUNTIME, MODELOPT = "plain inference", "ours", "ONNX Runtime", "ModelOpt"
@@ -360,9 +361,7 @@ def run_child(words: Sequence[str], log: Path) -> Dict[str, float]:
     reset_peak_memory()
     with log.open("wb") as output:
         began = time.perf_counter()
-        process = subprocess.Popen(
-            words, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
-        )
+        process = start(words, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
         with contextlib.suppress(OSError):  # if memory runs out, it is to be ended, not somebody else (man 5 proc)
             Path(f"/proc/{process.pid}/oom_score_adj").write_text("1000")
         try:
@@ -516,5 +515,4 @@ def _line(row: Row) -> str:
 
 
 if __name__ == "__main__":
-    end_as_by_ctrl_c()
     sys.exit(main())

@@ -18,16 +18,12 @@ import os
 from collections.abc import Iterator
 
 from deploy.errors import ConfigError
+from deploy.errors import is_first_process as is_first_process  # which all who write files ask
 
 
 def process_count() -> int:
     """How many processes train together; 1 unless torchrun started more."""
     return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def is_first_process() -> bool:
-    """Whether this process is the one that writes files and prints."""
-    return process_count() == 1 or int(os.environ["RANK"]) == 0
 
 
 def local_rank() -> int:

@@ -68,13 +68,6 @@ def seed_worker(_worker: int) -> None:
     np.random.seed(seed)
 
 
-def remove_leftovers(run_dir: AnyPath) -> None:
-    """Removes the temporary files of `deploy.files.replacing` that a killed run left in `run_dir`."""
-    for path in Path(run_dir).glob(".*"):
-        if path.is_file() and re.fullmatch(r"\..+\.[a-z0-9_]{8}(\.(pth|json|jsonl|py))?", path.name):
-            path.unlink()
-
-
 class AtomicBackend(LocalBackend):
     """Files that are whole or not there; what is to be removed stays until `remove_outdated`."""
 

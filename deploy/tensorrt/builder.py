@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Dict, Iterable, Iterator, List, Mapping, Optional, Tuple
 
-from deploy.errors import EngineBuildError
+from deploy.errors import Ended, EngineBuildError
 from deploy.files import replacing
 from deploy.graphs.calibration_cache import text_from_amax
 from deploy.jetpack import gpu_check
@@ -86,7 +86,7 @@ def build_plan(
             monitor.interrupted = interrupted
         plan = builder.build_serialized_network(network, config)
     if interrupted.is_set():
-        raise KeyboardInterrupt
+        raise Ended(interrupted.number)
     if calibrator is not None and calibrator.asked_for_images:
         raise EngineBuildError(
             f"TensorRT {trt.__version__} did not take the ranges from the calibration cache: {log.reasons()}"
@@ -213,18 +213,30 @@ def _calibrator(trt: ModuleType, cache: str) -> Any:
     return Ranges()
 
 
+class _Interrupt(threading.Event):
+    """Set by a signal that is to end this process."""
+
+    number = 0
+
+    def note(self, number: int, _frame: Any) -> None:
+        self.number = number
+        self.set()
+
+
 @contextlib.contextmanager
-def _noted_interrupt() -> Iterator[threading.Event]:
-    """Ctrl-C sets the event: an exception in one of TensorRT's callbacks would be swallowed by its C++."""
-    noted = threading.Event()
+def _noted_interrupt() -> Iterator[_Interrupt]:
+    """Ctrl-C and the like set the event: an exception in one of TensorRT's callbacks would be swallowed by its C++."""
+    noted = _Interrupt()
     if threading.current_thread() is not threading.main_thread():  # which alone sees signals
         yield noted
         return
-    before = signal.signal(signal.SIGINT, lambda *_: noted.set())
+    numbers = [one for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(one) != signal.SIG_IGN]
+    before = {number: signal.signal(number, noted.note) for number in numbers}
     try:
         yield noted
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _progress_monitor(trt: ModuleType) -> Any:

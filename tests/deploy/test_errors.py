@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import List, Optional, Tuple
 
 import pytest
 
-from deploy.errors import DataError, command
+from deploy.errors import FAULTS_OF_PATHS, FAULTS_OF_STORAGE, DataError, command
 
 
 @command
@@ -22,7 +24,7 @@ def test_a_message_is_never_obeyed_by_the_terminal(capsys: pytest.CaptureFixture
 
 COMMAND = """
 import sys
-from deploy.errors import DataError, command
+from deploy.errors import FAULTS_OF_PATHS, FAULTS_OF_STORAGE, DataError, command
 @command
 def main(argv=None):
     for number in range(int(sys.argv[1])):
@@ -69,3 +71,52 @@ def test_a_fault_of_the_program_is_status_3_and_of_its_input_2(tmp_path: Path) -
     assert bug.returncode == 3
     assert "ZeroDivisionError: x" in bug.stderr
     assert _run("1", str(tmp_path / "work"), "fault").returncode == 2
+
+
+def _message(error: Exception, capsys: pytest.CaptureFixture[str]) -> Tuple[int, str]:
+    @command
+    def main(argv: Optional[List[str]] = None) -> int:
+        raise error
+
+    status = main()
+    return status, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", sorted({*FAULTS_OF_STORAGE, *FAULTS_OF_PATHS}))
+def test_what_the_system_refuses_of_a_path_is_one_message(number: int, capsys: pytest.CaptureFixture[str]) -> None:
+    status, message = _message(OSError(number, os.strerror(number), "my images/a\n.png"), capsys)
+    assert status == 2
+    assert message.startswith("error: ")
+    assert os.strerror(number) in message
+    assert ("my images/a" in message) == (number in FAULTS_OF_PATHS)
+    assert "Traceback" not in message
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EACCES, "of no file"),
+        OSError(errno.EINVAL, "of no kind that a user can mend", "file"),
+        FileNotFoundError(errno.ENOENT, "one of Python's own", os.path.join(os.path.dirname(os.__file__), "gone.py")),
+        OSError("of no number"),
+    ],
+)
+def test_another_fault_of_the_system_keeps_its_traceback(error: OSError, capsys: pytest.CaptureFixture[str]) -> None:
+    status, message = _message(error, capsys)
+    assert status == 3
+    assert "Traceback" in message
+
+
+def test_a_missing_file_that_the_program_stumbles_over_is_a_fault_of_the_program(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    error = KeyError("key")
+    error.__context__ = FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "gone")
+    assert _message(error, capsys)[0] == 3
+
+
+def test_a_message_carries_no_more_than_a_line_of_a_files_text(capsys: pytest.CaptureFixture[str]) -> None:
+    _, message = _message(DataError("a name is " + "x" * 10**6 + "\nsecond line" * 1000), capsys)
+    assert len(message) < 5000
+    assert message.startswith("error: a name is xxx")
+    assert message.count("\n") < 30

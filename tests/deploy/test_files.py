@@ -134,3 +134,32 @@ def test_what_stands_in_the_place_of_a_json_file_is_said(tmp_path, content, reas
     path.write_bytes(content)
     with pytest.raises(PipelineError, match=reason):
         read_json(path, PipelineError, "numbers")
+
+
+def test_what_a_killed_writer_left_is_removed_by_the_next_and_what_is_being_written_is_not(tmp_path: Path) -> None:
+    kept = [".gitignore", ".env", ".x.unfinished-notes.md", "y.unfinished-01234567.onnx", "a.onnx"]
+    left = [".a.unfinished-01234567.onnx", ".a.onnx.unfinished-abcdefg_.json", ".last\nline.unfinished-zzzzzzzz"]
+    for name in [*kept, *left]:
+        (tmp_path / name).write_text("half")
+    with replacing(tmp_path / "b.onnx") as being_written:
+        check_writable(tmp_path / "a.onnx")
+        assert sorted(os.listdir(tmp_path)) == sorted([*kept, being_written.name])
+        being_written.write_text("whole")
+    assert sorted(os.listdir(tmp_path)) == sorted([*kept, "b.onnx"])
+
+
+def test_a_name_as_long_as_it_may_be_can_be_written(tmp_path: Path) -> None:
+    path = tmp_path / ("名" * 83 + ".json")
+    write_json(path, {})
+    assert read_json(path, DataError, "anything") == {}
+
+
+def test_a_full_disk_is_found_below_what_a_library_makes_of_it(tmp_path: Path) -> None:
+    def write() -> None:
+        try:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+        finally:
+            raise RuntimeError("unexpected pos 576 vs 534")  # as torch.save does
+
+    with pytest.raises(PipelineError, match=r"cannot write .*a\.pth: File too large"), replacing(tmp_path / "a.pth"):
+        write()

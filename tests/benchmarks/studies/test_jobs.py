@@ -1,10 +1,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -12,19 +9,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks.measuring.environment import read_environment
-from benchmarks.studies import jobs as module_under_test
 from benchmarks.studies.jobs import Processes, is_current, is_made, make, printed_json, work_through
 from deploy.contract import read_sidecar, sidecar_path, write_sidecar
 from deploy.errors import ConfigError, MeasurementError
 from deploy.files import write_json
-
-
-@pytest.fixture(autouse=True)
-def _interruptible():
-    """Also where the tests are a script's background job, whose children would inherit that Ctrl-C is ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture
@@ -60,14 +48,6 @@ def wait_for(path):
     raise AssertionError(f"{path} is not written")
 
 
-def is_running(pid):
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"  # ended, and nobody has asked
-
-
 def test_stop_ends_what_runs_and_nothing_starts_after_it(module, tmp_path):
     processes, statuses = Processes(jobs=2), []
     log = tmp_path / "log.txt"
@@ -76,82 +56,9 @@ def test_stop_ends_what_runs_and_nothing_starts_after_it(module, tmp_path):
     wait_for(log)
     processes.stop()
     thread.join(timeout=20)
-    assert statuses == [-signal.SIGINT]
+    assert statuses == [-signal.SIGTERM]
     with pytest.raises(MeasurementError, match="stopped"):
         processes.run([module, "0", "0"], log)
-
-
-WITH_A_CHILD = """
-import pathlib, subprocess, sys, time
-try:
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    pathlib.Path(sys.argv[1]).write_text(str(child.pid))
-    time.sleep(60)
-finally:
-    pathlib.Path(sys.argv[1]).unlink()
-"""
-DEAF = """
-import signal, sys, time
-signal.signal(signal.SIGINT, signal.SIG_IGN)
-print("deaf", flush=True)
-time.sleep(60)
-"""
-MAIN = """
-import pathlib, sys
-from benchmarks.studies.jobs import Processes, end_as_by_ctrl_c
-end_as_by_ctrl_c()
-Processes(1).run([sys.argv[1], sys.argv[2]], pathlib.Path(sys.argv[2] + ".log"))
-"""
-
-
-def test_what_is_stopped_can_tidy_up_and_its_children_end_with_it(module, tmp_path):
-    (tmp_path / "with_a_child.py").write_text(WITH_A_CHILD)
-    processes, half = Processes(jobs=1), tmp_path / "half.txt"
-    words = ["with_a_child", str(half)]
-    thread = threading.Thread(target=processes.run, args=(words, tmp_path / "log.txt"))
-    thread.start()
-    child = int(wait_for(half))
-    processes.stop()
-    thread.join(timeout=20)
-    assert not half.exists()
-    assert not is_running(child)
-
-
-def test_what_does_not_end_is_killed(module, tmp_path, monkeypatch):
-    monkeypatch.setattr(module_under_test, "GRACE_S", 0.3)
-    (tmp_path / "deaf.py").write_text(DEAF)
-    processes, statuses, log = Processes(jobs=1), [], tmp_path / "log.txt"
-    thread = threading.Thread(target=lambda: statuses.append(processes.run(["deaf"], log)))
-    thread.start()
-    wait_for(log)
-    processes.stop()
-    thread.join(timeout=20)
-    assert statuses == [-signal.SIGKILL]
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_being_ended_ends_what_runs_even_in_the_background_of_a_script(number, module, tmp_path):
-    (tmp_path / "with_a_child.py").write_text(WITH_A_CHILD)
-    half, root = tmp_path / "half.txt", Path(__file__).parents[3]
-
-    def as_a_script_starts_it():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
-
-    main = subprocess.Popen(
-        [sys.executable, "-c", MAIN, "with_a_child", str(half)],
-        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{root}"},
-        stderr=subprocess.DEVNULL,
-        preexec_fn=as_a_script_starts_it,  # noqa: PLW1509
-    )
-    child = int(wait_for(half))
-    main.send_signal(signal.SIGINT)  # which such a process ignores
-    time.sleep(0.2)
-    assert main.poll() is None
-    main.send_signal(number)
-    assert main.wait(timeout=20) == -signal.SIGINT
-    assert not half.exists()
-    assert not is_running(child)
 
 
 class Stopped:
@@ -204,9 +111,8 @@ class Maker:
     def __init__(self, output="", status=0):
         self.output, self.status, self.runs = output, status, 0
 
-    def run(self, words, log, keep_open=()):
+    def run(self, words, log):
         self.runs += 1
-        self.keep_open = keep_open
         log.write_text(self.output)
         if not self.status:
             source, artefact = words[1:]
@@ -257,13 +163,6 @@ def test_what_was_measured_on_another_processor_is_not_current(tmp_path):
     for cpu, expected in ((read_environment()["cpu"], True), ("Another 9000", False)):
         result.write_text(json.dumps({"inputs": {}, "command": [], "environment": {"cpu": cpu}}))
         assert is_current(result) is expected
-
-
-def test_a_command_inherits_what_holds_its_folder(files):
-    words, _, artefact = files
-    maker = Maker()
-    make(artefact, words, maker, [7])
-    assert maker.keep_open == [7]
 
 
 def test_a_verdict_is_read_and_a_failure_raised(tmp_path, monkeypatch):

@@ -22,7 +22,6 @@ from crosskd.loop.hooks import (
     FreezeHeadNormsHook,
     JsonLinesHook,
     StudentEMAHook,
-    remove_leftovers,
 )
 from deploy.errors import CheckpointError, ConfigError
 
@@ -61,15 +60,6 @@ def test_a_file_is_removed_only_when_asked_for(tmp_path: Path) -> None:
     assert (tmp_path / "old.pth").read_bytes() == b"old"
     backend.remove_outdated()
     assert [path.name for path in tmp_path.iterdir()] == ["new.pth"]
-
-
-def test_leftovers_of_a_killed_run_are_removed_and_nothing_else(tmp_path: Path) -> None:
-    kept = ["epoch_1.pth", ".gitignore", ".env", ".notes.json", ".cache.directory.txt", "log.jsonl"]
-    left = [".epoch_2.a1b2c3d_.pth", ".last_checkpoint.zzzzzzzz", ".log.abcdefgh.jsonl", ".config.01234567.py"]
-    for name in [*kept, *left]:
-        (tmp_path / name).write_text("")
-    remove_leftovers(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
 
 
 @pytest.mark.parametrize("key", ["out_dir", "backend_args", "file_client_args"])
