@@ -4,9 +4,10 @@ Command: build, check and measure a bundle on many boards over SSH, and bring th
     python -m benchmarks.fleet boards.toml student.tar.gz -o student.fleet
 
 Each board gets the files of the bundle and runs its `run.py build`, `check` and `bench`; nothing else is executed
-there. One that fails or hangs does not hold up the others. What a board has already for this very bundle (its hash) is
-not done again: an engine that still passes `check` there, and its measurement. In the output folder, that this run
-writes anew: BOARD/PRECISION.latency.result.json for `benchmarks.report`, BOARD/STEP.PRECISION.log, and fleet.json.
+there but a lock on its folder, by Python, which keeps a second fleet from it. One that fails or hangs does not hold up
+the others. What a board has already for this very bundle (its hash) is not done again: an engine that still passes
+`check` there, and its measurement. In the output folder, that this run writes anew:
+BOARD/PRECISION.latency.result.json for `benchmarks.report`, BOARD/STEP.PRECISION.log, and fleet.json.
 
 Exit status: 0 if all went well on every board, 1 if not, 2 for bad input. Needs asyncssh; the boards need what run.py
 does, an SSH server with SFTP, and `timeout` of coreutils or busybox.
@@ -22,7 +23,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from benchmarks.boards.list import Board, boards_from_file
 from benchmarks.boards.ssh import BoardError, CommandError, Remote, check_asyncssh, connected, printable
@@ -33,6 +34,7 @@ from deploy.board.commands import Bundle
 from deploy.contract import check_seal, provenance
 from deploy.errors import ConfigError, MeasurementError, command
 from deploy.files import check_writable, replacing, sha256_of, write_json
+from deploy.folder_lock import locked
 
 FLEET_VERSION = 1
 MOST_JSON = 16 << 20
@@ -79,23 +81,25 @@ def main(argv: Optional[List[str]] = None) -> int:
     if arguments.jobs < 1:
         raise ConfigError(f"--jobs is {arguments.jobs}; expected at least 1")
     output: Path = arguments.output or Path(arguments.bundle.name.replace(SUFFIX, "") + ".fleet")
-    check_writable(output / "fleet.json")
-    boards = boards_from_file(arguments.boards)
-    with tempfile.TemporaryDirectory(prefix="fleet.") as temporary:
+    with locked(output, MeasurementError), tempfile.TemporaryDirectory(prefix="fleet.") as temporary:
+        check_writable(output / "fleet.json")
+        boards = boards_from_file(arguments.boards)
         bundle = Bundle(unpack(arguments.bundle, temporary))
         boards = [_with_precisions(board, bundle) for board in boards]
         check_asyncssh()
         sha256 = sha256_of(arguments.bundle)
         job = Job(bundle, f"{bundle.folder.name}-{sha256[:16]}", output)
-        outcomes = asyncio.run(_visit_all(boards, job, arguments.jobs))
-    document = {
-        "fleet_version": FLEET_VERSION,
-        **provenance({"boards": arguments.boards, "bundle": arguments.bundle}),
-        "outcomes": [dataclasses.asdict(outcome) for outcome in outcomes],
-    }
-    write_json(output / "fleet.json", document)
+        outcomes, faults = asyncio.run(_visit_all(boards, job, arguments.jobs))
+        document = {
+            "fleet_version": FLEET_VERSION,
+            **provenance({"boards": arguments.boards, "bundle": arguments.bundle}),
+            "outcomes": [dataclasses.asdict(outcome) for outcome in outcomes],
+        }
+        write_json(output / "fleet.json", document)
     print(table(outcomes))
     print(f"details: {output / 'fleet.json'}")
+    for fault in faults:  # bugs of ours, which the other boards are not to suffer from
+        raise fault
     return 0 if all(outcome.state == "ok" for outcome in outcomes) else 1
 
 
@@ -122,28 +126,34 @@ def _with_precisions(board: Board, bundle: Bundle) -> Board:
 # What is done
 
 
-async def _visit_all(boards: Sequence[Board], job: Job, jobs: int) -> List[Outcome]:
+async def _visit_all(boards: Sequence[Board], job: Job, jobs: int) -> Tuple[List[Outcome], List[Exception]]:
+    """What came of each precision on each board, and the exceptions that nobody expected."""
     free = asyncio.Semaphore(jobs)
 
     async def visit(board: Board) -> List[Outcome]:
         async with free:
-            return await _visit(board, job)
+            outcomes = [Outcome(board.name, board.host, precision) for precision in board.precisions]
+            try:
+                await _visit(board, job, outcomes)
+            except Exception as error:
+                faults.append(error)
+                for outcome in outcomes:
+                    if outcome.state != "ok":
+                        outcome.reason = f"a fault of this program: {type(error).__name__}: {printable(str(error))}"
+            return outcomes
 
-    found = await asyncio.gather(*map(visit, boards), return_exceptions=True)
-    for one in found:
-        if isinstance(one, BaseException):  # a bug of ours, which waited for the other boards
-            raise one
-    return [outcome for outcomes in found if isinstance(outcomes, list) for outcome in outcomes]
+    faults: List[Exception] = []
+    found = await asyncio.gather(*map(visit, boards))
+    return [outcome for outcomes in found for outcome in outcomes], faults
 
 
-async def _visit(board: Board, job: Job) -> List[Outcome]:
-    """What came of each precision. Does not raise for what a board does."""
+async def _visit(board: Board, job: Job, outcomes: Sequence[Outcome]) -> None:
+    """Notes in `outcomes`, one for each precision, what came of it. Does not raise for what a board does."""
     for pattern in ("*.result.json", "*.log"):  # of an earlier run
         for path in (job.output / board.name).glob(pattern):
             path.unlink()
-    outcomes = [Outcome(board.name, board.host, precision) for precision in board.precisions]
     try:
-        async with connected(board) as remote:
+        async with connected(board) as remote, remote.held((1 + 4 * len(outcomes)) * board.timeout_s):
             sent = await _upload(remote, job)
             for outcome in outcomes:
                 outcome.steps["upload"] = sent
@@ -156,7 +166,6 @@ async def _visit(board: Board, job: Job) -> List[Outcome]:
         for outcome in outcomes:
             if outcome.state != "ok" and outcome.reason is None:
                 outcome.reason = str(error)
-    return outcomes
 
 
 async def _upload(remote: Remote, job: Job) -> str:

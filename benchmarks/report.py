@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Dict, List, Optional, Sequence
 
+from benchmarks.measuring.power import check_power_is_told
 from benchmarks.measuring.result import read_result
 from benchmarks.measuring.subject import ROLES
 from benchmarks.reporting.changes import changes_from_reports, read_report
@@ -55,6 +56,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--images-dir", metavar="DIR", help="folder of the gallery's images (default: where they were when measured)"
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="only say whether the limits and the output will do: nothing is measured yet",
     )
     limits = parser.add_argument_group("limits on the model that ships")
     limits.add_argument("--limits", metavar="FILE", help="TOML file of limits: max_ap_drop = 1.5, and so on")
@@ -108,6 +114,10 @@ def main(argv: Optional[List[str]] = None) -> int:
     arguments = _parser().parse_args(argv)
     allowed = limits_from_arguments(arguments)
     html, markdown, document = output_paths(arguments.output, [*arguments.results, arguments.against, arguments.limits])
+    if arguments.check:
+        if "max_energy_mj" in allowed:
+            check_power_is_told()
+        return 0
     if arguments.junit is not None:
         if not allowed:
             raise ConfigError("--junit writes limits, but none are given")

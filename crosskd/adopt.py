@@ -18,6 +18,7 @@ from crosskd.data import add_data_arguments, data_from_arguments
 from crosskd.run_dir import save_run
 from deploy.errors import command
 from deploy.files import check_writable
+from deploy.folder_lock import locked
 
 
 @command
@@ -32,18 +33,19 @@ def main(argv: list[str] | None = None) -> int:
     add_override_argument(parser)
     arguments = parser.parse_args(argv)
     run_dir = Path(arguments.output)
-    check_writable(run_dir / "detector.pth")
-    data = data_from_arguments(arguments)
-    config = load_config(arguments.config, overrides_from_arguments(arguments))
-    set_classes(config, data.class_names)
+    with locked(run_dir):
+        check_writable(run_dir / "detector.pth")
+        data = data_from_arguments(arguments)
+        config = load_config(arguments.config, overrides_from_arguments(arguments))
+        set_classes(config, data.class_names)
 
-    from crosskd.models.checkpoint import load_detector_weights
-    from crosskd.models.detector import detector_from_config
+        from crosskd.models.checkpoint import load_detector_weights
+        from crosskd.models.detector import detector_from_config
 
-    detector = detector_from_config(config, load_weights=False)
-    load_detector_weights(detector, arguments.checkpoint, data.class_names)
-    inputs = {"checkpoint": arguments.checkpoint} if Path(arguments.checkpoint).is_file() else {}
-    save_run(config, detector, data, run_dir / "detector.pth", inputs, {"checkpoint": arguments.checkpoint})
+        detector = detector_from_config(config, load_weights=False)
+        load_detector_weights(detector, arguments.checkpoint, data.class_names)
+        inputs = {"checkpoint": arguments.checkpoint} if Path(arguments.checkpoint).is_file() else {}
+        save_run(config, detector, data, run_dir / "detector.pth", inputs, {"checkpoint": arguments.checkpoint})
     return 0
 
 

@@ -52,6 +52,7 @@ from crosskd.training import (
 from deploy.contract import read_sidecar
 from deploy.errors import ConfigError, command
 from deploy.files import check_writable
+from deploy.folder_lock import locked
 from deploy.targets import QUANTISED_FOR
 
 LEARNING_RATE = "optim_wrapper.optimizer.lr"
@@ -115,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
     distillation = distillation_options_from_arguments(arguments)
     if distillation.int8 and training.ema is not None:
         raise ConfigError("--ema is given with --quantize int8, whose ranges it would not average; leave it out")
-    with joined_processes():
+    with joined_processes(), locked(training.run_dir):
         if is_first_process():
             check_writable(training.run_dir / "student.pth")
         distil(arguments.config, data_from_arguments(arguments), training, distillation)

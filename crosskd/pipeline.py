@@ -11,21 +11,25 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
+import json
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from crosskd.config import load_config, path_beside
+from crosskd.config import load_config, path_beside, set_classes
 from crosskd.data import add_training_data_arguments, load_splits
+from crosskd.disk_space import bytes_of_models, bytes_of_training, check_disk_space
 from crosskd.settings import check_settings
-from deploy.commands import command_line, run_status
+from deploy.commands import command_line, run_captured, run_status
 from deploy.data_arguments import add_data_argument
+from deploy.dataset import CocoSet
 from deploy.errors import ConfigError, PipelineError, command
 from deploy.files import check_writable
+from deploy.folder_lock import locked
 from deploy.freshness import is_made, read_start, start_from, write_start
 from deploy.layouts import SPLITS, annotations_path, has_split, split_paths
-from deploy.targets import QUANTISED_FOR
+from deploy.targets import QUANTISED_FOR, TARGETS
 from deploy.tensorrt.bindings import load_tensorrt
 from deploy.tensorrt.cuda import load_cuda
 
@@ -80,24 +84,84 @@ class Stage:
 @command
 def main(argv: list[str] | None = None) -> int:
     options = PipelineOptions(**vars(command_parser().parse_args(argv)))
-    check_writable(options.output / "report.html")
-    if options.target == "tensorrt":  # asked for before hours of training
+    with locked(options.output):
+        config = load_config(options.config)
+        stages = planned_stages(options, config)
+        check_before_work(options, config, stages)
+        status = run_stages(stages)
+    print(f"report: {options.output / 'report.html'}")
+    return status
+
+
+def check_before_work(options: PipelineOptions, config: Any, stages: list[Stage]) -> None:
+    """
+    Asks now for all that would else come out in a later stage, after hours of training.
+
+    Raises:
+        PipelineError: an output cannot be written, a package is missing, the data, the model or the limits will not
+            do, or the disk is too small.
+    """
+    for stage in stages:
+        check_output(options.output, stage.artefact)
+    check_packages(options.target)
+    if options.target == "tensorrt":
         load_tensorrt("--target tensorrt")
         load_cuda("--target tensorrt").close()
-    if options.limits and not Path(options.limits).is_file():
-        raise ConfigError(f"--limits is {options.limits}; expected a TOML file of limits")
-    config = load_config(options.config)
-    stages = planned_stages(options, config)
-    check_settings(config, str(options.config))  # before the teacher's training, not after it
+    # Judged as they will be: by the command of the last stage, with its very arguments.
+    run_captured(*stages[-1].words, "--check", error_type=ConfigError)
+    check_settings(config, str(options.config))
     splits = SPLITS if has_split(options.data, "test") else SPLITS[:2]
-    load_splits(
+    sets = load_splits(
         {split: split_paths(options.data, split) for split in splits}, options.strict, options.drop_empty_classes
     )
     if len(splits) < len(SPLITS):
         print(f"{options.data} has no test split: measured on val, which the trainings are watched on, too")
-    status = run_stages(stages)
-    print(f"report: {options.output / 'report.html'}")
-    return status
+    check_space(options, config, stages, list(sets.values()))
+
+
+def check_output(output: Path, artefact: Path) -> None:
+    """Raises PipelineError if a file is where a folder is to be made, or the artefact cannot be written."""
+    for folder in [one for one in artefact.parents if output in one.parents]:
+        if folder.exists() and not folder.is_dir():
+            raise PipelineError(f"cannot write {artefact}: {folder} is a file. Move it, or give another -o.")
+    if artefact.parent.is_dir():
+        check_writable(artefact)
+
+
+def check_packages(target: str) -> None:
+    """Raises PipelineError if a package is missing that some stage needs."""
+    commands = json.loads(run_captured("deploy.doctor", "--json"))["commands"]
+    labels = ["crosskd.pipeline", f"benchmarks.latency {TARGETS[target].model_arguments}"]
+    to_do = list(dict.fromkeys(step for label in labels for step in commands[label]["to_do"]))
+    if to_do:
+        raise PipelineError(f"some of its stages need what is not here. Do: {'; '.join(to_do)}")
+
+
+def check_space(options: PipelineOptions, config: Any, stages: list[Stage], sets: list[CocoSet]) -> None:
+    """
+    Raises PipelineError if the models cannot be built, do not fit each other, or are too large for the disk.
+
+    Args:
+        config: of the distillation; its classes are set here.
+        sets: the data of train, val and, if there is one, test.
+    """
+    from crosskd.models.detector import detector_from_config
+
+    set_classes(config, sets[0].class_names)
+    detector = detector_from_config(config, load_weights=False)
+    student, teacher = (
+        sum(one.numel() for one in part.parameters())
+        for part in (detector.student, detector.teacher or detector.student)
+    )
+    annotation_bytes = sum(Path(one.annotations_path).stat().st_size for one in sets[:2])
+    measured = sum(stage.words[0] == "benchmarks.accuracy" for stage in stages)
+    needed = [bytes_of_models(student, measured, len(sets[-1].images))]
+    for stage in stages:
+        if stage.is_training:
+            is_teacher = stage.name == "teacher"
+            trained = load_config(stage.words[1]) if is_teacher else config
+            needed.append(bytes_of_training(trained, teacher if is_teacher else student, annotation_bytes))
+    check_disk_space(options.output, needed)
 
 
 def command_parser() -> argparse.ArgumentParser:
@@ -182,7 +246,7 @@ def planned_stages(options: PipelineOptions, config: Any) -> list[Stage]:
     limits = (
         ["--limits", options.limits]
         if options.limits
-        else [f"--{name.replace('_', '-')}={value}" for name, value in config.get("report_limits", {}).items()]
+        else [f"--{name.replace('_', '-')}={value}" for name, value in limits_of(options, config).items()]
     )
     add("report", out / "report.json", "benchmarks.report", *results, *limits, "-o", out / "report.html")
     return stages
@@ -192,6 +256,14 @@ def data_words(options: PipelineOptions) -> list[str]:
     """The flags by which a training is told its data."""
     flags = {"--strict": options.strict, "--drop-empty-classes": options.drop_empty_classes}
     return ["--data", options.data, *(flag for flag, given in flags.items() if given)]
+
+
+def limits_of(options: PipelineOptions, config: Any) -> dict[str, Any]:
+    """The config's report_limits."""
+    limits = config.get("report_limits", {})
+    if not isinstance(limits, dict):
+        raise ConfigError(f"{options.config}: report_limits is {limits!r:.80}; expected dict(max_ap_drop=1.5, ...)")
+    return limits
 
 
 def teacher_stage(options: PipelineOptions, config: Any, run_dir: Path) -> Stage:
@@ -211,7 +283,7 @@ def run_stages(stages: list[Stage]) -> int:
     Runs what is not up to date and returns the status of the last stage, the report's: 0 roll out, 1 do not.
 
     Raises:
-        PipelineError: a stage failed. Its own message is on stderr.
+        PipelineError: a stage failed, or did not write its file. Its own message is on stderr.
     """
     started = time.monotonic()
     status = 0
@@ -226,15 +298,30 @@ def run_stages(stages: list[Stage]) -> int:
             note_start(stage)
         print(f"{head}: {command_line(*words)}", flush=True)
         began = time.monotonic()
+        before = file_identity(stage.artefact)
         status = run_status(*words)
         if status != 0 and not (is_report and status == 1):
             raise PipelineError(
                 f"stage {stage.name!r} ended with status {status}; its message is above. Put that right and run the "
                 "same command again: what is finished is kept"
             )
+        if file_identity(stage.artefact) in (None, before):
+            raise PipelineError(
+                f"stage {stage.name!r} ended with status {status} and did not write {stage.artefact}; what it said is "
+                "above"
+            )
         now = time.monotonic()
         print(f"{head}: done in {now - began:.0f} s, {now - started:.0f} s in all", flush=True)
     return status
+
+
+def file_identity(path: Path) -> tuple[int, int] | None:
+    """What differs after a file has been written anew; None if there is none."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 def note_start(stage: Stage) -> None:
@@ -245,22 +332,40 @@ def note_start(stage: Stage) -> None:
     write_start(run_dir, start_of(stage))
 
 
-def start_of(stage: Stage) -> dict[str, Any]:
+def start_of(stage: Stage, whole_config: bool = False) -> dict[str, Any]:
     """What a run directory is made from: command, files with their hashes, the values of the config."""
     data = Path(stage.words[stage.words.index("--data") + 1])
     annotations = [str(annotations_path(data, split)) for split in ("train", "val")]
     return start_from(stage.words, [*stage.words[2:], *annotations], config_sha256=config_sha256(stage))
 
 
-def config_sha256(stage: Stage) -> str:
-    """The hash of the config's values: with all that it inherits, and its teacher's."""
-    return hashlib.sha256(repr(load_config(stage.words[1]).to_dict()).encode()).hexdigest()
+    annotations = [str(data / "annotations" / f"instances_{split}.json") for split in ("train", "val")]
+    return start_from(stage.words, [*stage.words[2:], *annotations], config_sha256=config_sha256(stage, whole_config))
+
+
+def config_sha256(stage: Stage, whole: bool = False) -> str:
+    """
+    The hash of the config's values that the stage uses: with all that it inherits, and for the student its teacher's.
+
+    Args:
+        whole: of all values, as it was noted up to version 0.1.
+    """
+    values = load_config(stage.words[1]).to_dict()
+    if not whole:
+        values.pop("report_limits", None)
+        if stage.words[0] == "crosskd.train":
+            values["model"] = values["model"].get("student", values["model"])
+    return hashlib.sha256(repr(values).encode()).hexdigest()
 
 
 def can_resume(stage: Stage) -> bool:
     """Whether an interrupted training of the very same command and files left a checkpoint to go on from."""
     left_one = not stage.artefact.exists() and (stage.artefact.parent / "last_checkpoint").exists()
-    return stage.is_training and left_one and read_start(stage.artefact.parent) == start_of(stage)
+    return (
+        stage.is_training
+        and left_one
+        and any(read_start(stage.artefact.parent) == start_of(stage, whole_config) for whole_config in (False, True))
+    )
 
 
 def is_up_to_date(stage: Stage) -> bool:
@@ -268,7 +373,7 @@ def is_up_to_date(stage: Stage) -> bool:
     if not is_made(stage.artefact, stage.words):
         return False
     noted = read_start(stage.artefact.parent).get("config_sha256") if stage.makes_run else None
-    return noted is None or noted == config_sha256(stage)
+    return noted is None or any(noted == config_sha256(stage, whole) for whole in (False, True))
 
 
 if __name__ == "__main__":

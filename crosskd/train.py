@@ -23,6 +23,7 @@ from crosskd.training import (
 )
 from deploy.errors import ConfigError, command
 from deploy.files import check_writable
+from deploy.folder_lock import locked
 
 
 @command
@@ -31,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     add_training_arguments(parser)
     arguments = parser.parse_args(argv)
     options = training_options_from_arguments(arguments)
-    with joined_processes():
+    with joined_processes(), locked(options.run_dir):
         if is_first_process():
             check_writable(options.run_dir / "detector.pth")
         train(arguments.config, data_from_arguments(arguments), options)

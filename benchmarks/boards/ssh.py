@@ -13,8 +13,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import os
 import posixpath
 import shlex
+import socket
 import time
 from pathlib import Path
 from typing import Any, AsyncIterator, Awaitable, List, Mapping, Optional, TypeVar
@@ -32,6 +34,21 @@ KILL_AFTER_S = 10
 ENDED_LATE = (124, 137, 143)
 """Status of `timeout` after its limit: coreutils' after TERM, both after KILL, busybox's after TERM."""
 KNOWN_HOSTS = ("~/.ssh/known_hosts", "/etc/ssh/ssh_known_hosts")
+LOCK = """
+import fcntl, os, sys
+os.makedirs(sys.argv[1], exist_ok=True)
+file = open(os.path.join(sys.argv[1], ".lock"), "a+")
+try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+except BlockingIOError:
+    file.seek(0)
+    sys.exit("busy: " + file.read(300))
+file.truncate(0)
+print(sys.argv[2], file=file, flush=True)
+print("held", flush=True)
+sys.stdin.read()
+"""
+"""Run by a board's Python: holds its folder until the connection ends."""
 MOST_OUTPUT = 1 << 20
 """Bytes of a command's output that are kept, the last ones."""
 
@@ -156,6 +173,43 @@ class Remote:
         """`path` with the home folder on the board in place of ~."""
         return posixpath.join(self._home, path[2:]) if path.startswith("~/") else path
 
+    @contextlib.asynccontextmanager
+    async def held(self, limit_s: float) -> AsyncIterator[None]:
+        """
+        Holds the board's folder for the block, so that no other fleet builds or measures there meanwhile.
+
+        Args:
+            limit_s: after so long the board gives it free, if it was not told that the connection is lost.
+
+        Raises:
+            BoardError: another fleet holds it, or it cannot be held.
+        """
+        import asyncssh
+
+        user = os.environ.get("USER") or os.getuid()
+        who = f"{user}@{socket.gethostname()}, process {os.getpid()}, since {time.strftime('%F %T %z')}"
+        words = [self.path(self.board.python), "-c", LOCK, self.path(self.board.folder), who]
+        command = shlex.join(["timeout", "-k", str(KILL_AFTER_S), str(math.ceil(limit_s)), *words])
+        process = await _within(
+            CONNECT_S,
+            "it cannot be locked",
+            self._connection.create_process(command, stderr=asyncssh.STDOUT, encoding=None, request_pty=False),
+        )
+        try:
+            answer = await _within(CONNECT_S, "it cannot be locked", process.stdout.readline())
+            if answer.startswith(b"busy: "):
+                raise BoardError(
+                    f"another fleet is at it ({printable(answer[6:].decode(errors='replace'))}); wait for it, and run "
+                    "this command again"
+                )
+            if answer.strip() != b"held":
+                answer += await _within(CONNECT_S, "it cannot be locked", process.stdout.read())
+                last = (answer.decode(errors="replace").strip() or "no answer").splitlines()[-1]
+                raise BoardError(f"it cannot be locked: {printable(last)}")
+            yield
+        finally:
+            process.close()
+
     async def upload(self, local: Path, remote: str) -> bool:
         """
         Copies the folder `local`; False if `remote` is there already.
@@ -247,7 +301,7 @@ async def _drain(process: Any, output: bytearray) -> None:
 
 def command_line(folder: str, python: str, words: List[str], environment: Mapping[str, str], limit_s: float) -> str:
     """
-    The one command that is ever run on a board, for its shell: our run.py, with an end.
+    The one command that is run on a board, besides LOCK, for its shell: our run.py, with an end.
 
     -u, so that what was printed is not lost when it is ended; whole seconds, since busybox knows no others.
     """

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any, Callable, Deque, Dict, List, Mapping, Optional, Sequence, Tuple, Type
 
 from benchmarks.measuring.environment import NotHere, open_gpu
+from deploy.errors import MeasurementError
 
 INTERVAL_S = 0.1
 MOST_READINGS = 36_000
@@ -68,6 +69,21 @@ def open_power(on_gpu: bool) -> PowerSource:
     if shutil.which("tegrastats") is not None:
         return TegrastatsPower()
     return NvmlPower() if on_gpu else RaplPower()
+
+
+def check_power_is_told() -> None:
+    """Raises MeasurementError if nothing on this machine tells the power of any model."""
+    reasons = []
+    for on_gpu in (False, True):
+        try:
+            open_power(on_gpu).close()
+            return
+        except NotHere as error:
+            reasons.append(str(error))
+    raise MeasurementError(
+        f"max_energy_mj cannot be judged here: {'; '.join(dict.fromkeys(reasons))}. Leave it out, or use a device that "
+        "tells its power"
+    )
 
 
 class NvmlPower(PowerSource):

@@ -13,7 +13,6 @@ Versioned result files: what was measured, of which file, on which images, where
 
 from __future__ import annotations
 
-import math
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
 import numpy as np
@@ -103,6 +102,10 @@ _KINDS: Dict[str, Dict[str, Any]] = {  # a list holds the keys of an object that
         },
     },
 }
+
+
+MOST = 2**53
+"""No number of a result is larger."""
 
 
 def write_result(path: AnyPath, result: Mapping[str, Any], inputs: Mapping[str, AnyPath]) -> None:
@@ -237,7 +240,9 @@ def _check_keys(found: Any, expected: Mapping[str, Any], path: str, prefix: str)
 def _is_a(value: Any, kind: Union[type, Tuple[type, ...]]) -> bool:
     if isinstance(value, bool):
         return kind is bool
-    return isinstance(value, kind) and (not isinstance(value, float) or math.isfinite(value))
+    if isinstance(value, (int, float)) and not abs(value) <= MOST:  # no number of ours, nor one that can be shown
+        return False
+    return isinstance(value, kind)
 
 
 def _words(kind: Union[type, Tuple[type, ...]]) -> str:

@@ -67,6 +67,8 @@ def _positive(value: float) -> Optional[str]:
 
 
 def _points_of_ap(value: float) -> Optional[str]:
+    if value > 100:
+        return "points, 1 to 100"
     fraction = None if value >= 1 else f"points, 1 to 100: {100 * value:g} for that fraction"
     return _positive(value) or fraction
 

@@ -7,6 +7,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -27,7 +28,7 @@ from deploy.board.archive import pack
 from deploy.board.commands import BUNDLE_VERSION
 from deploy.board.run import MANIFEST
 from deploy.bundle import main as make_bundle
-from deploy.contract import sidecar_path, write_sidecar
+from deploy.contract import RESULT_VERSION, provenance, sealed, sidecar_path, write_sidecar
 from tests.stand_ins.detector import CONTRACT, write_detector
 from tests.stand_ins.tensorrt import write_module
 
@@ -438,14 +439,14 @@ def test_a_connection_cut_midway(server, boards_file, bundle, tmp_path):
     found = outcomes(tmp_path / "out")
     assert found["far", "int8"]["reason"].startswith("upload: ")
     assert found["near", "int8"]["reason"] == "build int8: nothing more from the board: Connection lost"
-    (part,) = there.iterdir()
+    (part,) = there.glob("mini-*")
     arrived = {path.name: path.stat().st_ino for path in part.rglob("*") if path.suffix != ".part" and path.is_file()}
     assert "0.input.npy" in arrived
     assert "run.py" not in arrived
 
     assert run_fleet(boards_file(far={"port": proxy.port}), archive, tmp_path / "out") == 0
     assert outcomes(tmp_path / "out")["far", "int8"]["steps"]["upload"] == "done"
-    (whole,) = there.iterdir()
+    (whole,) = there.glob("mini-*")
     assert {path.name: path.stat().st_ino for path in whole.rglob("*") if path.name in arrived} == arrived
     assert not list(whole.rglob("*.part"))
 
@@ -503,6 +504,73 @@ def test_a_real_bundle_with_a_stand_in_of_tensorrt(server, boards_file, tmp_path
     assert "candidates as in ONNX Runtime" in (tmp_path / "out/orin/check.int8.log").read_text()
 
 
+@needs_server
+def test_two_fleets_do_not_use_a_board_at_once(server, boards_file, bundle, tmp_path):
+    """The second is told who is there; where the first is killed, the board is free again."""
+    port, archive = server(), bundle()
+    boards = boards_file(slow={"port": port, "timeout_s": 30, "environment": {"FAULT": "hang"}})
+    words = ["-m", "benchmarks.fleet", str(boards), str(archive), "-o", str(tmp_path / "first")]
+    first = subprocess.Popen([sys.executable, *words], stderr=subprocess.DEVNULL, cwd=EXAMPLE.parents[1])
+    try:
+        wait_for(lambda: list(tmp_path.glob("on the boards/slow/mini-*/started")))
+        boards = boards_file(slow={"port": port})
+        assert run_fleet(boards, archive, tmp_path / "out") == 1
+        reason = outcomes(tmp_path / "out")["slow", "int8"]["reason"]
+        assert re.fullmatch(
+            rf"another fleet is at it \(.*@.*, process {first.pid}, since 20.*\); wait for it, and run this .* again",
+            reason,
+        )
+    finally:
+        first.kill()
+        first.wait()
+    wait_for(lambda: run_fleet(boards, archive, tmp_path / "out") == 0)
+
+
+@needs_server
+def test_a_board_without_what_the_lock_needs_says_so(server, boards_file, bundle, tmp_path):
+    boards = boards_file(a={"port": server(), "python": "/nowhere/python"})
+    assert run_fleet(boards, bundle(), tmp_path / "out") == 1
+    reason = outcomes(tmp_path / "out")["a", "int8"]["reason"]
+    assert reason.startswith("it cannot be locked: ")
+    assert "/nowhere/python" in reason
+
+
+@needs_server
+@pytest.mark.parametrize("number", ["1" + "0" * 400, "1e300", "Infinity", "-" + "9" * 4000, '"x"'])
+def test_a_boards_absurd_number_is_told_of_that_board_alone(number, server, boards_file, bundle, tmp_path, capsys):
+    text = json.dumps(sealed({"result_version": RESULT_VERSION, **provenance({}), **latency_result()}))
+    absurd = text.replace('"median": 3.25', f'"median": {number}')
+    assert absurd != text
+    environment = {"FAULT": "result", "RESULT": absurd}
+    boards = boards_file(bad={"port": server(), "environment": environment}, good={"port": server()})
+    assert run_fleet(boards, bundle(), tmp_path / "out") == 1
+    found = outcomes(tmp_path / "out")
+    assert found["good", "int8"]["state"] == "ok"
+    assert found["bad", "int8"]["reason"].startswith("int8.latency.result.json is no result of")
+    shown = capsys.readouterr()
+    assert max(map(len, (shown.out + shown.err).splitlines())) < 500
+
+
+@needs_server
+def test_a_fault_of_ours_on_one_board_does_not_end_the_others(
+    server, boards_file, bundle, tmp_path, capsys, monkeypatch
+):
+    visit = fleet._visit
+
+    async def visit_but_one(board, *arguments):
+        if board.name == "bad":
+            raise ZeroDivisionError("on purpose")
+        await visit(board, *arguments)
+
+    monkeypatch.setattr(fleet, "_visit", visit_but_one)
+    boards = boards_file(bad={"port": 1}, good={"port": server()})
+    assert run_fleet(boards, bundle(), tmp_path / "out") == 3
+    found = outcomes(tmp_path / "out")
+    assert found["good", "int8"]["state"] == "ok"
+    assert found["bad", "int8"]["reason"] == "a fault of this program: ZeroDivisionError: on purpose"
+    assert "good" in capsys.readouterr().out
+
+
 # Without a server
 
 
@@ -523,7 +591,7 @@ def test_a_bundle_that_will_not_do(bundle, tmp_path, capsys):
     assert "--fp16 needs the float graph, which is not in this bundle" in capsys.readouterr().err
     assert run_fleet(boards, archive, tmp_path / "out", "--jobs", "0") == 2
     assert "--jobs is 0; expected at least 1" in capsys.readouterr().err
-    assert not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()
 
 
 def test_without_the_package(bundle, tmp_path, capsys, monkeypatch):

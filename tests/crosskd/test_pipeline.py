@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import json
+import os
 import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,27 @@ import pytest
 
 from crosskd import pipeline
 from crosskd.config import load_config
-from crosskd.pipeline import Stage, can_resume, is_up_to_date, note_start, planned_stages, run_stages
+from crosskd.disk_space import bytes_of_training
+from crosskd.pipeline import (
+    PipelineOptions,
+    Stage,
+    can_resume,
+    check_output,
+    check_packages,
+    check_space,
+    is_up_to_date,
+    note_start,
+    planned_stages,
+    run_stages,
+    start_of,
+)
+from deploy.commands import run_captured
 from deploy.contract import read_sidecar, sidecar_path
+from deploy.dataset import load_coco
 from deploy.errors import ConfigError, PipelineError
-from deploy.files import read_json, sha256_of
+from deploy.files import read_json, sha256_of, write_json
+from deploy.freshness import write_start
+from deploy.layouts import SPLITS, split_paths
 
 ROOT = Path(__file__).parents[2]
 
@@ -191,6 +207,94 @@ def test_the_reports_verdict_is_passed_on_and_its_failure_is_not(
             run_stages(stages)
 
 
+def test_a_report_that_is_not_written_is_not_called_done(make_stage: Callable[..., Stage]) -> None:
+    Path("quiet.py").write_text("import sys; sys.exit(int(sys.argv[1]))")
+    Path("d").write_text("an earlier report")
+    for status in ("0", "1"):  # of a Python that cannot import the command, say
+        with pytest.raises(PipelineError, match=f"stage 'report' ended with status {status} and did not write d"):
+            run_stages([Stage("report", ["quiet", status], Path("d"))])
+
+
+# ---- what is asked before the first training
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ("dict(max_ap_dropp=1.5)", "--max-ap-dropp=1.5"),
+        ("dict(max_ap_drop='much')", "invalid float value: 'much'"),
+        ("dict(min_ap=700)", "--min-ap is 700"),
+        ("dict(max_latency_ms=float('nan'))", "--max-latency-ms is nan"),
+        ("[1.5]", "report_limits is [1.5]; expected dict(max_ap_drop=1.5, ...)"),
+    ],
+)
+def test_limits_are_judged_before_hours_of_training(
+    limits: str, message: str, configs: Path, shapes_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(pipeline, "run_stages", lambda _stages: pytest.fail("it ran"))
+    monkeypatch.setattr(pipeline, "check_packages", lambda _target: None)
+    config = tmp_path / "limited.py"
+    config.write_text(
+        f"_base_ = {str(configs / 'crosskd_tiny.py')!r}\n"
+        f"model = dict(teacher=dict(config={str(configs / 'gfl_tiny_teacher.py')!r}))\nreport_limits = {limits}\n"
+    )
+    assert pipeline.main([str(config), "--data", str(shapes_dir), "-o", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_outputs_are_tried_before_hours_of_training(tmp_path: Path) -> None:
+    (tmp_path / "results").write_text("a file")
+    with pytest.raises(PipelineError, match=r"cannot write .*x.json: .*results is a file"):
+        check_output(tmp_path, tmp_path / "results" / "x.json")
+    (tmp_path / "student.onnx").mkdir()
+    with pytest.raises(PipelineError, match=r"cannot write .*student.onnx: .* is a folder"):
+        check_output(tmp_path, tmp_path / "student.onnx")
+    check_output(tmp_path, tmp_path / "new" / "x.json")
+    assert sorted(os.listdir(tmp_path)) == ["results", "student.onnx"]
+
+
+def test_a_missing_package_of_a_later_stage_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def doctor(*words: str) -> str:
+        found = json.loads(run_captured(*words))
+        found["commands"]["crosskd.pipeline"] = {"works": False, "to_do": ["pip install jinja2"]}
+        return json.dumps(found)
+
+    check_packages("onnxruntime")
+    monkeypatch.setattr(pipeline, "run_captured", doctor)
+    with pytest.raises(PipelineError, match=r"Do: pip install jinja2"):
+        check_packages("onnxruntime")
+
+
+def test_a_disk_that_is_too_small_is_told_with_both_numbers(
+    configs: Path, shapes_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    stages = _planned(configs / "crosskd_tiny.py")
+    options = PipelineOptions(str(configs / "crosskd_tiny.py"), str(shapes_dir), tmp_path)
+    sets = [load_coco(*split_paths(shapes_dir, split)) for split in SPLITS]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=5 << 20))
+    with pytest.raises(ConfigError, match=r"will take about 0\.\d GiB, of which 0.0 GiB are there; .* 0.0 GiB free"):
+        check_space(options, stages, sets)
+    with (tmp_path / "there").open("wb") as file:  # what is made already needs no more space
+        file.truncate(1 << 30)
+    check_space(options, stages, sets)
+
+
+def test_what_a_training_takes_is_not_underestimated(configs: Path, teacher_run: Path, shapes_dir: Path) -> None:
+    config = load_config(configs / "gfl_tiny_teacher.py")
+    parameters = read_sidecar(teacher_run / "detector.pth")["details"]["parameters"]
+    annotation_bytes = sum(split_paths(shapes_dir, split)[0].stat().st_size for split in ("train", "val"))
+    estimated = bytes_of_training(config, parameters, annotation_bytes)
+    taken = sum(path.stat().st_size for path in teacher_run.rglob("*") if path.is_file())
+    assert taken < estimated + (1 << 18)  # and logs
+    assert estimated < 4 * taken
+    config.default_hooks.checkpoint.max_keep_ckpts = -1
+    config.train_cfg.max_epochs = 100
+    assert bytes_of_training(config, parameters, 0) > 30 * taken
+
+
 # ---- trainings: their config counts, and they can be resumed
 
 
@@ -224,6 +328,32 @@ def test_a_training_is_made_again_when_its_config_changes(training: Stage) -> No
     _edit(training.words[1], "# The small student", "# The very small student")
     assert is_up_to_date(training)  # a comment changes nothing
     _edit("configs/_base_/gfl_320.py", "lr=1.5e-3", "lr=1.0e-3")  # what it inherits from what it inherits
+    assert not is_up_to_date(training)
+
+
+def test_what_a_stage_does_not_use_of_its_config_makes_nothing_again(training: Stage) -> None:
+    words = ["crosskd.distill", "tests/crosskd/configs/crosskd_tiny.py", "--data", "D", "-o", "student"]
+    student = Stage("student", words, Path("student/student.pth"))
+    baseline = Stage("baseline", ["crosskd.train", *words[1:-1], "run"], training.artefact)
+    for stage in (student, baseline):
+        note_start(stage)
+        _finish(stage)
+    _edit(words[1], "max_ap_drop=5.0", "max_ap_drop=7.0")
+    assert is_up_to_date(student)
+    assert is_up_to_date(baseline)
+    _edit(words[1], 'method="crosskd"', 'method="pkd"')
+    assert not is_up_to_date(student)
+    assert is_up_to_date(baseline)  # it has no teacher
+
+
+def test_what_an_earlier_version_noted_still_counts(training: Stage) -> None:
+    note_start(training)
+    write_start(training.artefact.parent, start_of(training, whole_config=True))
+    Path("run/last_checkpoint").write_text("run/epoch_1.pth")
+    assert can_resume(training)
+    _finish(training)
+    assert is_up_to_date(training)
+    _edit("configs/_base_/gfl_320.py", "lr=1.5e-3", "lr=1.0e-3")
     assert not is_up_to_date(training)
 
 
@@ -271,9 +401,15 @@ def test_bad_input_stops_it_before_anything_runs(
 ) -> None:
     monkeypatch.setattr(pipeline, "run_stages", lambda _stages: pytest.fail("it ran"))
     (tmp_path / "file").write_text("in the way")
+    other = tmp_path / "other"
+    shutil.copytree(shapes_dir, other)
+    renamed = other / "annotations" / "instances_test.json"
+    renamed.write_text(renamed.read_text().replace('"circle"', '"ball"'))
     config, data, out = str(configs / "crosskd_tiny.py"), str(shapes_dir), str(tmp_path / "out")
     for words, named in (
         (["nope.py", "--data", data, "-o", out], "no such config: nope.py"),
+        ([config, "--data", data, "-o", out, "--limits", "nope.toml"], "nope.toml"),
+        ([config, "--data", str(other), "-o", out], "expected the same categories in the same order"),
         ([config, "--data", "nope", "-o", out], "no such file or folder: nope"),
         ([config, "--data", data, "-o", str(tmp_path / "file" / "out")], "cannot write"),
         ([str(configs / "gfl_tiny.py"), "--data", data, "-o", out], "expected CrossKDDetector"),
@@ -282,7 +418,8 @@ def test_bad_input_stops_it_before_anything_runs(
         error = capsys.readouterr().err
         assert error.startswith("error: ")
         assert named in error
-    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["file"]
+    shutil.rmtree(other)
+    assert os.listdir(tmp_path) == ["file"]
 
 
 def _ap(folder: Path, role: str, threshold: str = "") -> float:
@@ -318,11 +455,12 @@ def test_from_images_to_a_verdict(
     # The same line again has nothing to do but the report.
     ran: list[str] = []
 
-    def run(command: list[str], **_kwargs: Any) -> Any:
-        ran.append(command[2])
-        return argparse.Namespace(returncode=0)
+    def run(module: str, *_words: str) -> int:
+        ran.append(module)
+        write_json(out / "report.json", {})
+        return 0
 
-    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(pipeline, "run_status", run)
     assert pipeline.main(words) == 0
     assert ran == ["benchmarks.report"]
 

@@ -178,6 +178,7 @@ def test_a_python_without_a_toml_reader_is_told_which_to_install(tmp_path):
 @pytest.mark.parametrize(
     ("allowed", "message"),
     [
+        ({"min_ap": 700.0}, "expected points, 1 to 100"),
         ({"min_ap": 0.48}, "expected points, 1 to 100: 48 for that fraction"),
         ({"max_p99_ms": float("nan")}, "--max-p99-ms is nan"),
         ({"max_energy_mj": 0.0}, "--max-energy-mj is 0.0; expected a positive number"),

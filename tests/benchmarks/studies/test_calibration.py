@@ -23,6 +23,7 @@ from benchmarks.studies.jobs import Processes
 from deploy.contract import load_contract, read_sidecar, sidecar_path, write_sidecar
 from deploy.errors import ConfigError, MeasurementError
 from deploy.files import sha256_of, write_json
+from deploy.folder_lock import held_locks
 
 NOISE = {"max": 0.06, "percentile": 0.02, "entropy": 0.03, "mse": 0.03, "auto": 0.02}
 """Method -> what it adds to how far a model's detections are off, as a share of the box."""
@@ -43,8 +44,9 @@ class FakeCommands:
         """INT8-aware training ends when its weights are there, and the models that they become are not."""
         self.words = []
 
-    def run(self, words, log, alone=False, keep_open=()):
-        assert keep_open  # what holds the folder, so that it is held while the command runs on without us
+    def run(self, words, log, alone=False):
+        with held_locks() as locks:
+            assert locks  # so that the folder is held while the command runs on without us
         self.words.append(list(words))
         message = next((self.fails[word] for word in words if word in self.fails), None)
         log.write_text("something else\n" + (f"error: {message}\n" if message else ""))
@@ -525,11 +527,11 @@ def test_the_real_commands_do_what_is_asked_of_them(real, tmp_path, monkeypatch)
     monkeypatch.setattr(calibration_methods, "METHODS", ("max",))
     run = Processes.run
 
-    def run_but_the_budget(processes, words, log, keep_open):
+    def run_but_the_budget(processes, words, log):
         if "--max-ap-drop" in words:
             log.write_text("error: left out of this test")
             return 2
-        return run(processes, words, log, keep_open=keep_open)
+        return run(processes, words, log)
 
     monkeypatch.setattr(Processes, "run", run_but_the_budget)
     model, folder = real

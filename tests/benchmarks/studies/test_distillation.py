@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +16,26 @@ import pytest
 from benchmarks.measuring.coco import evaluate
 from benchmarks.studies import distillation
 from benchmarks.studies.distillation import EXPERIMENTS, complete_run, planned_runs, run_experiment, teacher_run
-from benchmarks.studies.jobs import Processes, locked
+from benchmarks.studies.jobs import Processes
 from deploy.contract import read_sidecar, sidecar_path, write_sidecar
 from deploy.errors import ConfigError, MeasurementError
 from deploy.files import write_json
+from deploy.folder_lock import locked
 
 ROOT = Path(__file__).parents[3]
 QUALITY = {"none": 0.16, "mimic": 0.14, "pkd": 0.12, "crosskd": 0.08, "crosskd+pkd": 0.06, "teacher": 0.02}
 """Method -> how far its detections are off, as a share of the box."""
+
+
+KILLED = """
+import os, signal, subprocess, sys
+from deploy.folder_lock import locked
+from deploy.processes import start
+with locked(sys.argv[1]):
+    quiet = dict.fromkeys(("stdout", "stderr"), subprocess.DEVNULL)
+    print(start([sys.executable, "-c", "import time; time.sleep(60)"], **quiet).pid, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
 
 
 class FakeProcesses:
@@ -33,7 +48,7 @@ class FakeProcesses:
         self.words, self.alone, self.stopped = [], [], False
         self._guard = threading.Lock()
 
-    def run(self, words, log, alone=False, keep_open=()):
+    def run(self, words, log, alone=False):
         with self._guard:
             self.words.append(list(words))
             self.alone.append(alone)
@@ -354,15 +369,19 @@ def test_a_run_that_another_process_is_at_is_left_alone(bench):
     run = teacher_run(EXPERIMENTS["shapes"], arguments, bench.runs / "data")
     run.folder.mkdir()
     fake = FakeProcesses()
-    with locked(run.folder) as lock:
-        orphan = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], pass_fds=[lock])
-    try:  # as if this process had been killed and its training had gone on
-        with pytest.raises(MeasurementError, match="another process is training"):
+    # A study that is killed, and its training, which knows nothing of that and goes on.
+    study = subprocess.run([sys.executable, "-c", KILLED, run.folder], capture_output=True, text=True, check=False)
+    orphan = int(study.stdout)
+    try:
+        with pytest.raises(MeasurementError, match=r"was started by .* which has ended, is writing"):
             complete_run(run, bench.runs / "data", fake, jobs=1)
         assert not fake.words
     finally:
-        orphan.kill()
-        orphan.wait()
+        os.kill(orphan, signal.SIGKILL)
+    for _ in range(500):
+        with contextlib.suppress(MeasurementError), locked(run.folder, MeasurementError):
+            break
+        time.sleep(0.01)
     complete_run(run, bench.runs / "data", fake, jobs=1)
     assert fake.folders("crosskd.train") == ["shapes_teacher"]
 
