@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from mmengine.dist import broadcast, get_rank, is_main_process
+from mmengine.dist import broadcast, get_rank, get_world_size, is_main_process
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook, EMAHook, Hook
 from mmengine.logging import MMLogger
@@ -98,8 +98,7 @@ class AtomicCheckpointHook(CheckpointHook):
     mmengine removes the old checkpoint, then writes the new one and `last_checkpoint` in place. Here a checkpoint is
     written under a temporary name and renamed, then `last_checkpoint` points to it, and only then the old one goes.
 
-    A checkpoint also holds the gradients of an accumulation that is not complete (of several processes: those of the
-    first one).
+    A checkpoint also holds the gradients of an accumulation that is not complete, of each process its own.
 
     Raises:
         ConfigError: checkpoints are to go elsewhere than to the run directory, or by iterations in a loop of epochs;
@@ -115,6 +114,8 @@ class AtomicCheckpointHook(CheckpointHook):
                 "in the run directory, where --resume looks for them. Remove it and choose the folder with -o."
             )
         super().__init__(**{**kwargs, "backend_args": {"backend": "atomic"}})
+        self._gathered: list[dict[str, torch.Tensor]] = []
+        """The gradients of each of several processes at the last checkpoint, in the first one."""
 
     def before_train(self, runner: Any) -> None:
         if not self.by_epoch and "max_epochs" in runner.cfg.train_cfg:
@@ -156,14 +157,12 @@ class AtomicCheckpointHook(CheckpointHook):
                 f"the run had taken {meta['iter']} steps after {meta['epoch']} epochs; with these data, batch size and "
                 f"number of processes there would be {expected}. Resume with those that it was started with."
             )
-        parameters = dict(detector_of(runner).named_parameters())
-        for name, gradient in checkpoint.get("gradients", {}).items():
-            parameters[name].grad = gradient
+        if "gradients" in checkpoint:
+            _restore_gradients(detector_of(runner), checkpoint["gradients"])
 
     def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
-        parameters = detector_of(runner).named_parameters()
-        gradients = {name: parameter.grad.cpu() for name, parameter in parameters if parameter.grad is not None}
-        if gradients:
+        gradients = self._gathered or [_gradients_of(detector_of(runner))]
+        if any(gradients):
             checkpoint["gradients"] = gradients
 
     def _save_checkpoint_with_step(self, runner: Any, step: int, meta: dict[str, Any]) -> None:
@@ -172,6 +171,7 @@ class AtomicCheckpointHook(CheckpointHook):
                 self.file_backend.remove(Path(self.out_dir) / self.filename_tmpl.format(self.keep_ckpt_ids[0]))
             self.keep_ckpt_ids.append(step)  # it has a greatest length, and drops its oldest entry
             runner.message_hub.update_info("keep_ckpt_ids", list(self.keep_ckpt_ids))
+        self._gathered = _gathered_gradients(detector_of(runner))  # here, since the first process alone saves
         name = self.filename_tmpl.format(step)
         self.last_ckpt = str(Path(self.out_dir) / name)
         runner.message_hub.update_info("last_ckpt", self.last_ckpt)
@@ -204,6 +204,34 @@ def _check_same_weights(detector: nn.Module, saved: dict[str, Any]) -> None:
             f"the run was started with another model or other classes: {len(differing)} of its weights have another "
             f"shape, such as {differing[0]}; resume it with the config and the data that it was started with"
         )
+
+
+def _gradients_of(detector: nn.Module) -> dict[str, torch.Tensor]:
+    parameters = detector.named_parameters()
+    return {name: parameter.grad.cpu() for name, parameter in parameters if parameter.grad is not None}
+
+
+def _gathered_gradients(detector: nn.Module) -> list[dict[str, torch.Tensor]]:
+    """Name of a parameter -> its gradient, of each of several processes; in the first one. Else nothing."""
+    if get_world_size() == 1:
+        return []
+    group = torch.distributed.new_group(backend="gloo")  # NCCL would take the memory of the first process's GPU
+    gathered: list[Any] | None = [None] * get_world_size() if is_main_process() else None
+    torch.distributed.gather_object(_gradients_of(detector), gathered, dst=0, group=group)
+    torch.distributed.destroy_process_group(group)
+    return gathered or []
+
+
+def _restore_gradients(detector: nn.Module, gradients: Any) -> None:
+    of_all = [gradients] if isinstance(gradients, dict) else gradients  # a dict: of the first one, up to version 0.1
+    if len(of_all) != get_world_size():
+        raise CheckpointError(
+            f"the run stopped in the middle of an accumulation, whose gradients its checkpoint has of {len(of_all)} "
+            f"processes; here are {get_world_size()}. Resume with as many, or start anew without --resume"
+        )
+    parameters = dict(detector.named_parameters())
+    for name, gradient in of_all[get_rank()].items():
+        parameters[name].grad = gradient.to(parameters[name].device)
 
 
 @HOOKS.register_module()

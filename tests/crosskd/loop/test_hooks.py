@@ -80,6 +80,11 @@ def test_checkpoints_in_the_middle_of_an_epoch_are_refused(tmp_path: Path) -> No
         ({"optimizer": None}, CheckpointError, "has no optimiser state"),
         ({"seed": 4}, ConfigError, "the run has the seed 4, --seed is 3"),
         ({"ema_state_dict": {}}, ConfigError, "started with a moving average of the weights and is resumed without"),
+        (
+            {"gradients": [{}, {}]},
+            CheckpointError,
+            "its checkpoint has of 2 processes; here are 1. Resume with as many",
+        ),
         ({"iter": 7}, ConfigError, "had taken 7 steps after 2 epochs; .* there would be 8"),
     ],
 )
