@@ -148,7 +148,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     )
     for path, text in ((html, page), (markdown, render(report, "report.md.jinja"))):
         with replacing(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+            temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # a path that is no text
     write_json(document, sealed(report))
     if arguments.junit is not None:
         with replacing(arguments.junit) as temporary:

@@ -49,8 +49,8 @@ def check_disk_space(folder: Path, needed: Sequence[int]) -> None:
     free, there = shutil.disk_usage(folder).free, _bytes_in(folder)
     if free + there < sum(needed):
         raise ConfigError(
-            f"{folder} will take about {sum(needed) / 2**30:.1f} GiB, of which {there / 2**30:.1f} GiB are there; its "
-            f"disk has {free / 2**30:.1f} GiB free. Free some space, give -o on another disk, or keep fewer "
+            f"{folder} will take about {sum(needed) / 2**30:.2f} GiB, of which {there / 2**30:.2f} GiB are there; its "
+            f"disk has {free / 2**30:.2f} GiB free. Free some space, give -o on another disk, or keep fewer "
             "checkpoints (default_hooks.checkpoint.max_keep_ckpts)"
         )
 

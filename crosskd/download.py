@@ -11,7 +11,7 @@ from http.client import HTTPException
 from pathlib import Path
 
 from deploy.errors import CheckpointError, ConfigError
-from deploy.files import check_writable, sha256_of
+from deploy.files import check_writable, sha256_of, user_cache
 
 
 def published_checkpoint(config_name: str) -> Path:
@@ -100,4 +100,5 @@ def fetched_checkpoint(url: str) -> Path:
 
 def cache_dir() -> Path:
     """The folder of downloads: $CROSSKD_CACHE, or ~/.cache/crosskd."""
-    return Path(os.environ.get("CROSSKD_CACHE") or "~/.cache/crosskd").expanduser()
+    given = os.environ.get("CROSSKD_CACHE")
+    return Path(os.path.expanduser(given)) if given else user_cache("set CROSSKD_CACHE to a folder for downloads")

@@ -338,7 +338,6 @@ def start_of(stage: Stage, whole_config: bool = False) -> dict[str, Any]:
     annotations = [str(annotations_path(data, split)) for split in ("train", "val")]
     return start_from(stage.words, [*stage.words[2:], *annotations], config_sha256=config_sha256(stage))
 
-
     annotations = [str(data / "annotations" / f"instances_{split}.json") for split in ("train", "val")]
     return start_from(stage.words, [*stage.words[2:], *annotations], config_sha256=config_sha256(stage, whole_config))
 

@@ -111,6 +111,19 @@ def check_writable(path: AnyPath) -> None:
     remove_leftovers(Path(os.path.realpath(path)).parent)
 
 
+def user_cache(instead: str) -> Path:
+    """
+    Our folder among the user's caches, ~/.cache/crosskd.
+
+    Raises:
+        PipelineError: this user has no home folder; the message says to do `instead`.
+    """
+    try:
+        return Path.home() / ".cache" / "crosskd"
+    except RuntimeError as error:
+        raise PipelineError(f"there is no home folder for a cache: HOME is not set. Set it, or {instead}") from error
+
+
 class _Abandon(Exception):
     pass
 
@@ -128,7 +141,8 @@ def write_json(path: AnyPath, document: Dict[str, Any]) -> None:
     """Writes `document` atomically. NaN and infinity are refused: they are not JSON."""
     text = json.dumps(document, indent=1, allow_nan=False, ensure_ascii=False)
     with replacing(path) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+        # A path with bytes that are no text has halves of surrogate pairs, which JSON can spell out.
+        temporary.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
 
 def read_json(path: AnyPath, error_type: Type[PipelineError], what: str) -> Any:

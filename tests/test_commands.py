@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from typing import List
 import pytest
 
 from deploy.commands import COMMANDS
+from deploy.contract import read_sidecar
+from tests.stand_ins.detector import CONTRACT, write_detector
 
 ROOT = Path(__file__).parents[1]
 HEAVY = (
@@ -79,11 +82,23 @@ BAD_INPUT = {
 WITHOUT_INPUT = ("deploy.doctor",)
 
 
-def _run(words: List[str], cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+def _run(words: List[str], cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    environment = {**(environment or os.environ), "PYTHONPATH": str(ROOT)}
     return subprocess.run(
         [sys.executable, *words], cwd=cwd, env=environment, capture_output=True, text=True, check=False
     )
+
+
+@pytest.fixture
+def odd(tmp_path: Path) -> Path:
+    """A folder whose name has what a shell, a line, an encoding or a terminal may trip over."""
+    folder = tmp_path / "a folder\nwith é 名 'q' $HOME \udcff"
+    folder.mkdir()
+    return folder
+
+
+BARE = {"PATH": os.environ["PATH"], "LC_ALL": "C", "COLUMNS": "20"}
+"""An environment without a home, with few columns and no language."""
 
 
 def _cpu_s(words: List[str], cwd: Path) -> float:
@@ -124,12 +139,29 @@ def test_help_takes_well_under_a_second(module: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("module", sorted(set(COMMANDS) - {*WITHOUT_INPUT}))
-def test_bad_input_is_one_message_and_leaves_nothing_behind(module: str, tmp_path: Path) -> None:
-    done = _run(["-m", module, *BAD_INPUT.get(module, [])], tmp_path)
+def test_bad_input_is_one_message_and_leaves_nothing_behind(module: str, odd: Path) -> None:
+    done = _run(["-m", module, *BAD_INPUT.get(module, [])], odd, **BARE)
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("error: ")
     assert len(done.stderr.splitlines()) == 1
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not [path for path in odd.rglob("*") if path.is_file()]
+
+
+def test_odd_names_are_read_and_written_as_others_are(odd: Path) -> None:
+    name = "m é\n"  # ONNX Runtime takes no bytes that are no text
+    write_detector(odd / f"{name}.onnx")
+    for words in (
+        ["crosskd.shapes", name, "--images", "7", "--size", "64"],
+        ["deploy.detect", f"{name}.onnx", f"{name}/images", "-o", f"{name}.detections"],
+        ["calibration.audit", f"{name}.onnx"],
+        ["deploy.adopt_onnx", f"{name}.onnx", "--contract", f"{name}.json"],
+        ["benchmarks.report", f"{name}.result.json", "--check", "-o", f"{name}.html"],
+    ):
+        if words[0] == "deploy.adopt_onnx":
+            (odd / f"{name}.json").write_text(json.dumps(CONTRACT.to_json()))
+        done = _run(["-m", *words], odd, **BARE)
+        assert done.returncode == 0, done.stderr
+    assert read_sidecar(odd / f"{name}.onnx")["inputs"]["contract"]["file"] == f"{name}.json"
 
 
 # Not here: build_trt, which asks for TensorRT before anything else.

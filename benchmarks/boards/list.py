@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
@@ -87,7 +88,7 @@ def _board(path: AnyPath, number: int, entry: Mapping[str, Any]) -> Board:
     fields = dict(entry)
     for key in ("key", "known_hosts"):
         if key in entry:
-            fields[key] = Path(path).parent / Path(entry[key]).expanduser()
+            fields[key] = Path(path).parent / os.path.expanduser(entry[key])
             if not fields[key].is_file():
                 raise ConfigError(f"{where}: {key} is {entry[key]}, and {fields[key]} is no file")
     if "precisions" in entry:

@@ -132,7 +132,7 @@ class _KnownHosts:
     """Looks the board up among the known hosts, and remembers what it found."""
 
     def __init__(self, board: Board) -> None:
-        files = [board.known_hosts] if board.known_hosts else [Path(name).expanduser() for name in KNOWN_HOSTS]
+        files = [board.known_hosts] if board.known_hosts else [Path(os.path.expanduser(name)) for name in KNOWN_HOSTS]
         self._files = [str(path) for path in files if path.is_file()]
         self._host, self._is_known = "", False
 

@@ -19,7 +19,7 @@ from typing import Any, Dict, Mapping, NamedTuple, Optional, Sequence
 
 from deploy.contract import ModelContract, sidecar_path, write_sidecar
 from deploy.errors import ConfigError
-from deploy.files import AnyPath, check_writable, read_json, replacing, write_json
+from deploy.files import AnyPath, check_writable, read_json, replacing, user_cache, write_json
 from deploy.int8_format import FloatReason
 from deploy.jetpack import unknown_jetpack
 from deploy.runtime.golden import Tolerance, check_agreement, measure_agreement, words_of_agreement
@@ -192,7 +192,8 @@ def default_timing_cache(machine: Mapping[str, Optional[str]]) -> Path:
     Args:
         machine: of `deploy.tensorrt.session.describe_machine`.
     """
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "crosskd" / "timing"
+    given = os.environ.get("XDG_CACHE_HOME")
+    folder = (Path(given) / "crosskd" if given else user_cache("build with --no-timing-cache")) / "timing"
     words = [machine["device"], f"{machine['multiprocessors']}sm", machine["board"], machine["power_mode"]]
     words += [f"tensorrt{machine['tensorrt']}", f"cuda{machine['cuda_runtime']}"]
     return folder / (re.sub(r"[^\w.]+", "-", "-".join(filter(None, words))) + ".cache")

@@ -275,11 +275,11 @@ def test_a_disk_that_is_too_small_is_told_with_both_numbers(
     options = PipelineOptions(str(configs / "crosskd_tiny.py"), str(shapes_dir), tmp_path)
     sets = [load_coco(*split_paths(shapes_dir, split)) for split in SPLITS]
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=5 << 20))
-    with pytest.raises(ConfigError, match=r"will take about 0\.\d GiB, of which 0.0 GiB are there; .* 0.0 GiB free"):
-        check_space(options, stages, sets)
+    with pytest.raises(ConfigError, match=r"will take about 0\.\d+ GiB, of which 0.00 GiB .* 0.00 GiB free"):
+        check_space(options, load_config(options.config), stages, sets)
     with (tmp_path / "there").open("wb") as file:  # what is made already needs no more space
         file.truncate(1 << 30)
-    check_space(options, stages, sets)
+    check_space(options, load_config(options.config), stages, sets)
 
 
 def test_what_a_training_takes_is_not_underestimated(configs: Path, teacher_run: Path, shapes_dir: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from deploy.errors import ConfigError, DataError, PipelineError
-from deploy.files import check_writable, read_json, replacing, sha256_of, write_json
+from deploy.files import check_writable, read_json, replacing, sha256_of, user_cache, write_json
 
 
 def test_replacing_puts_the_whole_file_in_place(tmp_path: Path) -> None:
@@ -81,6 +81,24 @@ def test_read_json_raises_the_error_of_the_caller(tmp_path: Path) -> None:
         read_json(path, DataError, "anything")
     with pytest.raises(DataError, match="cannot read"):
         read_json(tmp_path, DataError, "anything")
+
+
+def test_a_path_that_is_no_text_survives_the_round_trip(tmp_path: Path) -> None:
+    document = {"file": os.fsdecode(b"caf\xe9 \xf0\x9f\x90\x8d")}
+    write_json(tmp_path / "a.json", document)
+    assert read_json(tmp_path / "a.json", DataError, "anything") == document
+
+
+def test_without_a_home_the_message_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/somewhere")
+    assert user_cache("x") == Path("/somewhere/.cache/crosskd")
+
+    def nobody() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", nobody)
+    with pytest.raises(PipelineError, match=r"HOME is not set\. Set it, or build elsewhere"):
+        user_cache("build elsewhere")
 
 
 def test_a_full_disk_is_a_pipeline_error_and_leaves_nothing(tmp_path: Path) -> None:
