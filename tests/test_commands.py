@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -13,7 +12,7 @@ import pytest
 
 from deploy.commands import COMMANDS
 from deploy.contract import read_sidecar
-from tests.stand_ins.detector import CONTRACT, write_detector
+from tests.stand_ins.detector import write_detector
 
 ROOT = Path(__file__).parents[1]
 HEAVY = (
@@ -153,15 +152,13 @@ def test_odd_names_are_read_and_written_as_others_are(odd: Path) -> None:
     for words in (
         ["crosskd.shapes", name, "--images", "7", "--size", "64"],
         ["deploy.detect", f"{name}.onnx", f"{name}/images", "-o", f"{name}.detections"],
-        ["calibration.audit", f"{name}.onnx"],
-        ["deploy.adopt_onnx", f"{name}.onnx", "--contract", f"{name}.json"],
+        ["calibration.quantize", f"{name}.onnx", "--data", name, "--method", "max", "-o", f"{name}.int8.onnx"],
+        ["calibration.audit", f"{name}.int8.onnx"],
         ["benchmarks.report", f"{name}.result.json", "--check", "-o", f"{name}.html"],
     ):
-        if words[0] == "deploy.adopt_onnx":
-            (odd / f"{name}.json").write_text(json.dumps(CONTRACT.to_json()))
         done = _run(["-m", *words], odd, **BARE)
         assert done.returncode == 0, done.stderr
-    assert read_sidecar(odd / f"{name}.onnx")["inputs"]["contract"]["file"] == f"{name}.json"
+    assert read_sidecar(odd / f"{name}.int8.onnx")["inputs"]["model"]["file"] == f"{name}.onnx"
 
 
 # Not here: build_trt, which asks for TensorRT before anything else.
