@@ -25,6 +25,7 @@ import os
 import signal
 import sys
 import sysconfig
+import tempfile
 import threading
 import traceback
 from types import FrameType
@@ -281,8 +282,18 @@ def _message_of_system(error: Exception) -> Optional[str]:
     fault = fault_of_storage(error)
     if fault is not None:
         return f"cannot write: {fault}"
+    if isinstance(error, FileNotFoundError) and not error.filename and not _has_temporary_folder():
+        return "no folder for temporary files can be written. Free some space, or set TMPDIR to a folder that can be"
     if not isinstance(error, OSError) or error.errno not in FAULTS_OF_PATHS or not error.filename:
         return None
     if os.path.realpath(error.filename).startswith(tuple(sysconfig.get_paths().values())):
         return None  # a file of Python or of a package
     return f"{os.fsdecode(error.filename)}: {error.strerror}. {FAULTS_OF_PATHS[error.errno]}"
+
+
+def _has_temporary_folder() -> bool:
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError:
+        return False
+    return True

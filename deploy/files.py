@@ -9,7 +9,7 @@ import os
 import re
 import tempfile
 from pathlib import Path
-from typing import Any, Dict, Iterator, Tuple, Type, Union
+from typing import Any, Dict, Iterator, Set, Tuple, Type, Union
 
 from deploy.errors import PipelineError, fault_of_storage
 
@@ -20,6 +20,8 @@ NO_TEXT = {
     b"version https://git-lfs": "it is a pointer of Git LFS: run git lfs pull",
 }
 """First bytes of files that stand in the place of others -> what to do."""
+_locked: Set[int] = set()
+"""The open files that this process has locked."""
 UNFINISHED = ".unfinished-"
 """In the name of a file that is not yet whole."""
 
@@ -61,7 +63,7 @@ def replacing(path: AnyPath) -> Iterator[Path]:
             raise
         raise PipelineError(f"cannot write {path}: {fault}") from error
     finally:
-        os.close(handle)
+        unlock(handle)
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
 
@@ -75,7 +77,7 @@ def _temporary_beside(target: Path) -> Tuple[int, Path]:
             lock(handle)
         if os.path.exists(name):  # else another process took it for a leftover before it was locked
             return handle, Path(name)
-        os.close(handle)
+        unlock(handle)
 
 
 def lock(handle: int) -> None:
@@ -89,15 +91,36 @@ def lock(handle: int) -> None:
     import fcntl
 
     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    _locked.add(handle)
+
+
+def unlock(handle: int) -> None:
+    """Closes a file that `lock` was asked to lock."""
+    _locked.discard(handle)
+    os.close(handle)
+
+
+def _leave_locks_to_parent() -> None:
+    """A fork, such as a worker that loads data, would else keep them when the process that writes is killed."""
+    for handle in tuple(_locked):
+        with contextlib.suppress(OSError):
+            unlock(handle)
+
+
+os.register_at_fork(after_in_child=_leave_locks_to_parent)
 
 
 def remove_leftovers(folder: AnyPath) -> None:
     """Removes the temporary files in `folder` whose writer was killed: nobody has them locked."""
     for path in Path(folder).glob(f".*{UNFINISHED}*"):
         if re.search(rf"{re.escape(UNFINISHED)}[a-z0-9_]{{8}}(\.[^.]*)?$", path.name):
-            with contextlib.suppress(OSError), path.open("rb+") as file:
-                lock(file.fileno())
-                path.unlink()
+            with contextlib.suppress(OSError):
+                handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+                try:
+                    lock(handle)
+                    path.unlink()
+                finally:
+                    unlock(handle)
 
 
 def check_writable(path: AnyPath) -> None:

@@ -15,7 +15,7 @@ from typing import Any, Dict, Iterator, List, Optional, Tuple, Type
 
 from deploy.contract import this_command
 from deploy.errors import PipelineError, is_first_process, printable
-from deploy.files import AnyPath, lock
+from deploy.files import AnyPath, lock, unlock
 
 LOCK = ".lock"
 _held: List[int] = []
@@ -64,7 +64,7 @@ def locked(folder: AnyPath, error_type: Type[PipelineError] = PipelineError) -> 
             with _guard, contextlib.suppress(OSError):
                 _held.remove(handle)
                 (folder / LOCK).unlink()
-                os.close(handle)
+                unlock(handle)
     finally:
         for empty in made:
             with contextlib.suppress(OSError):  # not empty
@@ -96,7 +96,7 @@ def _acquire(folder: Path, error_type: Type[PipelineError]) -> Optional[int]:
         try:
             lock(handle)
         except BlockingIOError:
-            os.close(handle)
+            unlock(handle)
             holder = _read_holder(path)
             if holder.get("host") == socket.gethostname() and holder.get("pid") == os.getppid():
                 return None
@@ -106,7 +106,7 @@ def _acquire(folder: Path, error_type: Type[PipelineError]) -> Optional[int]:
                   file=sys.stderr)  # fmt: skip
         if os.path.exists(path) and os.path.samestat(os.fstat(handle), os.stat(path)):
             break
-        os.close(handle)  # its holder has just ended, and removed it
+        unlock(handle)  # its holder has just ended, and removed it
     note = {
         "command": " ".join(this_command()),
         "pid": os.getpid(),

@@ -4,6 +4,7 @@ import errno
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import List, Optional, Tuple
 
@@ -120,3 +121,21 @@ def test_a_message_carries_no_more_than_a_line_of_a_files_text(capsys: pytest.Ca
     assert len(message) < 5000
     assert message.startswith("error: a name is xxx")
     assert message.count("\n") < 30
+
+
+def test_a_machine_without_a_temporary_folder_is_told_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/nowhere"])
+
+    @command
+    def main(argv: Optional[List[str]] = None) -> int:
+        tempfile.mkdtemp()
+        return 0
+
+    assert main() == 2
+    assert "set TMPDIR" in capsys.readouterr().err
+    assert _message(FileNotFoundError(errno.ENOENT, "of no path"), capsys)[0] == 2
+    monkeypatch.undo()
+    assert _message(FileNotFoundError(errno.ENOENT, "of no path"), capsys)[0] == 3

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from typing import Iterator
 import pytest
 
 from deploy.errors import MeasurementError, PipelineError
+from deploy.files import check_writable
 from deploy.folder_lock import LOCK, held_locks, locked
 from deploy.processes import status_of
 
@@ -134,3 +136,31 @@ def test_a_lock_that_is_a_link_or_a_folder_is_refused(tmp_path: Path) -> None:
         with pytest.raises(PipelineError, match="cannot write"), locked(tmp_path / str(number)):
             pytest.fail("it is held")
     assert (tmp_path / "precious").read_text() == "text"
+
+
+FORKS = """
+import os, sys, time
+from deploy.files import replacing
+from deploy.folder_lock import locked
+with locked(sys.argv[1]), replacing(sys.argv[1] + "/a.pth"):
+    worker = os.fork()
+    if worker == 0:
+        time.sleep(60)
+        os._exit(0)
+    print(worker, flush=True)
+    os.kill(os.getpid(), 9)
+"""
+
+
+def test_a_fork_such_as_a_worker_that_loads_data_does_not_hold_on(tmp_path: Path) -> None:
+    quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    with subprocess.Popen([sys.executable, "-c", FORKS, str(tmp_path)], **quiet) as process:
+        assert process.stdout is not None
+        worker = int(process.stdout.readline())
+        process.wait()
+        try:
+            with locked(tmp_path):
+                check_writable(tmp_path / "a.pth")
+                assert os.listdir(tmp_path) == [LOCK]
+        finally:
+            os.kill(worker, signal.SIGKILL)
