@@ -35,12 +35,12 @@ from deploy.machine import VENV, is_externally_managed
 
 PARENT_VARIABLE = "CROSSKD_PARENT"
 """In the environment of a command that a command of ours started: the starter's process id."""
-MOST_LETTERS, MOST_LINES = 1000, 20
+MOST_LETTERS, MOST_LINES = 4000, 20
 """Of a message: letters of a line, lines."""
 FAULTS_OF_STORAGE = {
     errno.ENOSPC: "Is the disk full? Free some space, or choose another.",
     errno.EDQUOT: "Your share of the disk is full: free some space, or choose another.",
-    errno.EFBIG: "No file may be so large there: choose another disk, or raise `ulimit -f`.",
+    errno.EFBIG: "Is the disk full? Free some space, choose another, or raise the limit of a file (`ulimit -f`).",
     errno.EIO: "The disk or the network drive fails; see the system's log (dmesg).",
 }
 """What a disk does to any file -> what to do."""
