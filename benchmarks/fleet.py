@@ -27,11 +27,11 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from benchmarks.boards.list import Board, boards_from_file
 from benchmarks.boards.ssh import BoardError, CommandError, Remote, check_asyncssh, connected, printable
-from benchmarks.measuring.result import check_result
+from benchmarks.measuring.result import check_written_result
 from benchmarks.reporting.wording import UNKNOWN, ms
 from deploy.board.archive import SUFFIX, unpack
 from deploy.board.commands import Bundle
-from deploy.contract import check_seal, provenance
+from deploy.contract import provenance
 from deploy.errors import ConfigError, MeasurementError, command
 from deploy.files import check_writable, replacing, sha256_of, write_json
 from deploy.folder_lock import locked
@@ -262,8 +262,7 @@ class Visit:
             return None
         try:
             document = _document(content, path)
-            check_result(document, path)
-            check_seal(document, path)
+            check_written_result(document, path)
         except MeasurementError as error:
             _tell(self._remote.board, f"not used: {printable(str(error))}")
             return None

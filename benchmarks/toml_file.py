@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Dict
 
 from deploy.errors import ConfigError, MissingDependencyError
-from deploy.files import AnyPath
+from deploy.files import AnyPath, read_regular
 
 
 def read_toml(path: AnyPath, what: str) -> Dict[str, Any]:
@@ -27,9 +27,10 @@ def read_toml(path: AnyPath, what: str) -> Dict[str, Any]:
         except ImportError as error:
             raise MissingDependencyError("tomli", f"reading {path} with this Python", "pip install tomli") from error
     try:
-        with open(path, "rb") as file:
-            return tomllib.load(file)
+        return tomllib.loads(read_regular(path).decode())
     except OSError as error:
         raise ConfigError(f"cannot read {path} ({error.strerror}); expected {what}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{path} has lists in lists, hundreds of levels deep; expected {what}") from error
     except ValueError as error:  # also what is not UTF-8
         raise ConfigError(f"{path} is not TOML ({error}); expected {what}") from error

@@ -11,19 +11,17 @@ several.
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import math
-import zipfile
-import zlib
-from pathlib import Path
 from typing import Any, Dict, Iterable, List, Sequence, Tuple
 
 import numpy as np
 
+from deploy.arrays import arrays_from_npz
 from deploy.contract import ModelContract
 from deploy.errors import CalibrationError
 from deploy.files import AnyPath, replacing, sha256_of
+from deploy.schema import check_content
 
 SAMPLE = 4096
 """The most values of one tensor and image that are counted: 2 million over 512 images."""
@@ -38,6 +36,23 @@ PREPROCESSING = (
     "resize_wh_px",
 )  # fmt: skip
 """Fields of a contract that change the input of the network, and so the statistics."""
+LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
+LARGEST_EXPONENT = 128 - BINS_LOG2
+"""log2 of the width of a bin that the largest float32 needs."""
+MOST_COUNTED = 2**53
+HEADER = {"model_sha256": str, "preprocessing": dict, "images": {str: int}, "tensors": [str]}
+"""Table of the file's header, but for its version."""
+ARRAYS: Dict[str, Tuple[str, Tuple[Any, ...]]] = {
+    "has_histogram": ("b", ("tensors",)),
+    "minimum": ("f", ("tensors",)),
+    "maximum": ("f", ("tensors",)),
+    "exponent": ("i", ("counted",)),
+    "zeros": ("i", ("counted",)),
+    "counts": ("i", ("counted", 2 * BINS)),
+    "sums": ("f", ("counted", "images")),
+    "squares": ("f", ("counted", "images")),
+}
+"""Table of the file's arrays: name -> kinds of numpy's types, shape."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -288,22 +303,67 @@ def read_statistics(path: AnyPath) -> Collected:
 
 def _read(path: AnyPath) -> Tuple[Dict[str, Any], Dict[str, np.ndarray]]:
     """(header, arrays) of a file; raises CalibrationError if it is missing, damaged or of another version."""
+    again = "Delete it, and the statistics are collected anew."
     try:
-        with np.load(io.BytesIO(Path(path).read_bytes()), allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-        header = json.loads(str(arrays["header"]))
-        version = header["schema_version"]
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        arrays = arrays_from_npz(path)
+        header = json.loads(str(arrays.pop("header")))
+    except (OSError, ValueError, KeyError, RecursionError) as error:
         raise CalibrationError(
             f"cannot read the statistics in {path} ({error}); expected a file of calibration.quantize --statistics. "
-            "Delete it, and they are collected anew."
+            f"{again}"
         ) from error
-    if version != SCHEMA_VERSION:
+    check_content(header, {"schema_version": int}, path, CalibrationError, again)
+    if header["schema_version"] != SCHEMA_VERSION:
         raise CalibrationError(
-            f"{path}: schema_version is {version!r}; expected {SCHEMA_VERSION}. Delete it, and the statistics are "
-            "collected anew."
+            f"{path}: schema_version is {header['schema_version']!r}; expected {SCHEMA_VERSION}. {again}"
         )
+    check_content(header, HEADER, path, CalibrationError, again)
+    fault = _fault_of_arrays(header["tensors"], arrays)
+    if fault:
+        raise CalibrationError(f"{path}: {fault}. The file is damaged. {again}")
     return header, arrays
+
+
+def _fault_of_arrays(tensors: List[str], arrays: Dict[str, np.ndarray]) -> str:
+    """What of the arrays of a file is missing, of another type or shape, or cannot be; '' if nothing is."""
+    if len(set(tensors)) != len(tensors):
+        return "it names a tensor twice"
+    counted = int(np.count_nonzero(arrays["has_histogram"])) if "has_histogram" in arrays else 0
+    rows = {"tensors": len(tensors), "counted": counted, "images": -1}
+    for name, (kinds, shape) in ARRAYS.items():
+        if name not in arrays:
+            return f"the array {name} is missing"
+        values = arrays[name]
+        if counted == 0 and shape[0] == "counted" and values.size == 0:
+            continue  # as numpy makes an array of nothing
+        if name == "sums" and values.ndim == 2:
+            rows["images"] = values.shape[1]
+        expected = tuple(rows.get(size, size) for size in shape)
+        if values.dtype.kind not in kinds or values.shape != expected:
+            return f"{name} is of {values.dtype} and the shape {values.shape}; expected {expected}"
+        if not np.isfinite(values).all():
+            return f"{name} has values that are not finite"
+    low, high = arrays["minimum"], arrays["maximum"]
+    if (low > high).any() or max(np.abs(low).max(initial=0), np.abs(high).max(initial=0)) > LARGEST_FLOAT32:
+        return "minimum and maximum are not the two ends of a range of float32 numbers"
+    if not counted:
+        return ""
+    if min(arrays[name].min(initial=0) for name in ("zeros", "counts", "squares")) < 0:
+        return "zeros, counts or squares has numbers below 0"
+    counts, zeros, exponent = arrays["counts"], arrays["zeros"], arrays["exponent"]
+    if counts.max() > MOST_COUNTED or zeros.max() > MOST_COUNTED:
+        return f"counts or zeros has numbers above {MOST_COUNTED}"
+    if exponent.min() < SMALLEST_EXPONENT or exponent.max() > LARGEST_EXPONENT:
+        return f"exponent goes from {exponent.min()} to {exponent.max()}; expected that of float32 numbers"
+    # The outermost bins that hold something must reach no further than the extremes, or the file has two stories.
+    row = np.flatnonzero(arrays["has_histogram"])
+    edges = np.arange(-BINS, BINS + 1)[None] * 2.0 ** exponent[:, None].astype(np.float64)
+    seen = counts > 0
+    outside = (seen & ((edges[:, 1:] <= low[row, None]) | (edges[:, :-1] > high[row, None]))).any(axis=1)
+    beyond = np.maximum(-low[row], high[row]) > BINS * 2.0 ** exponent.astype(np.float64)
+    if (outside | beyond).any():
+        return f"counts and extremes of {tensors[row[int(np.flatnonzero(outside | beyond)[0])]]!r} do not go together"
+    return ""
 
 
 def _check_same_network(header: Dict[str, Any], path: AnyPath, model: AnyPath, contract: ModelContract) -> None:

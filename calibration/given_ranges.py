@@ -15,11 +15,19 @@ from calibration.quantizer import Quantized
 from calibration.ranges import Ranges
 from deploy.contract import read_sidecar
 from deploy.errors import CalibrationError
-from deploy.files import AnyPath, read_json
+from deploy.files import AnyPath
 from deploy.graphs.calibration_cache import read_cache
+from deploy.schema import Choice, Items, Number, read_checked
 
 LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
 """The largest float32: a larger scale could not be written."""
+TRAINED_RANGES = {
+    "target": Choice(tuple(PLACEMENTS)),
+    "keep_float": [str],
+    "weights_sha256": str,
+    "ranges": {str: Items(Number(-LARGEST_FLOAT32, LARGEST_FLOAT32), 2, 2)},
+}
+"""Table of the file of `--ranges`."""
 NORMALISING_OPS = ("Cast", "Transpose", "Sub", "Add", "Mul", "Div")
 """Operators that, with constants, make of a graph's uint8 pixels the input that the training had."""
 
@@ -108,28 +116,15 @@ def read_trained_ranges(path: str) -> TrainedRanges:
         CalibrationError: it is missing or no such file, or a range is none.
     """
     what = "the int8.json of a run of crosskd.distill --quantize int8"
-    document = read_json(path, CalibrationError, what)
-    if not isinstance(document, dict):
-        raise CalibrationError(f"{path} holds a {type(document).__name__}; expected an object: {what}")
-    missing = [key for key in ("target", "keep_float", "weights_sha256", "ranges") if key not in document]
-    if missing:
-        raise CalibrationError(f"{path} has no {', '.join(missing)}; expected {what}")
-    target, keep_float, ranges = document["target"], document["keep_float"], document["ranges"]
-    if not isinstance(target, str) or target not in PLACEMENTS:
-        raise CalibrationError(f"{path}: target is {target!r}; expected one of {sorted(PLACEMENTS)}")
-    if not isinstance(keep_float, list) or not all(isinstance(name, str) for name in keep_float):
-        raise CalibrationError(f"{path}: keep_float is {keep_float!r}; expected a list of names of convolutions")
-    if not isinstance(ranges, dict):
-        raise CalibrationError(f"{path}: ranges is {ranges!r}; expected an object, tensor -> [smallest, largest]")
-    for name, ends in ranges.items():
-        numbers = isinstance(ends, list) and all(type(end) in (int, float) for end in ends)  # JSON's true is an int
-        if not numbers or len(ends) != 2 or not -LARGEST_FLOAT32 <= ends[0] < ends[1] <= LARGEST_FLOAT32:
+    document = read_checked(path, TRAINED_RANGES, CalibrationError, what)
+    ranges = {name: (float(low), float(high)) for name, (low, high) in document["ranges"].items()}
+    for name, (low, high) in ranges.items():
+        if low >= high:
             raise CalibrationError(
-                f"{path}: the range of the tensor {name} is {ends!r}; expected [smallest, largest], two finite "
-                "numbers, the first below the second. The training may have diverged: look at its losses."
+                f"{path}: the range of the tensor {name} is {[low, high]}; expected [smallest, largest], the first "
+                "below the second. The training may have diverged: look at its losses."
             )
-    ranges = {name: (float(low), float(high)) for name, (low, high) in ranges.items()}
-    return TrainedRanges(path, target, tuple(keep_float), str(document["weights_sha256"]), ranges)
+    return TrainedRanges(path, document["target"], tuple(document["keep_float"]), document["weights_sha256"], ranges)
 
 
 def check_weights(trained: TrainedRanges, model_path: AnyPath) -> None:

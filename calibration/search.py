@@ -29,8 +29,9 @@ from calibration.quantizer import Quantizer
 from deploy.contract import ModelContract
 from deploy.dataset import CocoSet
 from deploy.errors import CalibrationError
-from deploy.files import AnyPath, read_json, write_json
+from deploy.files import AnyPath, write_json
 from deploy.freshness import changed_keys
+from deploy.schema import Number, read_checked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +55,16 @@ class Drop:
     def __str__(self) -> str:
         drop, low, high = (points(value) for value in (self.drop, self.low, self.high))
         return f"AP {points(self.ap)}, a drop of {drop} points against float (95 % interval {low} to {high})"
+
+
+DROP_FIELDS = dataclasses.fields(Drop)
+JOURNAL: Dict[Any, Any] = {
+    "key": dict,
+    "float_ap": (Number(0, 1.001), None),
+    "errors": {str: Number(0)},
+    "drops": [{"kept": [str], **{field.name: float for field in DROP_FIELDS}}],
+}
+"""Table of the file of a `Journal`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,17 +121,14 @@ class Journal:
 
     def _read(self) -> None:
         what = "what an earlier search has measured; delete it to begin anew"
-        document = read_json(self.path, CalibrationError, what)
-        try:
-            key, float_ap, errors = document["key"], document["float_ap"], dict(document["errors"])
-            drops = {frozenset(row.pop("kept")): Drop(**row) for row in document["drops"]}
-            changed = changed_keys(key, self._key)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise CalibrationError(f"{self.path} holds something else ({error!r}); expected {what}") from error
+        document = read_checked(self.path, JOURNAL, CalibrationError, what)
+        changed = changed_keys(document["key"], self._key)
         if changed:
             say(f"{self.path} is of other {', '.join(changed)}: the search begins anew")
             return
-        self.float_ap, self.errors, self._drops = float_ap, errors, drops
+        self.float_ap, self.errors = document["float_ap"], document["errors"]
+        for row in document["drops"]:
+            self._drops[frozenset(row["kept"])] = Drop(**{field.name: row[field.name] for field in DROP_FIELDS})
         say(f"{self.path}: {len(self._drops)} sets and {len(self.errors)} blocks are known from an earlier run")
 
     def _write(self) -> None:

@@ -40,6 +40,7 @@ from deploy.errors import CalibrationError, ConfigError, command
 from deploy.files import check_writable, read_json, replacing, write_json
 from deploy.freshness import changed_keys
 from deploy.layouts import SPLITS, split_paths
+from deploy.schema import Number, Whole, read_checked
 
 METRICS = ("ap", "error")
 SIZES = ("AP_small", "AP_medium", "AP_large")
@@ -47,6 +48,22 @@ ALL = "all blocks"
 """The name of the row that is no block: all of them in INT8."""
 
 Row = Dict[str, Any]
+_ROW: Dict[Any, Any] = {
+    "name": str,
+    "convolutions": [str],
+    "multiplications": Whole(1),
+    "error": {"boxes": Number(0), "scores": Number(0)},
+}
+_ROW_WITH_AP: Dict[Any, Any] = {
+    **_ROW,
+    **dict.fromkeys(("AP_drop", "low", "high"), float),
+    **dict.fromkeys((*(f"{name}_drop" for name in SIZES), "score_shift"), (float, None)),
+}
+SENSITIVITY = (
+    {"key": dict, "blocks": [_ROW_WITH_AP], "all": (_ROW_WITH_AP, None)},
+    {"key": dict, "blocks": [_ROW], "all": (_ROW, None)},
+)
+"""Table of the file that the command writes, with AP and without."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,11 +167,9 @@ def resumed_rows(path: Path, key: Dict[str, Any]) -> List[Row]:
     """
     if not path.is_file():
         return []
-    document = read_json(path, CalibrationError, "the sensitivity of an earlier run; delete it to begin anew")
-    earlier_key = document.get("key") if isinstance(document, dict) else None
-    if not isinstance(earlier_key, dict) or "blocks" not in document:
-        raise CalibrationError(f"{path} is not a file of calibration.sensitivity; name another --output")
-    changed = changed_keys(earlier_key, key)
+    what = "the sensitivity of an earlier run; delete it to begin anew, or name another --output"
+    document = read_checked(path, SENSITIVITY, CalibrationError, what)
+    changed = changed_keys(document["key"], key)
     if changed:
         raise CalibrationError(
             f"{path} holds the sensitivity of other {', '.join(changed)}; expected those of now, to go on. Delete it, "

@@ -241,7 +241,7 @@ def int8_to_start_with(training: TrainingOptions, distillation: DistillationOpti
         latest_checkpoint(run_dir)
         if not int8.is_file():
             raise ConfigError(f"no such file: {int8}; resume with the --calibrated that the run was started with")
-        started_for = read_sidecar(int8)["details"]["target"] if target else None
+        started_for = read_sidecar(int8, details=("target",))["details"]["target"] if target else None
         if started_for != target:
             raise ConfigError(
                 f"the run was started for the target {started_for}, --target is {target}; resume with the same"

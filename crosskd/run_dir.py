@@ -13,10 +13,19 @@ from crosskd.settings import datasets_of
 from deploy.contract import read_sidecar, weights_of_run, write_sidecar
 from deploy.dataset import CocoSet
 from deploy.errors import CheckpointError, ConfigError
-from deploy.files import read_json, sha256_of, write_json
+from deploy.files import sha256_of, write_json
+from deploy.schema import read_checked
 
 RECORD = "training.json"
 """In the run directory: what the training was started with, for --resume."""
+_SET_KINDS = {"images": int, "boxes": int, "sha256": str}
+RECORD_KINDS = {
+    "class_names": [str],
+    "annotations": {"train": _SET_KINDS, "val": _SET_KINDS},
+    "inputs": {str: str},
+    "settings": dict,
+}
+"""Table of that file."""
 RECORDED = ("model", "optim_wrapper", "param_scheduler", "train_cfg", "auto_scale_lr")
 """Keys of the config that a run is resumed with as it was started."""
 NOT_RECORDED = ("model.teacher.config", "model.teacher.checkpoint", "train_cfg.val_", "train_cfg.dynamic_intervals")
@@ -78,7 +87,7 @@ def check_resumed(record: dict[str, Any], run_dir: Path) -> None:
     path = run_dir / RECORD
     if not path.is_file():
         return
-    started = read_json(path, ConfigError, "the start of a run")
+    started = read_checked(path, RECORD_KINDS, ConfigError, "the start of a run")
     advice = "Resume it with what it was started with, or start a new run; load_from starts one from trained weights."
     if started["class_names"] != record["class_names"]:
         raise ConfigError(
@@ -171,9 +180,9 @@ def load_run(run_dir: str | Path) -> tuple[Any, Any, dict[str, Any]]:
         ContractError, CheckpointError: as `weights_of_run` and `load_detector_weights`.
     """
     weights = weights_of_run(run_dir)
-    sidecar = read_sidecar(weights)
+    sidecar = read_sidecar(weights, details=("class_names", "category_ids", "parameters"))
     config_path = Path(run_dir) / "config.py"
-    if not config_path.is_file() or sha256_of(config_path) != sidecar["inputs"]["config"]["sha256"]:
+    if not config_path.is_file() or sha256_of(config_path) != sidecar["inputs"].get("config", {}).get("sha256"):
         raise CheckpointError(
             f"{config_path} is missing or was changed since {weights.name} was written; bring back the original"
         )

@@ -16,7 +16,7 @@ Between board and the sessions stands detector, which opens a file with the sess
 runtime is a room like openvino and an entry in targets.
 
 Ground, below all: data_arguments; commands, freshness, dataset, export_options; processes; folder_lock; contract,
-targets, int8_format, images, layouts, coco_file; files, progress; jetpack, errors; machine.
+targets, int8_format, images, layouts, coco_file; arrays; schema, limits; files, progress; jetpack, errors; machine.
 
 `Detector` is fetched when it is first asked for: a board may have no OpenCV, which it needs and other modules do not.
 """
@@ -24,6 +24,7 @@ targets, int8_format, images, layouts, coco_file; files, progress; jetpack, erro
 import os
 from typing import TYPE_CHECKING, Any
 
+from deploy.limits import LARGEST_IMAGE_PX
 from deploy.machine import thread_limit
 
 # ONNX Runtime reports to Microsoft from 1.29 on: a database and a device's id in the user's cache, written as it is
@@ -33,6 +34,8 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 # variable first.
 if thread_limit() is not None:
     os.environ.setdefault("OMP_NUM_THREADS", str(thread_limit()))
+# OpenCV, mmdet's reader too, allocates what an image's header claims, up to this; read once, as it is imported.
+os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(LARGEST_IMAGE_PX))
 
 if TYPE_CHECKING:
     from deploy.detector import Detector

@@ -7,6 +7,7 @@ Fields are read as whole columns, so that a million boxes take seconds.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import gc
 import itertools
@@ -19,6 +20,7 @@ import numpy as np
 
 from deploy.errors import DataError
 from deploy.files import AnyPath, read_json
+from deploy.schema import short
 
 SHARE_OF_BAD_BOXES = 0.01
 """So many of all boxes may be left out; more are a mistake of the file."""
@@ -171,7 +173,7 @@ class _Faults:
         self.found: List[Fault] = []
 
     def where(self, key: str, index: int) -> str:
-        return f"{key}[{index}] (id {self._document[key][index].get('id')!r})"
+        return f"{key}[{index}] (id {short(self._document[key][index].get('id'))})"
 
     def add(
         self, code: str, severity: str, key: str, indices: Sequence[int], what: Callable[[int], str], expected: str
@@ -197,12 +199,6 @@ class _Faults:
 
 def _column(entries: Sequence[Entry], key: str) -> Tuple[Any, ...]:
     return tuple(entry.get(key) for entry in entries)
-
-
-def _short(value: Any) -> str:
-    """A value as a message shows it: a whole list of coordinates may stand where a number is expected."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _is_integer(value: Any) -> bool:
@@ -234,11 +230,14 @@ def _names(categories: Sequence[Entry], faults: _Faults) -> List[str]:
     names = [entry.get("name") for entry in categories]
     wrong = _where_not(names, _is_text)
     faults.add(
-        "category_name", ERROR, "categories", wrong, lambda index: f"name is {_short(names[index])}",
+        "category_name", ERROR, "categories", wrong, lambda index: f"name is {short(names[index])}",
         "the name of the class. Add it",
     )  # fmt: skip
-    first = {name: index for index, name in reversed(list(enumerate(map(repr, names))))}
-    again = [index for index, name in enumerate(names) if first[repr(name)] != index and index not in wrong]
+    first: Dict[str, int] = {}
+    again = [
+        index for index, name in enumerate(names)
+        if isinstance(name, str) and name and first.setdefault(name, index) != index
+    ]  # fmt: skip
     faults.add(
         "category_name_twice", ERROR, "categories", again,
         lambda index: f"the name {names[index]!r} was used before", "one category per name",
@@ -253,7 +252,7 @@ def _index_of_id(entries: Sequence[Entry], key: str, faults: _Faults) -> Dict[in
         wrong = _where_not(ids, _is_integer)
         faults.add(
             "id", ERROR, key, wrong,
-            lambda index: f"the id is no integer but {_short(ids[index])} ({type(ids[index]).__name__})",
+            lambda index: f"the id is no integer but {short(ids[index])} ({type(ids[index]).__name__})",
             f"an integer, different for each entry. {COMMAND} numbers them anew",
         )  # fmt: skip
     index_of: Dict[int, int] = {}
@@ -273,7 +272,7 @@ def _sizes(images: Sequence[Entry], key: str, faults: _Faults) -> List[int]:
     values = [entry.get(key) for entry in images]
     wrong = _where_not(values, is_side)
     faults.add(
-        "size", ERROR, "images", wrong, lambda index: f"{key} is {_short(values[index])}",
+        "size", ERROR, "images", wrong, lambda index: f"{key} is {short(values[index])}",
         f"a positive integer, in pixels. {COMMAND} takes it from the picture",
     )  # fmt: skip
     for index in wrong:
@@ -285,12 +284,13 @@ def _file_names(images: Sequence[Entry], images_dir: Path, faults: _Faults) -> L
     names = [entry.get("file_name") for entry in images]
     wrong = _where_not(names, _is_text)
     faults.add(
-        "file_name", ERROR, "images", wrong, lambda index: f"file_name is {_short(names[index])}",
+        "file_name", ERROR, "images", wrong, lambda index: f"file_name is {short(names[index])}",
         f"the image's path inside {images_dir}",
     )  # fmt: skip
+    unnamed = set(wrong)
     leaves = [
         index for index, name in enumerate(names)
-        if index not in wrong and name and (name[0] == "/" or (".." in name and ".." in PurePosixPath(name).parts))
+        if index not in unnamed and name and (name[0] == "/" or (".." in name and ".." in PurePosixPath(name).parts))
     ]  # fmt: skip
     faults.add(
         "file_name_leaves", ERROR, "images", leaves,
@@ -327,7 +327,7 @@ def _referred(
         hint = f". They look like class indices, counted from 0: {COMMAND} makes ids of them"
     faults.add(
         "class_indices" if hint else key, ERROR, "annotations", wrong.tolist(),
-        lambda row: f"{key} is {_short(values[row])}",
+        lambda row: f"{key} is {short(values[row])}",
         f"the id of an entry of {target!r}. Correct or remove it{hint}",
     )  # fmt: skip
     return index
@@ -339,7 +339,7 @@ def _flags(annotations: Sequence[Entry], key: str, faults: _Faults) -> np.ndarra
     if not _only_of(values, (int, float, bool, type(None))) or not set(values) <= {0, 1, None}:
         wrong = _where_not(values, lambda value: value is None or (isinstance(value, (int, float)) and value in (0, 1)))
         faults.add(
-            key, ERROR, "annotations", wrong, lambda row: f"{key} is {_short(values[row])}",
+            key, ERROR, "annotations", wrong, lambda row: f"{key} is {short(values[row])}",
             f"0 or 1. {COMMAND} makes numbers of strings",
         )  # fmt: skip
         for row in wrong:
@@ -381,7 +381,7 @@ def _areas(annotations: Sequence[Entry], boxes: np.ndarray, faults: _Faults) -> 
     if not _only_of(values, (int, float)):
         wrong = _where_not(values, lambda value: value is None or type(value) in (int, float))
         faults.add(
-            "area", ERROR, "annotations", wrong, lambda row: f"area is {_short(values[row])}",
+            "area", ERROR, "annotations", wrong, lambda row: f"area is {short(values[row])}",
             f"a number of square pixels. {COMMAND} makes numbers of strings",
         )  # fmt: skip
         for row in wrong:
@@ -439,7 +439,7 @@ def _bad_boxes(
         rows = np.flatnonzero(chosen).tolist()
 
         def words(row: int, code: str = code, what: str = what) -> str:
-            box = _short(entries[row].get("bbox"))
+            box = short(entries[row].get("bbox"))
             size = f" of {limits_wh[row, 0]} x {limits_wh[row, 1]} pixels" if code == "outside" else ""
             return f"bbox {box}{what}{size}" if code == "outside" else f"bbox is {box}{what}"
 
@@ -504,7 +504,7 @@ def _tell_of_learning(file: CocoFile, faults: _Faults) -> None:
         )  # fmt: skip
         return
     empty = [index for index, count in enumerate(by_class) if not count]
-    groups = [index for index in empty if is_group(index, file)]
+    groups = _groups(empty, file)
     if empty:
         shown = ", ".join(repr(file.class_names[index]) for index in empty[:10]) + (", ..." if empty[10:] else "")
         group = ""
@@ -519,8 +519,18 @@ def _tell_of_learning(file: CocoFile, faults: _Faults) -> None:
 
 def is_group(label: int, file: CocoFile) -> bool:
     """Whether a class without boxes is the name of the group that other classes belong to (`supercategory`)."""
-    others = [name for index, name in enumerate(file.supercategories) if index != label]
-    return label not in file.labels and file.class_names[label] in others
+    return label in _groups([label], file)
+
+
+def _groups(labels: Sequence[int], file: CocoFile) -> List[int]:
+    """Those of some classes that are groups, as `is_group`."""
+    used = set(file.labels.tolist())
+    members = collections.Counter(name for name in file.supercategories if isinstance(name, str))
+    return [
+        label for label in labels
+        if label not in used
+        and members[file.class_names[label]] > (file.supercategories[label] == file.class_names[label])
+    ]  # fmt: skip
 
 
 @contextmanager

@@ -12,17 +12,18 @@ import dataclasses
 import datetime
 import hashlib
 import json
-import math
 import mmap
 import platform
 import sys
 import time
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from deploy.errors import ContractError, MeasurementError
 from deploy.files import AnyPath, read_json, sha256_of, write_json
+from deploy.limits import LARGEST_INPUT_VALUES, MOST_DETECTIONS
+from deploy.schema import Items, Maybe, Number, Whole, check_content
 
 SCHEMA_VERSION = 1
 RESULT_VERSION = 2
@@ -44,6 +45,54 @@ LOCATION = b"\n\x08location\x12"
 """How the key of that name is written in an ONNX file, up to its value."""
 DYNAMIC = -1
 """The batch size of a contract whose graph takes any number of images."""
+INPUTS = {str: {"file": str, "sha256": str}}
+"""Table of what a sidecar or a result says of the files that something was made from."""
+CONTRACT: Dict[Any, Any] = {
+    "input_name": str,
+    "input_shape": Items(int, 4, 4),
+    "channel_order": str,
+    "mean": Items(float, 3, 3),
+    "std": Items(Number(1e-9), 3, 3),
+    "pad_value": Items(float, 3, 3),
+    "resize": str,
+    "output_names": [str],
+    "class_names": [str],
+    "category_ids": [int],
+    "score_threshold": float,
+    "nms_iou_threshold": float,
+    "max_detections": Whole(1, MOST_DETECTIONS),
+    "input_type": str,
+    "outputs": str,
+    "resize_wh_px": (Items(int, 2, 2), None),
+}
+"""Table of a model contract, but for what its values say of each other."""
+DETAILS: Dict[Any, Any] = {
+    "class_names": [str],
+    "category_ids": [int],
+    "parameters": (Whole(0), None),
+    "target": str,
+    "precision": str,
+    "ranges": {str: Items(float, 2, 2)},
+    "float_convolutions": {str: str},
+    "float_convolution_codes": {str: str},
+    "tensorrt": str,
+    "device": str,
+    "compute_capability": str,
+    "cuda_runtime": str,
+    "cuda_driver": str,
+    "dla_core": (Whole(0, 63), None),
+    "version_compatible": bool,
+}
+"""Table of those of a sidecar's details that programs read; each is of the kinds of artefact that have it."""
+SIDECAR: Dict[Any, Any] = {
+    "schema_version": int,
+    "artefact": {"file": str, "sha256": str, "bytes": int},
+    "inputs": INPUTS,
+    "command": [str],
+    "versions": {str: str},
+    "contract": Maybe(dict),
+    "details": {key: Maybe(kind) for key, kind in DETAILS.items()},
+}
 _STARTED = time.time()
 
 
@@ -88,6 +137,9 @@ class ModelContract:
     """Width and height that images are resized into, where the input is larger: 1333 x 800 in mmdet's 1344 x 800."""
 
     def __post_init__(self) -> None:
+        listed = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(self).items()}
+        check_content(listed, CONTRACT, "model contract", ContractError)
+
         def check(good: bool, field: str, expected: str) -> None:
             if not good:
                 raise ContractError(f"model contract: {field} is {getattr(self, field)!r}; expected {expected}")
@@ -105,10 +157,6 @@ class ModelContract:
         check(self.outputs in OUTPUTS, "outputs", f"one of {list(OUTPUTS)}")
         check(self.channel_order in ("rgb", "bgr"), "channel_order", "'rgb' or 'bgr'")
         check(self.resize in ("keep_ratio", "stretch"), "resize", "'keep_ratio' or 'stretch'")
-        for field in WHOLE:
-            value = getattr(self, field)
-            numbers = value if isinstance(value, tuple) else () if value is None else (value,)
-            check(all(isinstance(one, int) for one in numbers), field, "whole numbers")
         into = self.resize_wh_px
         check(
             into is None
@@ -116,14 +164,8 @@ class ModelContract:
             "resize_wh_px",
             "null, or width and height, positive and no larger than the input's",
         )
-        for field in ("output_names", "class_names"):
-            names = getattr(self, field)
-            check(isinstance(names, tuple) and all(isinstance(one, str) for one in names), field, "a list of names")
-        for field in ("mean", "std", "pad_value"):
-            numbers = getattr(self, field)
-            finite = all(isinstance(one, (int, float)) and math.isfinite(one) for one in numbers)
-            check(len(numbers) == 3 and finite, field, "three numbers")
-        check(min(self.std) > 0, "std", "three positive numbers")
+        values = shape[0] * shape[1] * shape[2] * shape[3]
+        check(values <= LARGEST_INPUT_VALUES, "input_shape", f"at most {LARGEST_INPUT_VALUES} values")
         expected = OUTPUTS[self.outputs]
         check(len(self.output_names) == len(expected), "output_names", f"{len(expected)} names: {', '.join(expected)}")
         check(len(self.class_names) > 0, "class_names", "at least one name")
@@ -132,7 +174,6 @@ class ModelContract:
         check(len(self.category_ids) == len(self.class_names), "category_ids", f"{len(self.class_names)} ids")
         check(0 <= self.score_threshold < 1, "score_threshold", "0 <= threshold < 1")
         check(0 < self.nms_iou_threshold <= 1, "nms_iou_threshold", "0 < threshold <= 1")
-        check(self.max_detections > 0, "max_detections", "a positive whole number")
 
     @property
     def input_height_px(self) -> int:
@@ -150,17 +191,16 @@ class ModelContract:
         Raises:
             ContractError: a key is missing, unknown or of a wrong value; `source` is named.
         """
+        check_content(document, {str: object}, source, ContractError)
         names = {field.name for field in dataclasses.fields(cls)}
         optional = {field.name for field in dataclasses.fields(cls) if field.default is not dataclasses.MISSING}
-        if not isinstance(document, Mapping):
-            raise ContractError(f"{source}: contract is {document!r}; expected an object with {sorted(names)}")
         wrong = sorted((names ^ set(document)) - (optional - set(document)))
         if wrong:
             raise ContractError(f"{source}: contract has missing or unknown keys {wrong}; expected {sorted(names)}")
         values: Dict[str, Any] = {key: _value_from_json(key, value) for key, value in document.items()}
         try:
             return cls(**values)
-        except (TypeError, ContractError) as error:
+        except ContractError as error:
             raise ContractError(f"{source}: {error}") from error
 
     def to_json(self) -> Dict[str, Any]:
@@ -262,12 +302,16 @@ def write_sidecar(
     write_json(sidecar_path(artefact), document)
 
 
-def read_sidecar(artefact: AnyPath) -> Dict[str, Any]:
+def read_sidecar(artefact: AnyPath, details: Sequence[str] = ()) -> Dict[str, Any]:
     """
     The sidecar of `artefact`, whose hash has been compared with the file.
 
+    Args:
+        details: keys of its details that must be there.
+
     Raises:
-        ContractError: the artefact or its sidecar is missing, of another schema version, or the hash differs.
+        ContractError: the artefact or its sidecar is missing, not as its table says, of another schema version, or the
+            hash differs.
     """
     artefact, path = Path(artefact), sidecar_path(artefact)
     if not artefact.is_file():
@@ -297,6 +341,9 @@ def read_sidecar(artefact: AnyPath) -> Dict[str, Any]:
             f"{artefact} keeps weights in other files ({', '.join(elsewhere)}), which its sidecar does not vouch for; "
             f"expected one file. Remove {path.name} and adopt the model anew: deploy.adopt_onnx writes one file"
         )
+    document.setdefault("details", {})
+    needed = {**SIDECAR["details"], **{key: DETAILS[key] for key in details}}
+    check_content(document, {**SIDECAR, "details": needed}, path, ContractError, f"Make {artefact.name} again.")
     return document
 
 

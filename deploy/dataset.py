@@ -169,7 +169,8 @@ def with_classes(
         )
     if tuple(wanted) == coco.class_names:
         return coco
-    new_label = np.array([list(wanted).index(name) if name in wanted else -1 for name in here], np.int64)
+    label_of = {name: label for label, name in enumerate(wanted)}
+    new_label = np.array([label_of.get(name, -1) for name in here], np.int64)
     images = [dataclasses.replace(image, labels=new_label[image.labels]) for image in coco.images]
     return dataclasses.replace(coco, images=images, class_names=tuple(wanted), category_ids=tuple(wanted.values()))
 

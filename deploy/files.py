@@ -168,6 +168,23 @@ def write_json(path: AnyPath, document: Dict[str, Any]) -> None:
         temporary.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
 
+def check_regular(path: AnyPath) -> None:
+    """Raises OSError if something is at `path` that is no regular file: a device or a pipe may have no end."""
+    if Path(path).exists() and not Path(path).is_file():
+        raise OSError(errno.EINVAL, "it is a folder, a device or a pipe, not a file")
+
+
+def read_regular(path: AnyPath) -> bytes:
+    """
+    The bytes of a regular file.
+
+    Raises:
+        OSError: it cannot be read, or is none.
+    """
+    check_regular(path)
+    return Path(path).read_bytes()
+
+
 def read_json(path: AnyPath, error_type: Type[PipelineError], what: str) -> Any:
     """
     The parsed content of the JSON file at `path`.
@@ -176,7 +193,7 @@ def read_json(path: AnyPath, error_type: Type[PipelineError], what: str) -> Any:
         error_type: the file is missing, unreadable or not JSON; `what` says what it should have been.
     """
     try:
-        content = Path(path).read_bytes()
+        content = read_regular(path)
     except OSError as error:
         raise error_type(f"cannot read {path} ({error.strerror}); expected {what}") from error
     try:

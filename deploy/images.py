@@ -17,15 +17,13 @@ import cv2
 import numpy as np
 
 from deploy.errors import DataError
-from deploy.files import AnyPath, stands_in_for
+from deploy.files import AnyPath, check_regular, stands_in_for
+from deploy.limits import LARGEST_IMAGE_PX, MOST_SEGMENTS
 
 HEAD_BYTES = 4096
 """Read at once from the beginning of a file: in most files all that is looked at, but for the end."""
 TAIL_BYTES = 4096
 """The end of an image file is looked for in this many last bytes, so that checking a file costs two small reads."""
-LARGEST_IMAGE_PX = 1 << 28
-"""Larger images are not decoded: 768 MiB of pixels, more than cameras take (2026: 200 megapixels), while a file of few
-bytes may claim any size."""
 FRAME_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 """Second bytes of the JPEG markers that a picture's size follows."""
 EXIF_ORIENTATION, TIFF_WIDTH, TIFF_HEIGHT, TIFF_BITS = 0x112, 0x100, 0x101, 0x102
@@ -83,6 +81,7 @@ def read_header(path: AnyPath) -> ImageHeader:
     Raises:
         OSError: it cannot be read.
     """
+    check_regular(path)
     with Path(path).open("rb", buffering=0) as file:
         content = _Bytes(file)
         parse = next((parse for magic, parse in PARSERS.items() if content.head.startswith(magic)), None)
@@ -91,6 +90,12 @@ def read_header(path: AnyPath) -> ImageHeader:
         header = parse(content)
     if not header.fault and not header.width_px * header.height_px:
         fault = f"not an image: OpenCV cannot decode it, a {header.format} without a size ({content.head[:8]!r}...)"
+        return dataclasses.replace(header, fault=fault)
+    if header.width_px * header.height_px > LARGEST_IMAGE_PX:
+        fault = (
+            f"the file says that it has {header.width_px} x {header.height_px} pixels; expected at most "
+            f"{LARGEST_IMAGE_PX / 1e6:.0f} megapixels. Scale it down or cut it into tiles"
+        )
         return dataclasses.replace(header, fault=fault)
     if not header.fault and header.format not in ("JPEG", "PNG", "BMP") and not _is_built_in(header.format, path):
         return dataclasses.replace(header, fault=f"OpenCV {cv2.__version__} was built without {header.format}")
@@ -129,11 +134,6 @@ def read_image(path: AnyPath) -> np.ndarray:
         raise DataError(f"cannot read the image {path} ({error.strerror})") from error
     if header.fault:
         raise DataError(f"{path}: {header.fault}")
-    if header.width_px * header.height_px > LARGEST_IMAGE_PX:
-        raise DataError(
-            f"{path} says that it has {header.width_px} x {header.height_px} pixels; expected at most "
-            f"{LARGEST_IMAGE_PX / 1e6:.0f} megapixels. Scale it down or cut it into tiles"
-        )
     image = _decoded(path, content, cv2.IMREAD_COLOR)
     if header.bits == 16:
         _tell_of_empty_bits(str(path), used_bits(path))
@@ -187,7 +187,9 @@ def _jpeg(content: _Bytes) -> ImageHeader:
     """Markers and segments: ITU-T T.81, annex B."""
     width, height, bits, orientation = 0, 0, 8, 1
     position, marker = 2, 0
-    while marker != 0xDA:  # start of scan: image data from here on
+    for _ in range(MOST_SEGMENTS):
+        if marker == 0xDA:  # start of scan: image data from here on
+            break
         segment = content.at(position, 10)
         if len(segment) < 4 or segment[0] != 0xFF:
             break
@@ -251,7 +253,9 @@ def _webp(content: _Bytes) -> ImageHeader:
     if kind == b"VP8X":
         width, height = 1 + content.number(24, 3, "little"), 1 + content.number(27, 3, "little")
         position = 30
-        while content.number(20, 1) & 0x08 and position + 8 <= content.size:  # the flag that EXIF is there
+        for _ in range(MOST_SEGMENTS):
+            if not content.number(20, 1) & 0x08 or position + 8 > content.size:  # the flag that EXIF is there
+                break
             length = content.number(position + 4, 4, "little")
             if content.at(position, 4) == b"EXIF":
                 orientation = _directory(content, position + 8).get(EXIF_ORIENTATION, 1)
@@ -281,7 +285,9 @@ def _jpeg2000(content: _Bytes) -> ImageHeader:
         x1, y1, x0, y0 = (content.number(8 + 4 * index, 4) for index in range(4))
         return ImageHeader("JPEG 2000", x1 - x0, y1 - y0, 1 + (content.number(42, 1) & 0x7F), fault=fault)
     position = 0
-    while position + 8 <= content.size:
+    for _ in range(MOST_SEGMENTS):
+        if position + 8 > content.size:
+            break
         length, kind = content.number(position, 4), content.at(position + 4, 4)
         if kind == b"ihdr":
             height, width, bits = (content.number(position + at, count) for at, count in ((8, 4), (12, 4), (18, 1)))
@@ -318,9 +324,10 @@ def _other_header(path: AnyPath, content: _Bytes) -> ImageHeader:
     """Of a format that is not known here: by decoding it, as it is shown."""
     if not getattr(cv2, "haveImageReader", bool)(str(path)):  # asks OpenCV's decoders for their first bytes
         return ImageHeader("", fault=_not_an_image(content))
-    image = cv2.imread(str(path), cv2.IMREAD_COLOR)
-    if image is None:
-        return ImageHeader("", fault="OpenCV cannot decode it")
+    try:
+        image = _decoded(path, np.fromfile(str(path), np.uint8), cv2.IMREAD_COLOR)
+    except DataError as error:
+        return ImageHeader("", fault=str(error).replace(f"{path}: ", "", 1))
     return ImageHeader("", image.shape[1], image.shape[0])
 
 

@@ -64,7 +64,7 @@ def bench(folder: Path, words: Optional[List[str]] = None) -> int:
         ]
         samples = samples_from_session(session, inputs, arguments.runs, arguments.warmup)
         numbers = numbers_of_bench(samples, session.description, arguments.warmup, len(inputs[0]))
-    sidecar = read_sidecar(engine)
+    sidecar = read_sidecar(engine, details=("parameters",))
     result = {
         "kind": "latency",
         "role": arguments.role or f"engine-{details['precision']}",

@@ -7,7 +7,6 @@ No password can be given: a file that a team shares is no place for it. Keys com
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import re
 from pathlib import Path
@@ -18,6 +17,7 @@ from deploy.board.archive import NAME
 from deploy.board.commands import SOURCE_OF
 from deploy.errors import ConfigError
 from deploy.files import AnyPath
+from deploy.schema import Number, fault_of
 
 HOST = re.compile(r"[A-Za-z0-9_.:%@][A-Za-z0-9_.:%@-]*")
 """A host name, an address, an alias of ~/.ssh/config or a user; nothing that a ProxyCommand could misread."""
@@ -108,7 +108,7 @@ def _check_distinct(path: AnyPath, boards: List[Board], what: str, value: Callab
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+    return fault_of(value, Number(0)) is None and value > 0
 
 
 def _is_word(pattern: re.Pattern[str]) -> Callable[[Any], bool]:

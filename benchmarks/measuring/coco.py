@@ -27,6 +27,9 @@ DETECTIONS_COUNTED = 100
 RECALLS = 101
 """Points of a curve: the best precision at recall 0, 0.01 ... 1, or a higher one."""
 
+FURTHEST_PX = 1e9
+"""Of a side of a box from the edge of its image: boxes of an untrained detector are far out, but not there."""
+
 
 def evaluate(
     annotations: Mapping[str, Any], detections: Sequence[Mapping[str, Any]], image_ids: Sequence[int]
@@ -148,6 +151,13 @@ def check_detections(detections: Sequence[Mapping[str, Any]], image_ids: Any, ca
             )
 
 
+class Integers:
+    """A set of ids that holds every integer: of detections whose annotations are not at hand."""
+
+    def __contains__(self, value: Any) -> bool:
+        return type(value) is int and abs(value) < 2**63
+
+
 def _fault(box: Any, image_ids: Any, category_ids: Any) -> str:
     """What is wrong with a COCO result, or nothing."""
     try:
@@ -155,6 +165,8 @@ def _fault(box: Any, image_ids: Any, category_ids: Any) -> str:
         x, y, width, height = box["bbox"]
         if not all(map(math.isfinite, (x, y, width, height, score))):
             return "a number is not finite"
+        if max(map(abs, (x, y, width, height))) > FURTHEST_PX:
+            return "it lies nowhere near an image"
         if width < 0 or height < 0:
             return "its size is negative"
         if image_id not in image_ids:

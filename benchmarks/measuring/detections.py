@@ -9,6 +9,7 @@ from typing import Any, Dict, List, Mapping, Sequence, Tuple
 
 import numpy as np
 
+from benchmarks.measuring.coco import Integers, check_detections
 from deploy.errors import MeasurementError
 from deploy.files import AnyPath, read_json, replacing, sha256_of
 
@@ -40,7 +41,7 @@ def read_detections(result: Mapping[str, Any], result_path: AnyPath) -> CocoResu
     The detections that an accuracy result was computed from.
 
     Raises:
-        MeasurementError: their file is missing, or is another than when it was measured.
+        MeasurementError: their file is missing, is another than when it was measured, or holds something else.
     """
     entry = result["detections"]
     path = Path(result_path).with_name(entry["file"])
@@ -52,7 +53,9 @@ def read_detections(result: Mapping[str, Any], result_path: AnyPath) -> CocoResu
             f"{path} was changed: its SHA-256 is {found[:12]}..., {result_path} says {entry['sha256'][:12]}... "
             "Bring back the original, or measure again."
         )
-    return list(read_json(path, MeasurementError, "COCO results"))
+    results = load_results(path)
+    check_detections(results, Integers(), Integers())
+    return results
 
 
 def load_results(path: AnyPath) -> CocoResults:

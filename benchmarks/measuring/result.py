@@ -13,14 +13,15 @@ Versioned result files: what was measured, of which file, on which images, where
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
 from benchmarks.measuring.coco import METRICS
-from deploy.contract import RESULT_VERSION, check_seal, provenance, sealed
+from deploy.contract import INPUTS, RESULT_VERSION, check_seal, provenance, sealed
 from deploy.errors import MeasurementError
 from deploy.files import AnyPath, read_json, write_json
+from deploy.schema import Choice, FileName, Items, Maybe, Number, Whole, check_content, short
 
 STAGES = ("read", "preprocess", "host_to_device", "inference", "device_to_host", "postprocess", "total")
 """Of a detection. `total` is all of it but for `read`, from the decoded image to the detections."""
@@ -39,73 +40,84 @@ class Reason(NamedTuple):
     text: str
 
 
-_NUMBER = (int, float)
-_NUMBER_OR_NULL = (int, float, type(None))
-_STRING_OR_NULL = (str, type(None))
+MOST = 2**53
+"""No number of a result is larger."""
+_NUMBER = Number(-MOST, MOST)
+_NUMBER_OR_NULL = (_NUMBER, None)
+_STRING_OR_NULL = (str, None)
+_SHARE = Number(0, 1 + 1e-9)  # a mean may round up
+_SHARES = [_SHARE]
+_TIMES_MS = Items(Number(0, 1e9))
 _COMMON: Dict[str, Any] = {
-    "kind": str,
+    "kind": Choice(("accuracy", "latency")),
     "role": str,
     "model": {
-        "file": str, "sha256": str, "bytes": int, "format": str,
-        "parameters": (int, type(None)), "inputs": dict, "command": list,
+        "file": str, "sha256": str, "bytes": Whole(0), "format": str, "runtime": Maybe(_STRING_OR_NULL),
+        "parameters": (Whole(0), None), "inputs": INPUTS, "command": [str],
     },
-    "data": {"annotations": str, "annotations_sha256": str, "images_dir": str, "images": int, "class_names": list},
-    "environment": {"cpu": _STRING_OR_NULL, "cores": (int, type(None)), "os": _STRING_OR_NULL},
-    "command": list,
-    "versions": dict,
+    "data": {
+        "annotations": str, "annotations_sha256": str, "images_dir": str, "images": Whole(0), "class_names": [str],
+    },
+    "environment": {
+        "cpu": _STRING_OR_NULL, "cores": (Whole(0), None), "os": _STRING_OR_NULL,
+        "machine": Maybe(_STRING_OR_NULL), "gpu": Maybe(_STRING_OR_NULL), "nvpmodel": Maybe(_STRING_OR_NULL),
+    },
+    "inputs": INPUTS,
+    "command": [str],
+    "versions": {str: str},
     "created_utc": str,
 }  # fmt: skip
-_KINDS: Dict[str, Dict[str, Any]] = {  # a list holds the keys of an object that may also be null
+_POINT = {
+    "score": _NUMBER, "f1": _SHARE, "precision": _SHARE, "recall": _SHARE,
+    "true": Whole(0), "false": Whole(0), "missed": Whole(0),
+}  # fmt: skip
+_CURVES = {"mean": (_SHARES, None), "per_class": {str: (_SHARES, None)}}
+_SUMMARY = dict.fromkeys(STATISTICS, Number(0, 1e9))
+_KINDS: Dict[str, Dict[str, Any]] = {
     "accuracy": {
         "numbers": {
-            **dict.fromkeys(METRICS, _NUMBER_OR_NULL),
-            "per_class": dict,
-            "best_f1": (dict, type(None)),
-            "best_f1_per_class": dict,
-            "found_scores": dict,
-            "pr_curves": {"AP50": dict, "AP": dict},
-            "bootstrap": {"seed": int, "ap": list},
-            "against": (dict, type(None)),
+            **dict.fromkeys(METRICS, (_SHARE, None)),
+            "per_class": {str: (_SHARE, None)},
+            "best_f1": (_POINT, None),
+            "best_f1_per_class": {str: (_POINT, None)},
+            "found_scores": {str: [(_NUMBER, None)]},
+            "pr_curves": {"AP50": _CURVES, "AP": _CURVES},
+            "bootstrap": {"seed": int, "ap": Items((_SHARE, None))},
+            "against": (dict, None),
         },
-        "detections": {"file": str, "sha256": str, "count": int},
+        "detections": {"file": FileName(), "sha256": str, "count": Whole(0)},
     },
     "latency": {
         "numbers": {
-            "summary_ms": {
-                stage: statistics if stage == "total" else [statistics]
-                for statistics in [dict.fromkeys(STATISTICS, _NUMBER)]
-                for stage in STAGES
-            },
-            "samples_ms": {**dict.fromkeys(STAGES, (list, type(None))), "total": list},
+            "summary_ms": {**dict.fromkeys(STAGES, (_SUMMARY, None)), "total": _SUMMARY},
+            "samples_ms": {**dict.fromkeys(STAGES, (_TIMES_MS, None)), "total": _TIMES_MS},
             "stable": bool,
             "spread": _NUMBER,
             "comparable": bool,
-            "comparable_reasons": list,
-            "threads": (int, type(None)),
+            "comparable_reasons": [str],
+            "comparable_codes": Maybe([str]),
+            "threads": (Whole(0), None),
             "description": str,
-            "warmup_runs": int,
+            "warmup_runs": Whole(0),
             "mode": str,
             "fps": _NUMBER_OR_NULL,
-            "late_frames": (int, type(None)),
+            "late_frames": (Whole(0), None),
             "memory_mib": {"host_peak": _NUMBER_OR_NULL, "device_peak": _NUMBER_OR_NULL},
-            "power": [
+            "power": (
                 {
                     "idle_w": _NUMBER,
                     "load_w": _NUMBER,
                     "energy_mj_per_inference": _NUMBER,
                     "energy_above_idle_mj_per_inference": _NUMBER,
                     "source": str,
-                }
-            ],
+                },
+                None,
+            ),
             "power_reason": _STRING_OR_NULL,
-            "sweep": (list, type(None)),
+            "sweep": ([{"batch": Whole(1), "streams": Whole(1), "images_per_s": _NUMBER}], None),
         },
     },
 }
-
-
-MOST = 2**53
-"""No number of a result is larger."""
 
 
 def write_result(path: AnyPath, result: Mapping[str, Any], inputs: Mapping[str, AnyPath]) -> None:
@@ -130,9 +142,16 @@ def read_result(path: AnyPath) -> Dict[str, Any]:
     document = read_json(
         path, MeasurementError, "a result file of benchmarks.accuracy or benchmarks.latency; measure again"
     )
+    check_written_result(document, path)
+    return document
+
+
+def check_written_result(document: Any, path: AnyPath) -> None:
+    """Raises MeasurementError if `document` is not what `write_result` wrote."""
     check_result(document, path)
     check_seal(document, path)
-    return document
+    if document["kind"] == "accuracy":
+        _check_classes(document, path)
 
 
 def check_result(document: Any, path: AnyPath) -> None:
@@ -145,13 +164,11 @@ def check_result(document: Any, path: AnyPath) -> None:
         raise MeasurementError(
             f"{path}: result_version is {document['result_version']!r}; expected {RESULT_VERSION}. Measure again."
         )
-    if document.get("kind") not in list(_KINDS):
-        raise MeasurementError(f"{path}: kind is {document.get('kind')!r}; expected one of {sorted(_KINDS)}")
-    _check_keys(document, {**_COMMON, **_KINDS[document["kind"]]}, str(path), "")
-    codes = document["numbers"].get("comparable_codes")
-    if codes is not None and (
-        not isinstance(codes, list) or len(codes) != len(document["numbers"]["comparable_reasons"])
-    ):
+    check_content(document, _COMMON, path, MeasurementError, "Measure again.")
+    check_content(document, _KINDS[document["kind"]], path, MeasurementError, "Measure again.")
+    numbers = document["numbers"]
+    codes = numbers.get("comparable_codes")
+    if codes is not None and len(codes) != len(numbers["comparable_reasons"]):
         raise MeasurementError(
             f"{path}: numbers.comparable_codes is {codes!r:.80}; expected one for each of comparable_reasons. "
             "Measure again."
@@ -221,33 +238,18 @@ def check_same_data(read: Sequence[Tuple[AnyPath, Mapping[str, Any]]]) -> None:
                 )
 
 
-def _check_keys(found: Any, expected: Mapping[str, Any], path: str, prefix: str) -> None:
-    for key, kind in expected.items():
-        name = prefix + key
-        if key not in found:
-            raise MeasurementError(f"{path}: the key {name} is missing; the file was changed or cut. Measure again.")
-        value = found[key]
-        if isinstance(kind, list):
-            if value is None:
-                continue
-            (kind,) = kind
-        if isinstance(kind, dict):
-            _check_keys(value if isinstance(value, dict) else {}, kind, path, f"{name}.")
-        elif not _is_a(value, kind):
-            raise MeasurementError(f"{path}: {name} is {value!r:.80}; expected {_words(kind)}. Measure again.")
-
-
-def _is_a(value: Any, kind: Union[type, Tuple[type, ...]]) -> bool:
-    if isinstance(value, bool):
-        return kind is bool
-    if isinstance(value, (int, float)) and not abs(value) <= MOST:  # no number of ours, nor one that can be shown
-        return False
-    return isinstance(value, kind)
-
-
-def _words(kind: Union[type, Tuple[type, ...]]) -> str:
-    kinds = kind if isinstance(kind, tuple) else (kind,)
-    return " or ".join("null" if one is type(None) else one.__name__ for one in kinds)
+def _check_classes(document: Mapping[str, Any], path: AnyPath) -> None:
+    """Raises MeasurementError unless each number by class is there for every class, and no other."""
+    names, numbers = set(document["data"]["class_names"]), document["numbers"]
+    by_class = {key: numbers[key] for key in ("per_class", "best_f1_per_class", "found_scores")}
+    by_class.update({f"pr_curves.{kind}.per_class": one["per_class"] for kind, one in numbers["pr_curves"].items()})
+    for key, values in by_class.items():
+        if set(values) != names:
+            wrong = sorted(set(values) ^ names)[0]
+            raise MeasurementError(
+                f"{path}: numbers.{key} and data.class_names do not name the same classes, {short(wrong)} for one; "
+                "expected one entry for each. Measure again."
+            )
 
 
 def summarize(samples_ms: Sequence[float]) -> Dict[str, float]:

@@ -106,7 +106,12 @@ def load_detections_subject(path: str) -> Subject:
     model = Path(path)
     if not model.is_file():
         raise MeasurementError(f"no such file: {model}; expected COCO results")
-    return Subject(model, model, "detections", {"artefact": {"sha256": sha256_of(model)}})
+    return Subject(
+        model,
+        model,
+        "detections",
+        {"artefact": {"sha256": sha256_of(model)}, "inputs": {}, "command": [], "details": {}},
+    )
 
 
 def check_fits(contract: ModelContract, data: CocoSet, subject: Subject) -> None:
@@ -159,8 +164,8 @@ def begin_result(kind: str, subject: Subject, data: CocoSet, role: str, images: 
             "sha256": subject.sidecar["artefact"]["sha256"],  # compared with the file by `read_sidecar`
             "bytes": subject.weights.stat().st_size,
             "parameters": _parameters(subject),
-            "inputs": subject.sidecar.get("inputs", {}),
-            "command": subject.sidecar.get("command", []),
+            "inputs": subject.sidecar["inputs"],
+            "command": subject.sidecar["command"],
         },
         "data": {
             "annotations": str(data.annotations_path),
@@ -194,7 +199,7 @@ def checked_role(model: str, role: Optional[str], output: str, inputs: Sequence[
 
 def _parameters(subject: Subject) -> Any:
     if subject.format != "onnx":
-        return subject.sidecar.get("details", {}).get("parameters")
+        return subject.sidecar["details"].get("parameters")
     try:
         from deploy.graphs.graph import count_parameters, load_onnx
     except ImportError as error:

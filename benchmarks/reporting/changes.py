@@ -7,6 +7,20 @@ from typing import Any, Dict, Mapping, Optional
 from deploy.contract import check_seal
 from deploy.errors import MeasurementError
 from deploy.files import AnyPath, read_json
+from deploy.schema import check_content
+
+_ESTIMATE = {"value": float, "low": float, "high": float}
+_TEXT = (str, None)
+REPORT = {
+    "created_utc": str,
+    "verdict": {"sentence": str},
+    "data": {"annotations_sha256": str, "class_names": [str], "images": int},
+    "rows": [
+        {"role": str, "title": str, "sha256": str, "AP": (float, None), "estimates": {str: (_ESTIMATE, None)}},
+    ],
+    "environments": [{"facts": {"cpu": _TEXT}}],
+}
+"""Table of what is read of an earlier report."""
 
 
 def read_report(path: AnyPath, report_version: int) -> Dict[str, Any]:
@@ -24,6 +38,7 @@ def read_report(path: AnyPath, report_version: int) -> Dict[str, Any]:
             f"{path}: report_version is {document['report_version']!r}; expected {report_version}. Make the report of "
             "those results again."
         )
+    check_content(document, REPORT, path, MeasurementError, "Make the report of those results again.")
     check_seal(document, path)
     return document
 
@@ -53,7 +68,8 @@ def changes_from_reports(old: Mapping[str, Any], new: Mapping[str, Any], old_pat
             "title": row["title"],
             "same_file": before[row["role"]]["sha256"] == row["sha256"],
             "changes": {
-                name: _change(before[row["role"]]["estimates"][name], found) for name, found in row["estimates"].items()
+                name: _change(before[row["role"]]["estimates"].get(name), found)
+                for name, found in row["estimates"].items()
             },
         }
         for row in new["rows"]

@@ -7,6 +7,8 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence
 import numpy as np
 
 from benchmarks.measuring.bootstrap import ClassMatches, bounds_of_draws
+from deploy.errors import MeasurementError
+from deploy.schema import short
 
 SCORE_DIGITS = 6
 """Scores are kept rounded to these, thresholds and found boxes alike."""
@@ -57,7 +59,20 @@ def comparison(numbers: Mapping[str, Any], reference: Mapping[str, Any]) -> Dict
 
     Args:
         numbers, reference: the `numbers` of two accuracy results, of the same annotations and images.
+
+    Raises:
+        MeasurementError: they have different numbers of draws or of annotated boxes, so they were not.
     """
+    counts = [
+        {"bootstrap draws": len(one["bootstrap"]["ap"]), **{name: len(of) for name, of in one["found_scores"].items()}}
+        for one in (numbers, reference)
+    ]
+    if counts[0] != counts[1]:
+        name = next(key for key in {**counts[0], **counts[1]} if counts[0].get(key) != counts[1].get(key))
+        raise MeasurementError(
+            f"two accuracy results do not belong together: {short(name)} is {counts[0].get(name)} in one and "
+            f"{counts[1].get(name)} in the other; expected as many boxes of each class, and draws. Measure both again."
+        )
     draws = [np.array(one["bootstrap"]["ap"], np.float64) for one in (numbers, reference)]
     difference, low, high = bounds_of_draws(draws[0] - draws[1])
     found = {"AP_difference": difference, "low": low, "high": high}

@@ -11,6 +11,7 @@ from benchmarks.reporting.wording import amount, amount_between, ms, points, sig
 from benchmarks.toml_file import read_toml
 from deploy.errors import ConfigError, MeasurementError
 from deploy.files import AnyPath
+from deploy.schema import check_content
 
 Row = Dict[str, Any]
 """One model of the report: see `document.rows_from_groups`."""
@@ -151,11 +152,10 @@ def limits_from_file(path: AnyPath) -> Dict[str, float]:
     """
     document = read_toml(path, "a file of limits, lines such as: max_ap_drop = 1.5")
     keys = [kind.key for kind in LIMITS]
-    for key, value in document.items():
+    for key in document:
         if key not in keys:
             raise ConfigError(f"{path}: {key} is no limit; expected some of {', '.join(keys)}")
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ConfigError(f"{path}: {key} is {value!r:.80}; expected a number")
+    check_content(document, {str: float}, path, ConfigError)
     return {key: float(value) for key, value in document.items()}
 
 

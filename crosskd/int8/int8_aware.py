@@ -109,7 +109,7 @@ def write_int8(run_dir: Path, int8: Path, quantization: FakeQuantization) -> Non
     Raises:
         PipelineError: the student cannot be exported or quantised; the reason is on stderr.
     """
-    details = read_sidecar(int8)["details"]
+    details = read_sidecar(int8, details=("target",))["details"]
     chosen = [reason.code for reason in FloatReason if reason.is_chosen]
     kept = [name for name, code in float_codes(details).items() if code in chosen]
     ranges = run_dir / "int8.json"

@@ -9,12 +9,12 @@ from typing import Any
 from mmengine.device import get_device
 from mmengine.logging import MMLogger
 from mmengine.runner import Runner
-from torch import nn
+from torch import Tensor, nn
 
 from crosskd.loop.guard import skip_unreadable
 from crosskd.loop.layout import use_channels_last
 from crosskd.models.checkpoint import check_finite
-from deploy.errors import ConfigError, PipelineError
+from deploy.errors import CheckpointError, ConfigError, PipelineError
 
 PROGRESS = re.compile(r"(Epoch|Iter)\((train|val)\)")
 EXPECTED = re.compile(r"is skipped since its requires_grad=False")
@@ -49,6 +49,24 @@ class TrainingRunner(Runner):
         built = super().build_train_loop(loop)
         skip_unreadable(built.dataloader)
         return built
+
+    def resume(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super().resume(*args, **kwargs)
+        except PipelineError:
+            raise
+        except Exception as error:  # mmengine and torch read a dozen keys of it, and check none
+            raise CheckpointError(
+                f"the run cannot go on from {self._load_from}: {type(error).__name__}: {error}. Expected a checkpoint "
+                "that a run with this config wrote; the file was changed, or is of another version. Start a new run"
+            ) from error
+        for parameter, values in self.optim_wrapper.optimizer.state.items():
+            for name, value in values.items():
+                if isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape:
+                    raise CheckpointError(
+                        f"the run cannot go on from {self._load_from}: the optimiser's {name} has the shape "
+                        f"{tuple(value.shape)} for a parameter of {tuple(parameter.shape)}. Start a new run"
+                    )
 
     def _init_model_weights(self) -> None:
         """Done in `wrap_model`."""

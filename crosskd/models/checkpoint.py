@@ -18,6 +18,8 @@ from crosskd.models.allowed_globals import allowed_globals
 from crosskd.models.heads import FAMILIES
 from deploy.errors import CheckpointError
 from deploy.files import AnyPath, replacing
+from deploy.limits import LARGEST_EXPANDED_BYTES, check_zip_claims
+from deploy.schema import short
 
 # mmengine falls back to full unpickling, with a warning, when a checkpoint holds more than tensors. That runs code of
 # whoever made the file. torch reads this variable at each load and then refuses instead.
@@ -31,6 +33,10 @@ START_FROM = (
     "To start a training from such weights, give load_from='FILE' in the config: all but what belongs to other classes "
     "is taken."
 )
+DTYPES = (
+    torch.float16, torch.bfloat16, torch.float32, torch.float64,
+    torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool,
+)  # fmt: skip
 UNKNOWN_CLASS_BIAS = -20.0
 """A logit: the probability is 2e-9."""
 
@@ -46,6 +52,7 @@ def read_checkpoint(path: AnyPath) -> dict[str, Any]:
     if source.startswith(("http://", "https://")):
         source = str(fetched_checkpoint(source))
     try:
+        check_zip_claims(source)
         with torch.serialization.safe_globals(allowed_globals()), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of an unusual pickle protocol, before it refuses the file
             checkpoint = torch.load(source, map_location="cpu", weights_only=True)
@@ -73,7 +80,30 @@ def read_checkpoint(path: AnyPath) -> dict[str, Any]:
         ) from error
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f"{source} holds a {type(checkpoint).__name__}; expected a dict with state_dict")
+    _check_tensors(source, checkpoint)
     return checkpoint
+
+
+def _check_tensors(path: str, checkpoint: dict[Any, Any]) -> None:
+    """Raises CheckpointError for a tensor that is not plain numbers in memory, or claims more of them than it has."""
+    todo: list[Any] = [checkpoint]
+    seen: set[int] = set()  # a pickle may hold itself
+    while todo:
+        part = todo.pop()
+        if isinstance(part, Tensor):
+            plain = part.layout == torch.strided and part.device.type == "cpu" and not part.is_quantized
+            if not plain or part.dtype not in DTYPES:
+                raise CheckpointError(
+                    f"{path} holds a tensor of {part.dtype}, {part.layout}, on {part.device}; expected plain numbers"
+                )
+            if part.numel() * part.itemsize > max(part.untyped_storage().nbytes(), LARGEST_EXPANDED_BYTES):
+                raise CheckpointError(
+                    f"{path} holds a tensor of the shape {tuple(part.shape)} with "
+                    f"{part.untyped_storage().nbytes()} bytes of numbers; expected one for each value"
+                )
+        elif isinstance(part, (dict, list, tuple)) and id(part) not in seen:
+            seen.add(id(part))
+            todo += part.values() if isinstance(part, dict) else part
 
 
 def state_of_checkpoint(path: AnyPath, checkpoint: dict[str, Any] | None = None) -> dict[str, Tensor]:
@@ -90,7 +120,11 @@ def state_of_checkpoint(path: AnyPath, checkpoint: dict[str, Any] | None = None)
     state = checkpoint.get("state_dict", checkpoint)
     if not isinstance(state, dict) or not any(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(f"{path} has no state_dict of tensors; found the keys {sorted(map(str, checkpoint))[:8]}")
-    return {key.removeprefix("module."): value for key, value in state.items()}
+    return {
+        key.removeprefix("module."): value
+        for key, value in state.items()
+        if isinstance(key, str) and isinstance(value, Tensor)
+    }
 
 
 class DetectorWeights(NamedTuple):
@@ -214,12 +248,27 @@ def check_finite(path: AnyPath, state: Mapping[str, Tensor]) -> None:
         )
 
 
-def classes_of_checkpoint(checkpoint: dict[str, Any]) -> tuple[str, ...] | None:
-    """The class names that mmdet 3 (`meta.dataset_meta.classes`) or 2 (`meta.CLASSES`) wrote, if any."""
-    meta = checkpoint.get("meta") or {}
-    dataset = meta.get("dataset_meta") or {}
+def classes_of_checkpoint(path: AnyPath, checkpoint: dict[str, Any]) -> tuple[str, ...] | None:
+    """
+    The class names that mmdet 3 (`meta.dataset_meta.classes`) or 2 (`meta.CLASSES`) wrote, if any.
+
+    Raises:
+        CheckpointError: they are no names.
+    """
+    meta = _dict_or_empty(checkpoint.get("meta"))
+    dataset = _dict_or_empty(meta.get("dataset_meta"))
     names = dataset.get("classes") or dataset.get("CLASSES") or meta.get("CLASSES")
-    return tuple(map(str, names)) if names else None
+    if not names:
+        return None
+    names = [names] if isinstance(names, str) else names  # of one class, as mmdet 2 allows
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f"{path}: the classes in its meta are {short(names)}; expected a list of names")
+    return tuple(names)
+
+
+def _dict_or_empty(value: Any) -> dict[str, Any]:
+    """What mmdet keeps beside the weights; others keep other things there, which nobody reads."""
+    return value if isinstance(value, dict) else {}
 
 
 def state_for_classes(
@@ -266,7 +315,7 @@ def load_detector_weights(
     """
     checkpoint, own = read_checkpoint(path), detector.state_dict()
     state = state_for_detector(path, checkpoint, own.keys())
-    known = classes_of_checkpoint(checkpoint)
+    known = classes_of_checkpoint(path, checkpoint)
     head: Any = getattr(detector, "bbox_head", None)
     predictor = getattr(FAMILIES.get(type(head).__name__), "predictor", None)
     if predictor and class_names and known and tuple(class_names) != known:
@@ -275,6 +324,13 @@ def load_detector_weights(
             raise CheckpointError(
                 f"{path} does not know the classes {missing_classes}; it knows {list(known)}. Give a checkpoint that "
                 "knows them all, or set model.distill.allow_missing_classes=True to do without."
+            )
+        rows = {key: value.shape[:1] for key, value in state.items() if key.startswith(f"bbox_head.{predictor}.")}
+        uneven = [key for key, shape in rows.items() if not shape or shape[0] % len(known)]
+        if uneven:
+            raise CheckpointError(
+                f"{path} names {len(known)} classes, but {uneven[0]} has the shape {tuple(state[uneven[0]].shape)}; "
+                "expected as many rows for each class. Its meta is of other weights."
             )
         state = state_for_classes(state, f"bbox_head.{predictor}.", known, class_names)
     for key in own.keys() & state.keys() if predictor else ():
@@ -322,6 +378,6 @@ def latest_checkpoint(run_dir: AnyPath) -> Path:
     pointer = Path(run_dir) / "last_checkpoint"
     if not pointer.is_file():
         raise CheckpointError(f"nothing to resume in {run_dir}: it has no checkpoint. Start the run without --resume.")
-    path = Path(run_dir) / Path(pointer.read_text().strip()).name
+    path = Path(run_dir) / Path(pointer.read_text(errors="replace").strip()).name
     read_checkpoint(path)
     return path

@@ -65,7 +65,7 @@ def start_from_checkpoint(detector: Any, path: AnyPath, class_names: Sequence[st
     own = detector.state_dict()
     state = state_for_detector(path, checkpoint, own.keys())
     keys = [{key for key in part if not key.endswith(OPTIONAL)} for part in (own, state)]
-    known = classes_of_checkpoint(checkpoint)
+    known = classes_of_checkpoint(path, checkpoint)
     predictor = getattr(FAMILIES.get(type(getattr(detector, "bbox_head", None)).__name__), "predictor", None)
     by_class = {key for key in own if predictor and key.startswith(f"bbox_head.{predictor}.")}
     words = "all of it"

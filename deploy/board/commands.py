@@ -8,18 +8,20 @@ files with the manifest before anything here runs.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Tuple
 
 import numpy as np
 
+from deploy.arrays import array_from_npy
 from deploy.board.run import MANIFEST
 from deploy.contract import OUTPUTS, ModelContract, read_sidecar
 from deploy.errors import ConfigError, ContractError, MissingDependencyError
+from deploy.files import read_regular
 from deploy.runtime.golden import TOLERANCES, Tolerance, check_agreement, measure_agreement, words_of_agreement
 from deploy.runtime.session import Arrays, Session
 from deploy.runtime.sources import add_picture_arguments, picture_options_from_arguments
+from deploy.schema import FileName, Maybe, Whole, check_content, read_checked
 from deploy.tensorrt.engine import NetworkSource, make_engine, open_machine
 from deploy.tensorrt.options import add_build_arguments, check_options, options_from_arguments
 from deploy.tensorrt.session import TrtSession
@@ -27,6 +29,23 @@ from deploy.tensorrt.session import TrtSession
 BUNDLE_VERSION = 1
 SOURCE_OF = {"int8": "int8", "fp16": "float", "fp32": "float"}
 """Precision, the best for a board first -> the kind of ONNX file that it is built from."""
+
+_GRAPH = {"file": str, "float_tensors": [str], "kept": {str: [str]}}
+_SOURCE = {
+    "file": FileName(),
+    "parameters": (Whole(0), None),
+    "amax": {str: float},
+    "graphs": {str: _GRAPH},
+    "tolerance": Maybe(({"box": float, "logit": float, "matched": float}, None)),
+}
+MANIFEST_KINDS: Dict[Any, Any] = {
+    "contract": dict,
+    "golden": Whole(1, 100),
+    "sources": {"float": Maybe(_SOURCE), "int8": Maybe(_SOURCE)},
+    "versions": {str: str},
+    "files": {str: {"sha256": str, "bytes": Whole(0)}},
+}
+"""Table of a bundle's manifest, but for its version."""
 
 
 def golden_path(index: int, part: str) -> str:
@@ -44,12 +63,16 @@ class Bundle:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.manifest: Dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        version = self.manifest.get("bundle_version")
+        path = folder / MANIFEST
+        self.manifest: Dict[str, Any] = read_checked(
+            path, {"bundle_version": int}, ContractError, "the manifest of a bundle"
+        )
+        version = self.manifest["bundle_version"]
         if version != BUNDLE_VERSION:
             raise ContractError(
-                f"{folder / MANIFEST}: bundle_version is {version!r}; expected {BUNDLE_VERSION}. Make the bundle again."
+                f"{path}: bundle_version is {version!r}; expected {BUNDLE_VERSION}. Make the bundle again."
             )
+        check_content(self.manifest, MANIFEST_KINDS, path, ContractError, "Make the bundle again.")
         self.contract = ModelContract.from_json(self.manifest["contract"], folder / MANIFEST)
 
     @property
@@ -91,10 +114,18 @@ class Bundle:
         For INT8 as it was measured when the bundle was made, but not on a DLA, which is INT8 between convolutions too.
         """
         measured = self.source(precision).get("tolerance")
-        return Tolerance(**measured) if measured and dla_core is None else TOLERANCES[precision]
+        return (
+            Tolerance(*(measured[key] for key in Tolerance.__annotations__))
+            if measured and dla_core is None
+            else TOLERANCES[precision]
+        )
 
     def _array(self, index: int, part: str) -> np.ndarray:
-        return np.load(self.folder / golden_path(index, part), allow_pickle=False)
+        path = self.folder / golden_path(index, part)
+        try:
+            return array_from_npy(read_regular(path))
+        except (OSError, ValueError) as error:
+            raise ContractError(f"cannot read {path}: {error}. Make the bundle again.") from error
 
     def engine(self, path: Optional[Path]) -> Tuple[Path, Dict[str, Any]]:
         """
@@ -111,7 +142,7 @@ class Bundle:
             if len(found) > 1:
                 raise ConfigError(f"{self.folder} holds {', '.join(one.name for one in found)}; name one with --engine")
             path = found[0]
-        sidecar = read_sidecar(path)
+        sidecar = read_sidecar(path, details=("precision", "parameters"))
         known = {entry["sha256"] for entry in self.manifest["files"].values()}
         if not all(entry.get("sha256") in known for entry in sidecar["inputs"].values()):
             raise ContractError(

@@ -13,11 +13,14 @@ import functools
 import hashlib
 import importlib
 import json
+import re
 import sys
 from pathlib import Path
 from typing import List
 
 MANIFEST = "MANIFEST.json"
+NAME = re.compile(r"([A-Za-z0-9_][A-Za-z0-9._-]*/)*[A-Za-z0-9_][A-Za-z0-9._-]*")
+"""Of a file in the manifest: a path inside the folder. What else it could be, a device for one, may have no end."""
 COMMANDS = {
     "build": ("deploy.board.commands", "build"),
     "check": ("deploy.board.commands", "check"),
@@ -55,9 +58,11 @@ def fault_of_files(folder: Path) -> str:
         expected = {name: str(entry["sha256"]) for name, entry in files.items()}
     except OSError as error:
         return f"cannot read {folder / MANIFEST}: {error.strerror}"
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"{folder / MANIFEST} is not the manifest of a bundle: it was changed or cut"
     for name, sha256 in expected.items():
+        if not NAME.fullmatch(name) or ((folder / name).exists() and not (folder / name).is_file()):
+            return f"{MANIFEST} lists {name!r:.80}, which is no file of a bundle"
         try:
             found = _sha256_of(folder / name)
         except OSError as error:

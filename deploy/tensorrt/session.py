@@ -13,7 +13,7 @@ from typing import Any, Dict, Mapping, Optional, Tuple
 
 import numpy as np
 
-from deploy.contract import ModelContract, load_contract, read_sidecar, sidecar_path
+from deploy.contract import ModelContract, load_contract, read_sidecar
 from deploy.errors import ContractError, PipelineError
 from deploy.files import AnyPath
 from deploy.machine import board_model, power_mode
@@ -318,12 +318,8 @@ class TrtSession(PlanSession):
     """
 
     def __init__(self, path: AnyPath) -> None:
-        contract, built_on = load_contract(path), read_sidecar(path).get("details")
-        if not isinstance(built_on, dict) or "precision" not in built_on:
-            raise ContractError(
-                f"{sidecar_path(path)} does not say what built the engine; expected the sidecar that "
-                "deploy.build_trt writes. Build the engine again."
-            )
+        built_on = read_sidecar(path, details=("precision", "tensorrt", "device", "compute_capability"))["details"]
+        contract = load_contract(path)
         plan = Path(path).read_bytes()
         trt = load_tensorrt(f"running {Path(path).name}")
         cuda = load_cuda(f"running {Path(path).name}")

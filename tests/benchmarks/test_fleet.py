@@ -191,17 +191,27 @@ def bundle(tmp_path):
             "golden/0.input.npy": b"x" * 500_000 + extra,
             "graphs/int8.onnx": b"y" * 500_000,
         }
-        described = {name: {"sha256": hashlib.sha256(content).hexdigest()} for name, content in files.items()}
-        manifest = {
-            "bundle_version": BUNDLE_VERSION,
-            "contract": CONTRACT.to_json(),
-            "sources": {"int8": {}, "float": {}},
-            "files": described,
+        described = {
+            name: {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+            for name, content in files.items()
         }
+        manifest = manifest_of(("int8", "float"), described)
         pack("mini", {**files, MANIFEST: json.dumps(manifest).encode()}, tmp_path / "mini.tar.gz")
         return tmp_path / "mini.tar.gz"
 
     return make
+
+
+def manifest_of(kinds, files):
+    sources = {kind: {"file": f"{kind}.onnx", "parameters": 1, "amax": {}, "graphs": {}} for kind in kinds}
+    return {
+        "bundle_version": BUNDLE_VERSION,
+        "contract": CONTRACT.to_json(),
+        "golden": 1,
+        "sources": sources,
+        "versions": {},
+        "files": files,
+    }
 
 
 def latency_result():
@@ -585,8 +595,7 @@ def test_a_bundle_that_will_not_do(bundle, tmp_path, capsys):
     archive.write_bytes(content[:-9])
     assert run_fleet(boards, archive, tmp_path / "out") == 2
     assert "cannot be read as a .tar.gz" in capsys.readouterr().err
-    manifest = {"bundle_version": BUNDLE_VERSION, "contract": CONTRACT.to_json(), "sources": {"int8": {}}}
-    pack("mini", {MANIFEST: json.dumps({**manifest, "files": {}}).encode()}, archive)
+    pack("mini", {MANIFEST: json.dumps(manifest_of(("int8",), {})).encode()}, archive)
     assert run_fleet(boards, archive, tmp_path / "out") == 2
     assert "--fp16 needs the float graph, which is not in this bundle" in capsys.readouterr().err
     assert run_fleet(boards, archive, tmp_path / "out", "--jobs", "0") == 2

@@ -10,12 +10,15 @@ import pytest
 from calibration.activation_statistics import (
     BINS,
     SAMPLE,
+    Collected,
     Seen,
     Statistics,
     load_statistics,
+    read_statistics,
     sample_stride,
     save_statistics,
 )
+from deploy.contract import load_contract
 from deploy.errors import CalibrationError
 from tests.calibration.activations import statistics_of
 
@@ -226,3 +229,32 @@ def test_missing_tensors_are_named(collected):
         collected.check_tensors(["late", "flat"], [], "s.npz")
     with pytest.raises(CalibrationError, match=r"2 tensors: \['gone', 'lost'\]"):
         collected.check_tensors(["lost"], ["gone"], "s.npz")
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("maximum", lambda values: np.full_like(values, 1e300), "float32 numbers"),
+        ("maximum", lambda values: np.full_like(values, -5e30), "the two ends of a range"),
+        ("maximum", lambda values: values * 2.0**40, "do not go together"),
+        ("minimum", lambda values: values * np.nan, "not finite"),
+        ("minimum", lambda values: values.astype("U9"), "minimum is of"),
+        ("counts", lambda values: values - 1, "below 0"),
+        ("counts", lambda values: values[:, :-1], "expected"),
+        ("counts", lambda values: np.roll(values, 2000, axis=1), "do not go together"),
+        ("zeros", lambda values: values + 2**60, "above"),
+        ("exponent", lambda values: values + 5000, "exponent goes from"),
+        ("squares", lambda values: None, "squares is missing"),
+    ],
+)
+def test_arrays_that_cannot_be_are_refused(tmp_path, model_path, name, change, message):
+    path, contract = tmp_path / "x.statistics.npz", load_contract(model_path)
+    seen = Statistics()
+    seen.update(Seen.of(np.random.default_rng(0).normal(size=(1, 8, 8)).astype(np.float32)))
+    save_statistics(path, Collected({"a": seen}, {"0" * 64: 1}), model_path, contract)
+    read_statistics(path)
+    arrays = dict(np.load(path))
+    changed = change(arrays.pop(name))
+    np.savez(path, **arrays, **({} if changed is None else {name: changed}))
+    with pytest.raises(CalibrationError, match=message):
+        read_statistics(path)

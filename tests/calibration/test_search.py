@@ -118,7 +118,7 @@ def test_journal_of_other_settings_is_left_behind_and_said(tmp_path, capsys):
 def test_a_file_that_is_no_journal_is_an_error_and_stays(tmp_path, content):
     path = tmp_path / "x.search.json"
     path.write_text(content)
-    with pytest.raises(CalibrationError, match=r"x\.search\.json .* expected .*; delete it to begin anew"):
+    with pytest.raises(CalibrationError, match=r"x\.search\.json.* expected .*; delete it to begin anew"):
         Journal(path, {"method": "max"})
     assert path.read_text() == content
 

@@ -42,13 +42,13 @@ def test_what_was_written_is_read_with_its_provenance(result):
         (lambda d: d.pop("result_version"), "not a result file"),
         (lambda d: d.update(result_version=99), "result_version is 99; expected 2"),
         (lambda d: d.update(kind="power"), "kind is 'power'"),
-        (lambda d: d["model"].pop("sha256"), "the key model.sha256 is missing"),
-        (lambda d: d.update(model=3), "the key model.file is missing"),
-        (lambda d: d["numbers"].pop("AP75"), "the key numbers.AP75 is missing"),
+        (lambda d: d["model"].pop("sha256"), "model.sha256 is missing"),
+        (lambda d: d.update(model=3), "model is 3; expected an object with file"),
+        (lambda d: d["numbers"].pop("AP75"), "numbers.AP75 is missing"),
         (lambda d: d["numbers"].update(AP="0.5"), "numbers.AP is '0.5'"),
         (lambda d: d["numbers"].update(AP=True), "numbers.AP is True"),
         (lambda d: d["numbers"].update(AP=float("nan")), "numbers.AP is nan"),
-        (lambda d: d.update(role=None), "role is None; expected str"),
+        (lambda d: d.update(role=None), "role is None; expected a string"),
         (lambda d: d["numbers"].update(AP=0.6), "was edited: the hash of its content"),
         (lambda d: d.update(role="student"), "was edited"),
         (lambda d: d["numbers"]["per_class"].pop("disc"), "was edited"),
@@ -94,7 +94,7 @@ def test_a_reason_keeps_its_code_and_an_older_file_has_none(result):
     assert numbers_from_reasons([])["comparable"] is True
 
 
-@pytest.mark.parametrize("codes", [["hot"], "hot"])
+@pytest.mark.parametrize("codes", [["hot"], ["hot", "hot"]])
 def test_codes_that_do_not_go_with_the_reasons_are_refused(result, codes):
     path = edited(result("onnx-fp32", ms=5.0), lambda document: document["numbers"].update(comparable_codes=codes))
     with pytest.raises(MeasurementError, match=r"numbers\.comparable_codes is .* expected one for each"):

@@ -6,6 +6,8 @@ import json
 
 import pytest
 
+from deploy.contract import sealed
+
 
 def test_a_second_runtime_is_a_rung_and_not_what_ships(data_dir, results, result, run_report):
     """OpenVINO runs the very file of ONNX INT8: a second opinion on its accuracy."""
@@ -131,13 +133,13 @@ def test_twenty_results_are_rendered(result, run_report):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data__annotations_sha256": "0" * 64}, "differ in data.annotations_sha256"),
-        ({"data__class_names": ["disc", "ring"]}, "differ in data.class_names"),
-        ({"data__images": 4}, "differ in data.images"),
+        ({"ap": 0.4, "data__annotations_sha256": "0" * 64}, "differ in data.annotations_sha256"),
+        ({"ms": 9.0, "data__class_names": ["disc", "ring"]}, "differ in data.class_names"),
+        ({"ap": 0.4, "data__images": 4}, "differ in data.images"),
     ],
 )
 def test_results_of_different_data_are_refused(result, run_report, changes, message):
-    status, error, document = run_report([result("teacher", ap=0.5), result("student", ap=0.4, **changes)])
+    status, error, document = run_report([result("teacher", ap=0.5), result("student", **changes)])
     assert status == 2
     assert message in error
     assert document is None
@@ -154,3 +156,31 @@ def test_two_results_of_a_role_are_refused(result, run_report):
     status, error, _ = run_report([result("student", ap=0.5), result("student", ms=9.0, model__sha256="f" * 64)])
     assert status == 2
     assert "accuracy and latency of different files" in error
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda d: d["numbers"]["bootstrap"].update(ap=[0.5, "x"]), "numbers.bootstrap.ap[1] is 'x'"),
+        (lambda d: d["numbers"]["bootstrap"].update(ap=[0.5]), "bootstrap draws"),
+        (lambda d: d["numbers"]["best_f1"].pop("score"), "numbers.best_f1.score is missing"),
+        (lambda d: d["numbers"]["pr_curves"]["AP"].update(mean=3), "numbers.pr_curves.AP.mean is 3"),
+        (lambda d: d["numbers"]["found_scores"].update(disc=[[]]), "numbers.found_scores.disc[0] is []"),
+        (lambda d: d["numbers"]["found_scores"].update(disc=[0.9]), "'disc' is 1 in one and 5 in the other"),
+        (lambda d: d["numbers"]["per_class"].update(ring=0.5), "'ring' for one"),
+        (lambda d: d["model"].update(inputs={"model": "x"}), "model.inputs.model is 'x'"),
+        (lambda d: d["model"].update(bytes=10**400), "model.bytes is 1000"),
+        (lambda d: d.update(role="\ud800"), "role is '\\ud800'"),
+        (lambda d: d["detections"].update(file="../x.json"), "detections.file is '../x.json'"),
+    ],
+)
+def test_a_result_of_another_structure_is_one_message(result, run_report, edit, message):
+    path = result("onnx-int8", ap=0.4)
+    document = json.loads(path.read_text())
+    del document["content_sha256"]
+    edit(document)
+    path.write_text(json.dumps(sealed(document)))
+    status, error, report = run_report([result("teacher", ap=0.5), path])
+    assert (status, report) == (2, None)
+    assert message in error
+    assert error.count("\n") == 1

@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from crosskd.models.checkpoint import (
+    classes_of_checkpoint,
     latest_checkpoint,
     load_detector_weights,
     read_checkpoint,
@@ -349,3 +350,51 @@ def test_weights_that_are_no_numbers_are_refused_by_name(
     with pytest.raises(CheckpointError, match=r"bbox_head\.gfl_(cls|reg)\.\w+ has \d of \d+ values that are NaN"):
         load_detector_weights(before, tmp_path / "x.pth")
     assert all(torch.equal(tensor, state[key]) for key, tensor in before.state_dict().items())
+
+
+def with_itself() -> dict[str, Any]:
+    content: dict[str, Any] = {"state_dict": {"a": torch.zeros(2)}}
+    content["again"] = [content]
+    return content
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"state_dict": {"a": torch.zeros(1).expand(1 << 30)}}, "expected one for each value"),
+        ({"state_dict": {"a": torch.zeros(2, 2).to_sparse()}}, "expected plain numbers"),
+        ({"state_dict": {"a": torch.zeros(2, device="meta")}}, "expected plain numbers"),
+        ({"optimizer": {"state": {0: {"exp_avg": torch.zeros(2, dtype=torch.complex64)}}}}, "expected plain numbers"),
+    ],
+)
+def test_tensors_that_are_no_plain_numbers_are_refused(tmp_path: Path, content: Any, message: str) -> None:
+    torch.save(content, tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match=message):
+        read_checkpoint(tmp_path / "x.pth")
+
+
+def test_a_compressed_checkpoint_is_not_unpacked(tmp_path: Path) -> None:
+    torch.save({"state_dict": {"a": torch.zeros(1 << 18)}}, tmp_path / "x.pth")
+    packed = zipfile.ZipFile(tmp_path / "y.pth", "w", zipfile.ZIP_DEFLATED)
+    with zipfile.ZipFile(tmp_path / "x.pth") as plain, packed:
+        for entry in plain.infolist():
+            packed.writestr(entry.filename, plain.read(entry))
+    with pytest.raises(CheckpointError, match="it claims 1,04"):
+        read_checkpoint(tmp_path / "y.pth")
+
+
+def test_a_checkpoint_that_holds_itself_is_read(tmp_path: Path) -> None:
+    torch.save(with_itself(), tmp_path / "x.pth")
+    assert len(read_checkpoint(tmp_path / "x.pth")["again"]) == 1
+
+
+@pytest.mark.parametrize("meta", [None, 3, "x", [], {"dataset_meta": 3}, {"dataset_meta": {"classes": []}}])
+def test_a_meta_without_classes_names_none(meta: Any) -> None:
+    assert classes_of_checkpoint("x.pth", {"meta": meta}) is None
+
+
+def test_classes_are_names() -> None:
+    assert classes_of_checkpoint("x.pth", {"meta": {"CLASSES": "balloon"}}) == ("balloon",)
+    for names in (5, [5], {"a": 1}, ["a", None]):
+        with pytest.raises(CheckpointError, match="expected a list of names"):
+            classes_of_checkpoint("x.pth", {"meta": {"CLASSES": names}})

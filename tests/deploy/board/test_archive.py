@@ -3,6 +3,8 @@ from __future__ import annotations
 import ast
 import gzip
 import io
+import json
+import os
 import tarfile
 from pathlib import Path
 from typing import Any, List, Optional, Tuple
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 
 from deploy.board.archive import MODULES, ROOT, pack, unpack
-from deploy.board.run import MANIFEST
+from deploy.board.run import MANIFEST, fault_of_files
 from deploy.errors import ContractError, PipelineError
 
 
@@ -110,3 +112,10 @@ def test_cut_and_foreign_archives(tmp_path: Path) -> None:
         assert list((tmp_path / "there").iterdir()) == []
     with pytest.raises(PipelineError, match="cannot unpack"):
         unpack(tmp_path / "none.tar.gz", tmp_path / "there")
+
+
+def test_a_manifest_that_lists_what_is_no_file_of_the_bundle(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("/dev/zero", "../x", "pipe", "a//b"):
+        (tmp_path / MANIFEST).write_text(json.dumps({"files": {name: {"sha256": "0" * 64}}}))
+        assert "is no file of a bundle" in fault_of_files(tmp_path)

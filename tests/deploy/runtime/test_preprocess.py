@@ -14,7 +14,8 @@ from deploy.contract import ModelContract, write_sidecar
 from deploy.dataset import CocoImage
 from deploy.detector import Detector
 from deploy.errors import DataError
-from deploy.images import LARGEST_IMAGE_PX, read_image
+from deploy.images import read_image
+from deploy.limits import LARGEST_IMAGE_PX
 from deploy.runtime.preprocess import preprocess
 
 CONFIGS = Path(__file__).parents[2] / "crosskd" / "configs"
