@@ -56,7 +56,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         _check_output(output, source, notes)
         check_graph(model)
         check_static(model, contract.input_shape[0] == -1, contract.outputs == "nms")
-        check_on_pictures(model, contract, pictures, Path(folder))
+        found = check_on_pictures(model, contract, pictures, Path(folder))
     is_new = output.resolve() != source.resolve()
     inputs = {"contract": arguments.contract}
     if is_new:
@@ -66,6 +66,11 @@ def main(argv: Optional[List[str]] = None) -> int:
     write_sidecar(output, inputs, contract, {"adopted": notes})
     for note in notes:
         print(note)
+    if not found:
+        print(
+            f"no row scored above {contract.score_threshold:g} on {len(pictures)} pictures: that boxes and labels are "
+            "as the contract says is not tried. Give a photo in which the detector finds something, with --image"
+        )
     print(f"wrote {output if is_new else sidecar_path(output)}: {output} can be used like a file of deploy.export")
     return 0
 

@@ -41,7 +41,7 @@ NEEDS: Dict[str, Tuple[str, ...]] = {
     "crosskd.workers.time_detector": TRAINING,
     "crosskd.workers.time_training": TRAINING,
     "deploy.export": (*TRAINING, "onnx", "onnxruntime", "onnxslim"),
-    "deploy.adopt_onnx": ("numpy", "onnx", "onnxruntime"),
+    "deploy.adopt_onnx": ("numpy", "opencv", "onnx", "onnxruntime"),
     "deploy.build_trt": ("numpy", "onnx", *ENGINE),
     "deploy.build_trt --target VERSION": ("numpy", "onnx"),
     "deploy.build_trt --int8 --data": ("numpy", "opencv", "onnx", "onnxruntime", *ENGINE),

@@ -300,8 +300,14 @@ def _is_of_contract(output: Output, index: int) -> bool:
     return len(output.shape) == (3 if index == 0 else 2) and output.dtype == np.float32
 
 
-def check_on_pictures(model: onnx.ModelProto, contract: ModelContract, pictures: Pictures, folder: Path) -> None:
-    """Raises ContractError if what the model gives for a picture cannot be detections, as `check_values`."""
+def check_on_pictures(model: onnx.ModelProto, contract: ModelContract, pictures: Pictures, folder: Path) -> int:
+    """
+    How many rows count, of all pictures together.
+
+    Raises:
+        ContractError: what the model gives for a picture cannot be detections, as `check_values`.
+    """
+    found = 0
     path = folder / "adopted.onnx"
     save_onnx(model, path)
     write_sidecar(path, {}, contract)
@@ -310,3 +316,5 @@ def check_on_pictures(model: onnx.ModelProto, contract: ModelContract, pictures:
             outputs = session.infer({contract.input_name: _feed(picture, contract)})
             check_shapes(outputs, contract)
             check_values(outputs, contract, name)
+            found += int(np.sum(outputs[contract.output_names[1]] > contract.score_threshold))
+    return found

@@ -563,6 +563,15 @@ def test_rows_that_do_not_count_may_be_padding(foreign: Foreign) -> None:
     assert len(Detector(path)(np.full((32, 32, 3), 255, np.uint8)).scores) == 1
 
 
+def test_it_is_said_when_nothing_was_found_to_look_at(foreign: Foreign, capsys: pytest.CaptureFixture[str]) -> None:
+    path = foreign()
+    assert adopt(path, score_threshold=0.95) == 0
+    assert "no row scored above 0.95 on 2 pictures" in capsys.readouterr().out
+    sidecar_path(path).unlink()
+    assert adopt(path, score_threshold=0.05) == 0
+    assert "no row scored" not in capsys.readouterr().out
+
+
 def test_boxes_from_0_to_1_are_recognised(foreign: Foreign, capsys: pytest.CaptureFixture[str]) -> None:
     model = small_graph()
     old = next(one for one in model.graph.initializer if one.name == "fixed")
