@@ -237,7 +237,7 @@ def test_a_run_is_resumed_only_as_it_was_started(
     ):
         others[name] = tmp_path / name
         shutil.copytree(shapes_dir, others[name])
-        for split in ("train", "val"):
+        for split in ("train", "val", "test"):
             path = others[name] / "annotations" / f"instances_{split}.json"
             document = json.loads(path.read_text())
             change(document)
