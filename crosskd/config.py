@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from crosskd.schedule import set_epochs
-from crosskd.settings import check_given_key, check_overrides, check_version, name_types, set_data_preprocessor
+from crosskd.settings import (
+    check_given_key,
+    check_overrides,
+    check_shapes,
+    check_version,
+    name_types,
+    set_data_preprocessor,
+    transforms_of,
+)
 from deploy.errors import ConfigError, MissingDependencyError
 
 if TYPE_CHECKING:
@@ -70,7 +78,8 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None, subst
             else Config.fromfile(name, use_predefined_variables=substitute, use_environment_variables=substitute)
         )
     except Exception as error:  # a config is Python: anything can come out of it
-        raise ConfigError(f"{name} is not a config that mmengine can read: {type(error).__name__}: {error}") from error
+        reason = (str(error).splitlines() or [""])[0]  # the rest of a failed import is the search path
+        raise ConfigError(f"{name} is not a config that mmengine can read: {type(error).__name__}: {reason}") from error
     name_types(config._cfg_dict)
     check_overrides(config, overrides or {})
     try:
@@ -82,6 +91,7 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None, subst
         raise ConfigError(
             f"{name} has no `model` that is a dict; expected a config of an mmdet detector or of a CrossKDDetector"
         )
+    check_shapes(config, name)
     if "max_epochs" in config and config.max_epochs != config.get("train_cfg", {}).get("max_epochs"):
         set_epochs(config, config.max_epochs)
     if "input_size" in config:
@@ -111,18 +121,22 @@ def set_input_size(config: Config, size: Any) -> None:
     """
     Makes every FitResize and FitPad of the config's pipelines use `size`: width and height in pixels.
 
+    mmdet's own configs of SSD and YOLO have a variable of this name, which their other transforms have used: it stays.
+
     Raises:
         ConfigError: it is not two positive multiples of 32, or no pipeline would change by it.
     """
+    loaders = (config.get(f"{name}_dataloader") for name in ("train", "val", "test"))
+    transforms = [one for loader in loaders if loader for one in transforms_of(loader)]
+    fitted = [one for one in transforms if one.get("type") in ("FitResize", "FitPad")]
+    if not fitted and any(one.get("scale") in (size, (size, size)) for one in transforms):
+        return
     if not (
         isinstance(size, (tuple, list))
         and len(size) == 2
         and all(isinstance(side, int) and side > 0 and side % 32 == 0 for side in size)
     ):
         raise ConfigError(f"input_size is {size!r}; expected (width, height), positive multiples of 32")
-    loaders = (config.get(f"{name}_dataloader") for name in ("train", "val", "test"))
-    transforms = [one for loader in loaders if loader for one in loader.dataset.get("pipeline", [])]
-    fitted = [one for one in transforms if one.type in ("FitResize", "FitPad")]
     if not fitted:
         raise ConfigError(f"input_size is {size!r}, but no pipeline of this config has FitResize or FitPad to use it")
     for one in fitted:

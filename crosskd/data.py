@@ -151,6 +151,13 @@ def set_data(config: Config, data: TrainingData, folder: Path) -> None:
     for key, split in (("train_dataloader", "train"), ("val_dataloader", "val"), ("test_dataloader", "val")):
         for dataset in plain_datasets(config, key):
             _point_dataset(dataset, getattr(data, split), files[split], data.class_names, key)
+    loader = config.train_dataloader
+    size = loader.get("batch_size")
+    if loader.get("drop_last") and isinstance(size, int) and size > len(data.train.images):
+        raise ConfigError(
+            f"train_dataloader has batch_size={size} and drop_last=True, which leaves no batch of "
+            f"{len(data.train.images)} images. Give a smaller batch_size"
+        )
     for dataset in plain_datasets(config, "train_dataloader"):
         _say_what_is_filtered(dataset.setdefault("filter_cfg", dict(filter_empty_gt=False, min_size=0)), data.train)
     for key in EVALUATORS:
@@ -213,6 +220,11 @@ def check_class_lists(config: Config, class_names: tuple[str, ...]) -> None:
         for dataset in datasets_of(config.get(loader)):
             holders += [(f"{loader}.dataset", dataset), (f"{loader}.dataset.metainfo", dataset.get("metainfo"))]
     for place, holder in holders:
+        if holder is not None and not isinstance(holder, dict):
+            raise ConfigError(
+                f"{place} of the config is {holder!r}; expected dict(classes=...), or nothing: the classes are "
+                "those of the annotations"
+            )
         if isinstance(holder, dict):
             named |= {f"{place}.{key}": holder[key] for key in CLASS_LISTS if holder.get(key) is not None}
     for place, classes in named.items():

@@ -6,8 +6,12 @@ The settings of an mmdet config: each is honoured, or refused with what to use i
 
 from __future__ import annotations
 
+import ast
 import difflib
+import inspect
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from deploy.errors import ConfigError
@@ -32,6 +36,39 @@ SET_BY_US = {
     "randomness.seed": "give --seed",
 }
 """Key -> why --set cannot change it."""
+REFUSED = {
+    "optimizer": "the optimiser is optim_wrapper.optimizer",
+    "optimizer_config": "use --clip-grad, or optim_wrapper.clip_grad",
+    "lr_config": "the schedule is param_scheduler",
+    "runner": "the length of the training is train_cfg.max_epochs, or --epochs",
+    "total_epochs": "use --epochs, or max_epochs",
+    "evaluation": "how often is evaluated is train_cfg.val_interval, how is val_evaluator",
+    "checkpoint_config": "use default_hooks.checkpoint",
+    "log_config": "use default_hooks.logger",
+    "resume_from": "give --resume to go on with a run",
+    "auto_resume": "give --resume to go on with a run",
+    "fp16": "give --precision fp16",
+    "seed": "give --seed",
+    "gpu_ids": "choose GPUs by CUDA_VISIBLE_DEVICES, processes by torchrun",
+    "gpus": "choose GPUs by CUDA_VISIBLE_DEVICES, processes by torchrun",
+}
+"""Keys of a config's first level that mmdet 2, or another command of mmdet, reads -> what to use here."""
+READ_BY_HEADS = {
+    "test_cfg": {
+        "nms_pre", "nms_post", "min_bbox_size", "score_thr", "conf_thr", "iou_thr", "nms", "nms_cfg",
+        "nms_across_levels", "max_per_img", "max_per_image", "multi_label", "yolox_style", "rpn", "rcnn", "top_k",
+        "topk", "filter_thr", "mask_thr", "mask_thr_binary",
+    },
+    "train_cfg": {
+        "assigner", "reg_assigner", "cls_assigner", "initial_assigner", "initial_epoch", "sampler", "allowed_border",
+        "pos_weight", "alpha", "beta", "gamma", "debug", "rpn", "rcnn", "rpn_proposal",
+    },
+    "nms": {
+        "type", "iou_threshold", "iou_thr", "class_agnostic", "split_thr", "sigma", "min_score", "method", "offset",
+        "max_num", "score_threshold",
+    },
+}  # fmt: skip
+"""What mmdet's heads ask these dicts of a model for: a typing error there does nothing, or fails in an evaluation."""
 FROM_DATA = ("ann_file", "data_root", "data_prefix", "metainfo", "num_classes", "classes")
 """Names of entries, anywhere in a config, that the annotations of --data give."""
 
@@ -91,6 +128,20 @@ def set_data_preprocessor(config: Any, name: str) -> None:
         detector.data_preprocessor = config.data_preprocessor
 
 
+def check_shapes(config: Any, name: str) -> None:
+    """Raises ConfigError if a part of a config that is gone through is no dict, or no list of dicts."""
+    for key in ("train_cfg", "default_hooks", "optim_wrapper", "env_cfg", "randomness"):
+        if not isinstance(config.get(key) or {}, dict):
+            raise ConfigError(f"{name}: {key} is {config[key]!r}; expected a dict")
+    for key in ("param_scheduler", "custom_hooks"):
+        entries = schedulers_of(config) if key == "param_scheduler" else config.get(key) or []
+        wrong = [one for one in entries if not (isinstance(one, dict) and "type" in one)] if entries else []
+        if wrong or isinstance(entries, dict):
+            raise ConfigError(
+                f"{name}: {key} has {wrong[0] if wrong else dict(entries)!r}; expected a list of dicts with types"
+            )
+
+
 def check_overrides(config: Any, overrides: dict[str, Any]) -> None:
     """Raises ConfigError if an override would have no effect: nothing reads it, or something else sets the value."""
     for key in overrides:
@@ -137,8 +188,12 @@ def check_settings(config: Any, name: str) -> None:
         raise ConfigError(f"{name} has no {' and no '.join(validation)}, but the rest of a validation")
     for key in config:
         close = difflib.get_close_matches(key, READ_KEYS, n=1, cutoff=0.88)
-        if key not in READ_KEYS and close and isinstance(config[key], (dict, list)):
+        if key not in READ_KEYS and close:
             raise ConfigError(f"{name}: nothing reads {key}; did you mean {close[0]}?")
+        if key in REFUSED and config[key] not in (None, False):
+            raise ConfigError(f"{name}: nothing reads {key}: {REFUSED[key]}")
+    _check_heads(config.model, name)
+    _say_unread(config, name)
     _check_launch(config, name)
     for part, known in (
         ("env_cfg", {"cudnn_benchmark", "mp_cfg", "dist_cfg", "resource_limit"}),
@@ -152,6 +207,53 @@ def check_settings(config: Any, name: str) -> None:
         if unknown:
             raise ConfigError(f"{name}: nothing reads model.teacher.{unknown[0]}; expected config and checkpoint")
     check_types(config)
+
+
+def _check_heads(node: Any, name: str) -> None:
+    """Refuses typing errors in every `train_cfg`, `test_cfg` and `nms` of a model."""
+    for key, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
+        known = READ_BY_HEADS.get(str(key), set())
+        for entry in value if known and isinstance(value, dict) else ():
+            close = difflib.get_close_matches(entry, known, n=1, cutoff=0.75)
+            if entry not in known and close:
+                raise ConfigError(f"{name}: nothing reads {key}.{entry} of the model; did you mean {close[0]}?")
+        _check_heads(value, name)
+
+
+def _say_unread(config: Any, name: str) -> None:
+    """
+    Says which variables of a file no setting has the value of. Often they are in a base config too, whose settings
+    have the base's own values of them.
+    """
+    if not name.endswith(".py") or not Path(name).is_file():  # one of mmdet's own, or no Python
+        return
+    tree = ast.parse(Path(name).read_text(encoding="utf-8"))
+    assigned = [target.id for node in tree.body if isinstance(node, ast.Assign)
+                for target in node.targets if isinstance(target, ast.Name)]  # fmt: skip
+    texts = _texts_in({key: value for key, value in config.items() if key in READ_KEYS})
+    variables = [key for key in assigned if key in config and key not in (*READ_KEYS, *FROM_DATA, "dataset_type")]
+    unread = [key for key in variables if not _is_in(config[key], texts)]
+    if unread:
+        print(
+            f"{name}: no setting has the value of {', '.join(unread)}: a variable does nothing by itself, and a base "
+            "config has used its own already. To change a setting, give it in full"
+        )
+
+
+def _is_in(value: Any, texts: set[str]) -> bool:
+    if isinstance(value, str):  # it may be a part of a path
+        return any(_text_of(value)[1:-1] in text for text in texts)
+    return value is None or callable(value) or _text_of(value) in texts
+
+
+def _text_of(value: Any) -> str:
+    return json.dumps(value, default=str, sort_keys=True)
+
+
+def _texts_in(node: Any) -> set[str]:
+    """Every value in a config as text, whole dicts and lists too."""
+    inner = node.values() if isinstance(node, dict) else node if isinstance(node, (list, tuple)) else ()
+    return {_text_of(node)}.union(*(_texts_in(one) for one in inner))
 
 
 def _check_launch(config: Any, name: str) -> None:
@@ -195,6 +297,9 @@ def check_types(config: Any) -> None:
         ("visualizer", config.get("visualizer"), registry.VISUALIZERS),
         ("log_processor", config.get("log_processor"), registry.LOG_PROCESSORS),
     ]  # fmt: skip
+    for hook in hooks:
+        if isinstance(hook, dict) and hook.get("type") == "CheckpointHook":
+            _check_checkpoint_hook(hook)
     constructor = config.optim_wrapper.get("constructor")
     if constructor:
         parts.append(("optim_wrapper.constructor", {"type": constructor}, registry.OPTIM_WRAPPER_CONSTRUCTORS))
@@ -212,6 +317,19 @@ def check_types(config: Any) -> None:
                 f"{place} has the type {name!r}, which is not known; the closest that are: {close}. A module of your "
                 "own that registers it goes into custom_imports"
             )
+
+
+def _check_checkpoint_hook(hook: Any) -> None:
+    """Refuses settings that mmengine's hook takes, and fails by when it saves for the first time: after an epoch."""
+    from mmengine.hooks import CheckpointHook
+    from mmengine.runner import Runner
+
+    readers = (CheckpointHook.__init__, Runner.save_checkpoint)
+    known = {name for reader in readers for name in inspect.signature(reader).parameters}
+    unknown = sorted(set(hook) - known - {"type", "priority", "_scope_"})
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0)
+        raise ConfigError(f"nothing reads {unknown[0]} of the CheckpointHook; did you mean {close[0]}?")
 
 
 def _names_in(registry: Any) -> set[str]:

@@ -334,3 +334,20 @@ def test_a_picture_that_no_evaluation_could_read_ends_the_training_before_it_beg
     (folder / "images" / image["file_name"]).write_bytes(content[:start] + bytes(500) + content[start + 500 :])
     with pytest.raises(DataError, match=f"1 of .* pictures cannot be decoded: .*{image['file_name']}"):
         _data("--data", str(folder))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "named"),
+    [
+        ("metainfo", ["disc"], r"metainfo of the config is \['disc'\]; expected dict\(classes"),
+        ("train_dataloader.drop_last", True, "leaves no batch of"),
+    ],
+)
+def test_what_leaves_no_classes_or_no_batch_is_refused(
+    configs: Path, data: TrainingData, tmp_path: Path, key: str, value: Any, named: str
+) -> None:
+    config = load_config(configs / "gfl_tiny.py")
+    config.train_dataloader.batch_size = 1000
+    config.merge_from_dict({key: value})
+    with pytest.raises(ConfigError, match=named):
+        set_data(config, data, tmp_path)

@@ -185,3 +185,47 @@ def test_one_or_many_evaluators_schedulers_and_data_sets() -> None:
     inner = dict(type="ConcatDataset", datasets=[dict(type="A"), dict(type="B")])
     loader = ConfigDict(dataset=dict(type="RepeatDataset", dataset=inner))
     assert [one.type for one in datasets_of(loader)] == ["RepeatDataset", "ConcatDataset", "A", "B"]
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("max_epoch = 3", "nothing reads max_epoch; did you mean max_epochs"),
+        ("optimizer = dict(type='SGD', lr=0.1)", "nothing reads optimizer: the optimiser is optim_wrapper.optimizer"),
+        ("resume_from = 'x.pth'", "nothing reads resume_from: give --resume"),
+        ("seed = 3", "nothing reads seed: give --seed"),
+        ("model = dict(test_cfg=dict(score_threshold=0.3))", r"nothing reads test_cfg.score_threshold .* score_thr"),
+        ("model = dict(test_cfg=dict(nms=dict(iou_thresh=0.3)))", r"nothing reads nms.iou_thresh .* iou_thr"),
+        ("model = dict(train_cfg=dict(asigner=dict(type='ATSSAssigner')))", "nothing reads train_cfg.asigner"),
+        ("default_hooks = dict(checkpoint=dict(type='CheckpointHook', intervall=5))", "nothing reads intervall"),
+        ("default_hooks = [dict(type='CheckpointHook')]", r"default_hooks is .*; expected a dict"),
+        ("param_scheduler = 'cosine'", "param_scheduler has 'cosine'; expected a list of dicts"),
+        ("param_scheduler = [dict(begin=0, end=3)]", "expected a list of dicts with types"),
+        ("custom_hooks = dict(_delete_=True, type='EMAHook')", "custom_hooks has .*; expected a list"),
+    ],
+)
+def test_a_setting_that_would_be_dropped_or_has_no_meaning_is_one_message(
+    configs: Path, tmp_path: Path, words: str, named: str
+) -> None:
+    path = tmp_path / "c.py"
+    path.write_text(f"_base_ = {str(configs / 'gfl_tiny.py')!r}\n{words}\n")
+    with pytest.raises(ConfigError, match=named):
+        check_settings(load_config(path, {"max_epochs": 2}), str(path))
+
+
+def test_a_variable_that_no_setting_uses_is_said(
+    configs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "c.py"
+    base = f"_base_ = {str(configs / 'gfl_tiny.py')!r}\n"
+    path.write_text(f"{base}lr = 0.0123\noptim_wrapper = dict(optimizer=dict(lr=lr))\n")
+    check_settings(load_config(path), str(path))
+    assert "no setting has the value" not in capsys.readouterr().out
+    path.write_text(f"{base}lr = 0.0123\ntrain_pipeline = [dict(type='LoadImageFromFile')]\n")
+    check_settings(load_config(path), str(path))
+    assert "no setting has the value of lr, train_pipeline" in capsys.readouterr().out
+
+
+def test_a_variable_of_mmdets_own_configs_is_not_taken_for_the_input_size() -> None:
+    for name in ("ssd/ssd300_coco.py", "yolo/yolov3_d53_8xb8-320-273e_coco.py"):
+        check_settings(load_config(f"mmdet::{name}"), f"mmdet::{name}")
