@@ -143,8 +143,8 @@ async def _visit_all(boards: Sequence[Board], job: Job, jobs: int) -> Tuple[List
             return outcomes
 
     faults: List[Exception] = []
-    found = await asyncio.gather(*map(visit, boards))
-    return [outcome for outcomes in found for outcome in outcomes], faults
+    of_boards = await asyncio.gather(*map(visit, boards))
+    return [outcome for outcomes in of_boards for outcome in outcomes], faults
 
 
 async def _visit(board: Board, job: Job, outcomes: Sequence[Outcome]) -> None:

@@ -173,10 +173,11 @@ def distil(config_path: str, data: TrainingData, training: TrainingOptions, dist
         training = fine_tuning_options(config, config_path, training)
 
     from crosskd.models.detector import detector_from_config
+    from crosskd.models.methods import methods_of_settings
 
     seed_everything(training.seed)
     with first_of_each_machine_first():  # a teacher may have to be downloaded
-        if config.model.distill.get("method") != "none":
+        if methods_of_settings(config.model.distill):
             config.model.teacher.checkpoint = local_checkpoint(config.model.teacher)
         detector = detector_from_config(config, class_names=data.class_names)
     teacher = config.model.teacher.get("checkpoint") if detector.teacher is not None else None

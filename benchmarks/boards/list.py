@@ -57,7 +57,7 @@ def boards_from_file(path: AnyPath) -> List[Board]:
     document = read_toml(path, "a list of boards: lines [[board]], name = ... and host = ... for each")
     entries = document.get("board")
     others = sorted(set(document) - {"board"})
-    if others or not isinstance(entries, list) or not entries or not all(isinstance(one, dict) for one in entries):
+    if others or not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise ConfigError(
             f"{path} has {', '.join(others) or 'no [[board]]'}; expected one [[board]] for each board, and nothing else"
         )
@@ -120,7 +120,9 @@ def _is_line(value: Any) -> bool:
 
 
 def _is_list_of_precisions(value: Any) -> bool:
-    known = isinstance(value, list) and all(isinstance(one, str) and one in SOURCE_OF for one in value)
+    known = isinstance(value, list) and all(
+        isinstance(precision, str) and precision in SOURCE_OF for precision in value
+    )
     return known and 0 < len(value) == len(set(value))
 
 

@@ -141,9 +141,9 @@ class _KnownHosts:
         import asyncssh
 
         self._host = f"[{host}]:{port}" if port else host
-        found = asyncssh.match_known_hosts(self._files, host, address, port)
-        self._is_known = bool(found[0])
-        return found
+        keys = asyncssh.match_known_hosts(self._files, host, address, port)
+        self._is_known = bool(keys[0])
+        return keys
 
     def words(self, error: BoardError) -> str:
         """What to do about a host key that is not the known one."""

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import math
-from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -64,6 +62,8 @@ def evaluate_with_curves(
         from faster_coco_eval import COCO, COCOeval_faster
     except ImportError as error:
         raise MissingDependencyError("faster-coco-eval", "computing AP", "pip install faster-coco-eval") from error
+    from deploy.coco_file import no_garbage_collection
+
     wanted = {image["id"] for image in annotations["images"]} & set(image_ids)
     categories = annotations["categories"]
     check_detections(detections, wanted, {category["id"] for category in categories})
@@ -87,7 +87,7 @@ def evaluate_with_curves(
         ]
         return COCO({"images": images, "annotations": numbered, "categories": new_categories})
 
-    with _no_garbage_collection():
+    with no_garbage_collection():
         truth = coco([box for box in annotations["annotations"] if box["image_id"] in wanted])
         keys = ("image_id", "category_id", "bbox", "score")  # an area of theirs does not count: pycocotools' loadRes
         found = coco([{key: box[key] for key in keys} for box in detections])
@@ -125,18 +125,6 @@ def words_of_cap(data: CocoSet) -> str:
         f"COCO's AP counts {DETECTIONS_COUNTED} detections of a class in an image, so that {lost} of {total} boxes "
         "cannot be found. Cut such images into tiles"
     )
-
-
-@contextlib.contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """For making some hundred thousand boxes that all stay: the collector would search them again and again in vain."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def check_detections(detections: Sequence[Mapping[str, Any]], image_ids: Any, category_ids: Any) -> None:

@@ -228,8 +228,8 @@ def _jetson_gpu_facts() -> Dict[str, Any]:
 
 
 def _jetson_gpu_mhz(name: str) -> Optional[float]:
-    found = [_first_line(device / name) for device in jetson_gpus()]  # in Hz
-    return int(found[0]) / 1e6 if found and found[0] is not None and found[0].isdigit() else None
+    clocks_hz = [_first_line(device / name) for device in jetson_gpus()]  # in Hz
+    return int(clocks_hz[0]) / 1e6 if clocks_hz and clocks_hz[0] is not None and clocks_hz[0].isdigit() else None
 
 
 def _is_fixed(low: Path, high: str) -> bool:
@@ -239,8 +239,8 @@ def _is_fixed(low: Path, high: str) -> bool:
 
 def throttle_count() -> int:
     """How often the device has slowed itself down since it was started, by all counters that can be read."""
-    found = (_first_line(path) for pattern in THROTTLE_COUNTERS for path in _SYS.glob(pattern))
-    return sum(int(count) for count in found if count is not None and count.isdigit())
+    counts = (_first_line(path) for pattern in THROTTLE_COUNTERS for path in _SYS.glob(pattern))
+    return sum(int(count) for count in counts if count is not None and count.isdigit())
 
 
 def thermal_limits() -> List[str]:
@@ -249,13 +249,13 @@ def thermal_limits() -> List[str]:
     alerts of a Jetson ("gpu-throttle-alert"), that are at work. Kernel: Documentation/driver-api/thermal/sysfs-api.rst;
     before 5.13 their names were numbers, "thermal-cpufreq-0" (drivers/thermal/cpufreq_cooling.c).
     """
-    found = set()
+    kinds = set()
     for device in _SYS.glob("class/thermal/cooling_device*"):
         kind, state = _first_line(device / "type") or "", _first_line(device / "cur_state") or ""
         slows = any(word in kind for word in ("cpufreq", "devfreq", "throttle"))
         if slows and state.isdigit() and int(state) > 0:
-            found.add(kind)
-    return sorted(found)
+            kinds.add(kind)
+    return sorted(kinds)
 
 
 def busy_s() -> Optional[float]:
@@ -319,11 +319,11 @@ def _mhz(path: Path) -> Optional[float]:
 
 def _cpu_clocks_mhz() -> List[Tuple[float, float]]:
     """(lowest, highest) clock that each processor is allowed."""
-    found = [
+    clocks_mhz = [
         (_mhz(policy / "scaling_min_freq"), _mhz(policy / "scaling_max_freq"))
         for policy in _SYS.glob("devices/system/cpu/cpu[0-9]*/cpufreq")
     ]
-    return [(low, high) for low, high in found if low is not None and high is not None]
+    return [(low, high) for low, high in clocks_mhz if low is not None and high is not None]
 
 
 def _cpu_turbo() -> Optional[bool]:
@@ -337,12 +337,12 @@ def _cpu_turbo() -> Optional[bool]:
 
 def _temperatures_c() -> Dict[str, float]:
     """Name of the thermal zone -> degrees Celsius."""
-    found = {}
+    temperatures_c = {}
     for zone in sorted(_SYS.glob("class/thermal/thermal_zone*")):
         name, text = _first_line(zone / "type"), _first_line(zone / "temp")
         if name is not None and text is not None and text.lstrip("-").isdigit():
-            found[name] = int(text) / 1e3
-    return found
+            temperatures_c[name] = int(text) / 1e3
+    return temperatures_c
 
 
 def _jetpack() -> Optional[str]:

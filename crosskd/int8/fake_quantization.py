@@ -135,16 +135,16 @@ class FakeQuantization(nn.Module):
         """The tensor that each range is of."""
         formats = self._formats = [graph.quantizations[source] for source in self.sources]
         self.offsets = nn.Parameter(torch.zeros(len(formats)))
-        self.register_buffer("calibrated", torch.tensor([one.scale for one in formats]))
-        self.register_buffer("zero_points", torch.tensor([float(one.zero_point) for one in formats]))
+        self.register_buffer("calibrated", torch.tensor([number.scale for number in formats]))
+        self.register_buffer("zero_points", torch.tensor([float(number.zero_point) for number in formats]))
         self._norms = [module for module in detector.modules() if isinstance(module, _BatchNorm)]
-        self._sites = self._sites_of(graph.nodes, recorded_calls(detector, images))
+        self._sites = sites_of_calls(graph.nodes, recorded_calls(detector, images), self.sources)
         self._scales = self.calibrated
         self._quantized: dict[tuple[int, int], tuple[Tensor, int, Tensor]] = {}
 
     @property
     def scales(self) -> Tensor:
-        """(ranges,)"""
+        """(ranges,): the scales of now, calibrated times learnt."""
         return self.calibrated * self.offsets.exp()
 
     def ranges(self) -> dict[str, tuple[float, float]]:
@@ -154,7 +154,7 @@ class FakeQuantization(nn.Module):
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """One forward pass of the detector inside this is as in INT8."""
+        """Makes one forward pass of the detector inside the block round as its INT8 graph does."""
         for norm in self._norms:  # each time, since a runner sets the training mode anew
             norm.eval()
         self._quantized.clear()
@@ -164,7 +164,7 @@ class FakeQuantization(nn.Module):
 
     def as_read(self, tensor: Tensor) -> Tensor:
         """The rounded values that the last pass read of a tensor, or the tensor itself if it read it unrounded."""
-        return next((rounded for one, _, rounded in self._quantized.values() if one is tensor), tensor)
+        return next((rounded for read, _, rounded in self._quantized.values() if read is tensor), tensor)
 
     def _visit(self, key: CallKey, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         site = self._sites.get(key)
@@ -200,38 +200,52 @@ class FakeQuantization(nn.Module):
             kept = self._quantized[id(tensor), number] = (tensor, tensor._version, rounded)
         return kept[2]
 
-    def _sites_of(self, nodes: Sequence[QuantizedNode], calls: Sequence[_Call]) -> dict[CallKey, Site]:
-        sites: dict[CallKey, Site] = {}
-        lost = []
-        for node in nodes:
-            matching = [call for call in calls if _is_call_of(node, call)]
-            if node.op_type in OPERATORS.values():  # one node, one call
-                matching = [call for call in matching if call.key not in sites][:1]
-            for call in matching:
-                site = sites.setdefault(call.key, Site())
-                site.has_weight, site.norm = node.weight is not None, call.norm
-                for operand in node.operands:
-                    if operand.source is not None:
-                        pair = self.sources.index(operand.source), operand.value.shape[1]
-                        site.pairs.update(
-                            (place, pair) for place, found in call.inputs.items() if _same(found, operand.value)
-                        )
-            if not matching:
-                lost.append(node)
-        if lost:
-            if 2 * len(lost) > len(nodes):
-                to_do = "Expected the student of the config to be that of --from: its layers, activations and all."
-            else:
-                convolutions = " ".join(node.name for node in lost if node.op_type == "Conv")
-                to_do = (
-                    "What is exported as other operations than torch calls has to stay in float: quantise with "
-                    f"calibration.quantize --keep-float {convolutions or '...'} and give that file with --calibrated."
-                )
-            raise ConfigError(
-                f"--quantize int8: {len(lost)} of the {len(nodes)} quantised operations of the exported graph cannot "
-                f"be found in what the detector calls, such as {lost[0].name}. {to_do}"
-            )
-        return sites
+
+def sites_of_calls(
+    nodes: Sequence[QuantizedNode], calls: Sequence[_Call], sources: Sequence[str]
+) -> dict[CallKey, Site]:
+    """
+    Call -> what is quantised of it.
+
+    Args:
+        nodes: the quantised ones of a graph. calls: the detector's. sources: the tensor that each range is of.
+
+    Raises:
+        ConfigError: a node is none of the calls.
+    """
+    sites: dict[CallKey, Site] = {}
+    lost = []
+    for node in nodes:
+        matching = [call for call in calls if _is_call_of(node, call)]
+        if node.op_type in OPERATORS.values():  # one node, one call
+            matching = [call for call in matching if call.key not in sites][:1]
+        for call in matching:
+            site = sites.setdefault(call.key, Site())
+            site.has_weight, site.norm = node.weight is not None, call.norm
+            for operand in node.operands:
+                if operand.source is not None:
+                    pair = sources.index(operand.source), operand.value.shape[1]
+                    site.pairs.update(
+                        (place, pair) for place, sample in call.inputs.items() if _same(sample, operand.value)
+                    )
+        if not matching:
+            lost.append(node)
+    if lost:
+        raise ConfigError(
+            f"--quantize int8: {len(lost)} of the {len(nodes)} quantised operations of the exported graph cannot "
+            f"be found in what the detector calls, such as {lost[0].name}. {_advice_on_lost(lost, len(nodes))}"
+        )
+    return sites
+
+
+def _advice_on_lost(lost: Sequence[QuantizedNode], nodes: int) -> str:
+    if 2 * len(lost) > nodes:
+        return "Expected the student of the config to be that of --from: its layers, activations and all."
+    convolutions = " ".join(node.name for node in lost if node.op_type == "Conv")
+    return (
+        "What is exported as other operations than torch calls has to stay in float: quantise with "
+        f"calibration.quantize --keep-float {convolutions or '...'} and give that file with --calibrated."
+    )
 
 
 def check_calls_in_training(detector: nn.Module) -> None:
@@ -281,7 +295,7 @@ def _factor_of(norm: _BatchNorm) -> Tensor:
 def recorded_calls(detector: Any, images: Tensor) -> list[_Call]:
     """The calls of torch's functions in a forward pass of the detector in evaluation mode, as far as its head goes."""
     norms = {id(m.running_mean): m for m in detector.modules() if isinstance(m, _BatchNorm)}
-    own = {id(tensor) for tensor in (*detector.parameters(), *detector.buffers())}
+    constant = {id(tensor) for tensor in (*detector.parameters(), *detector.buffers())}
     calls: list[_Call] = []
     made_by: dict[int, tuple[_Call, Any]] = {}  # by a convolution's output, kept so that no other gets its id
 
@@ -295,7 +309,7 @@ def recorded_calls(detector: Any, images: Tensor) -> list[_Call]:
         inputs = {
             place: _Sample.of(leaf.numpy())
             for place, leaf in enumerate(leaves)
-            if isinstance(leaf, Tensor) and leaf.is_floating_point() and id(leaf) not in own
+            if isinstance(leaf, Tensor) and leaf.is_floating_point() and id(leaf) not in constant
         }
         output = function(*args, **kwargs)
         if inputs and any(isinstance(leaf, Tensor) for leaf in tree_flatten(output)[0]):  # chunk gives several
@@ -319,11 +333,11 @@ def _is_call_of(node: QuantizedNode, call: _Call) -> bool:
     if node.weight is not None and not _same(call.folded_weight, node.weight):
         return False
     values = [operand.value for operand in node.operands if operator is not None or operand.source is not None]
-    return all(any(_same(found, value) for found in call.inputs.values()) for value in values)
+    return all(any(_same(sample, value) for sample in call.inputs.values()) for value in values)
 
 
-def _same(found: _Sample, tensor: np.ndarray) -> bool:
-    if found.shape != tensor.shape:
+def _same(sample: _Sample, tensor: np.ndarray) -> bool:
+    if sample.shape != tensor.shape:
         return False
     expected = _Sample.of(tensor).values
-    return bool(np.abs(found.values - expected).max() <= TOLERANCE * max(float(np.abs(expected).max()), 1e-12))
+    return bool(np.abs(sample.values - expected).max() <= TOLERANCE * max(float(np.abs(expected).max()), 1e-12))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import onnx
@@ -44,6 +45,8 @@ class QuantizedNode:
 
 @dataclasses.dataclass(frozen=True)
 class QuantizedGraph:
+    """An INT8 graph as far as it is quantised."""
+
     nodes: list[QuantizedNode]
     quantizations: dict[str, Quantization]
     """Tensor whose range it is -> number format."""
@@ -58,54 +61,67 @@ def read_quantized_graph(int8_path: str | Path, float_path: str | Path, feed: di
         CalibrationError: the two are not one model, or there is no pair in the INT8 file.
     """
     int8, original = load_onnx(int8_path), load_onnx(float_path)
+    readers, quantizations = _readers_of_pairs(int8)
+    if not readers:
+        raise CalibrationError(f"{int8_path} has no Q/DQ pairs; expected an INT8 model of calibration.quantize")
+    originals = {node.output[0]: node for node in original.graph.node}
+    strangers = [reader.node.output[0] for reader in readers if reader.node.output[0] not in originals]
+    if strangers:
+        raise CalibrationError(
+            f"{int8_path} computes {strangers[0]}, {float_path} does not; expected the INT8 model that was made of it"
+        )
+    wanted = sorted({name for reader in readers for name in reader.sources} - set(feed))
+    values = {**feed, **values_of(original, wanted, feed)}
+    weights = constants(original)
+    nodes = [
+        QuantizedNode(
+            reader.node.name or reader.node.output[0],
+            reader.node.op_type,
+            [Operand(values[name], source) for name, source in reader.sources.items()],
+            numpy_helper.to_array(weights[originals[reader.node.output[0]].input[1]]) if reader.has_weight else None,
+        )
+        for reader in readers
+    ]
+    return QuantizedGraph(nodes, quantizations)
+
+
+class _Reader(NamedTuple):
+    """A node of an INT8 file that reads pairs."""
+
+    node: onnx.NodeProto
+    sources: dict[str, str | None]
+    """Activation that it reads -> tensor whose range the pair between has; None without a pair."""
+    has_weight: bool
+    """Whether its weight is INT8."""
+
+
+def _readers_of_pairs(int8: onnx.ModelProto) -> tuple[list[_Reader], dict[str, Quantization]]:
+    """The nodes that read pairs, in the order of the graph; and tensor whose range a pair has -> number format."""
     fixed, made_by = constants(int8), producers(int8)
-    weights, originals = constants(original), {node.output[0]: node for node in original.graph.node}
+    readers: list[_Reader] = []
     quantizations: dict[str, Quantization] = {}
-    # (node, tensor that it reads -> tensor whose range the pair has, whether its weight is INT8)
-    found: list[tuple[onnx.NodeProto, dict[str, str | None], bool]] = []
     for node in int8.graph.node:
         if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
             continue
-        operands: dict[str, str | None] = {}
+        sources: dict[str, str | None] = {}
         has_weight = False
         for name in node.input:
             pair = made_by.get(name)
             if pair is None or pair.op_type != "DequantizeLinear":
                 if name and name not in fixed:
-                    operands[name] = None
+                    sources[name] = None
                 continue
             quantize = made_by.get(pair.input[0])
             tensor = quantize.input[0] if quantize is not None else pair.input[0]
             if tensor in fixed:
                 has_weight = True
                 continue
-            source = pair.input[1].removesuffix(SCALE_SUFFIX)
-            operands[tensor] = source
+            source = sources[tensor] = pair.input[1].removesuffix(SCALE_SUFFIX)
             scale, zero_point = (numpy_helper.to_array(fixed[constant]) for constant in pair.input[1:])
             quantizations[source] = Quantization(float(scale), zero_point.reshape(-1)[0])
-        if has_weight or any(operands.values()):
-            found.append((node, operands, has_weight))
-    if not found:
-        raise CalibrationError(f"{int8_path} has no Q/DQ pairs; expected an INT8 model of calibration.quantize")
-    strangers = [node.output[0] for node, _, _ in found if node.output[0] not in originals]
-    if strangers:
-        raise CalibrationError(
-            f"{int8_path} computes {strangers[0]}, {float_path} does not; expected the INT8 model that was made of it"
-        )
-    wanted = sorted({name for _, operands, _ in found for name in operands} - set(feed))
-    values = {**feed, **values_of(original, wanted, feed)}
-    nodes = []
-    for node, operands, has_weight in found:
-        weight = weights[originals[node.output[0]].input[1]] if has_weight else None
-        nodes.append(
-            QuantizedNode(
-                node.name or node.output[0],
-                node.op_type,
-                [Operand(values[name], source) for name, source in operands.items()],
-                None if weight is None else numpy_helper.to_array(weight),
-            )
-        )
-    return QuantizedGraph(nodes, quantizations)
+        if has_weight or any(sources.values()):
+            readers.append(_Reader(node, sources, has_weight))
+    return readers, quantizations
 
 
 def values_of(model: onnx.ModelProto, tensors: Sequence[str], feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -99,32 +99,32 @@ def guard_training(model: Any, patience: int = 10) -> None:
             log_vars = train_step(data, optim_wrapper=optim_wrapper)
         except _BadBatchError as error:
             is_loss = isinstance(error, _NonFiniteLossError)
-            found_here = str(error)
-            if is_loss and found_here:
-                found_here += f" of the images {_names_from_batch(data)}"
+            cause_here = str(error)
+            if is_loss and cause_here:
+                cause_here += f" of the images {_names_from_batch(data)}"
         else:
             in_a_row = 0
             return log_vars
         with torch.no_grad():
             for value, old in zip(statistics, before, strict=True):
                 value.copy_(old)
-        found = "; ".join(words for words in all_gather_object(found_here) if words)
+        causes = "; ".join(words for words in all_gather_object(cause_here) if words)
         in_a_row += 1
         if in_a_row > patience and not is_loss:
             raise TrainingError(
-                f"{in_a_row} batches in a row cannot be used. The last one: {found}. Bring the files again, or drop "
+                f"{in_a_row} batches in a row cannot be used. The last one: {causes}. Bring the files again, or drop "
                 "the images from the annotations"
             )
         if in_a_row > patience:
             raise TrainingError(
-                f"the loss of {in_a_row} batches in a row is not finite. The last one: {found}. "
+                f"the loss of {in_a_row} batches in a row is not finite. The last one: {causes}. "
                 f"{_words_from_weights(detector)}"
             )
         hub = MessageHub.get_current_instance()
         skipped = hub.get_info("skipped_batches", 0) + 1
         hub.update_info("skipped_batches", skipped)
         what = "a loss is not finite" if is_loss else "an image cannot be read"
-        message = f"{what}, batch skipped ({in_a_row} in a row, {skipped} in all): {found}"
+        message = f"{what}, batch skipped ({in_a_row} in a row, {skipped} in all): {causes}"
         print_log(message, logger="current", level=logging.WARNING)
         return {}
 

@@ -197,8 +197,8 @@ class AtomicCheckpointHook(CheckpointHook):
 
 def _check_same_weights(detector: nn.Module, saved: dict[str, Any]) -> None:
     """mmengine would keep the random weights of a layer that has another shape in the checkpoint, and only log it."""
-    own = detector.state_dict()
-    differing = [key for key in own if key in saved and saved[key].shape != own[key].shape]
+    current = detector.state_dict()
+    differing = [key for key in current if key in saved and saved[key].shape != current[key].shape]
     if differing:
         raise ConfigError(
             f"the run was started with another model or other classes: {len(differing)} of its weights have another "

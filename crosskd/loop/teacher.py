@@ -83,7 +83,8 @@ def check_teacher(
 
 def _points_of_teacher(config: Any, detector: Any, coco: CocoSet) -> tuple[float | None, float | None]:
     """AP and AP50 in points; None if there are no boxes to find."""
-    detected = [{**found, "img_id": number} for number, found in enumerate(_detected(config, detector, coco), start=1)]
+    samples = enumerate(_detected(config, detector, coco), start=1)
+    detected = [{**sample, "img_id": number} for number, sample in samples]
     with (
         tempfile.TemporaryDirectory() as folder,
         contextlib.redirect_stdout(io.StringIO()),  # pycocotools tells how long each part took
@@ -94,9 +95,9 @@ def _points_of_teacher(config: Any, detector: Any, coco: CocoSet) -> tuple[float
         metric = CocoMetric(ann_file=str(annotations), metric="bbox", proposal_nums=DETECTIONS_COUNTED)
         metric.dataset_meta = {"classes": coco.class_names}
         metric.process({}, detected)
-        found = metric.compute_metrics(metric.results)
+        numbers = metric.compute_metrics(metric.results)
     # mmdet has no numbers where nothing was detected; COCO's are -1 where there is nothing to detect.
-    ap, ap50 = (round(100 * found.get(name, 0.0), 1) for name in ("bbox_mAP", "bbox_mAP_50"))
+    ap, ap50 = (round(100 * numbers.get(name, 0.0), 1) for name in ("bbox_mAP", "bbox_mAP_50"))
     has_boxes = any(not crowd for image in coco.images for crowd in image.crowd)
     return (ap, ap50) if has_boxes else (None, None)
 
@@ -123,8 +124,8 @@ def _detected(config: Any, detector: Any, coco: CocoSet) -> Iterator[dict[str, A
                 outputs = head(detector.teacher.extract_feat(inputs))
             # As in training, boxes are decoded in float32 (crosskd.loop.amp.keep_losses_in_float32).
             outputs = tree_map(lambda value: value.float() if isinstance(value, Tensor) else value, outputs)
-            (found,) = head.predict_by_feat(*outputs, batch_img_metas=[sample.metainfo], rescale=True)
-        sample.pred_instances = found
+            (instances,) = head.predict_by_feat(*outputs, batch_img_metas=[sample.metainfo], rescale=True)
+        sample.pred_instances = instances
         yield sample.to_dict()
 
 

@@ -200,7 +200,7 @@ def frozen_modules(model: Any, level: int) -> list[nn.Module]:
         )
     last = inside[-1]
     later = [name for name, _ in modules[last + 1 :]]
-    return [module for name, module in modules[: last + 1] if not any(one.startswith(f"{name}.") for one in later)]
+    return [module for name, module in modules[: last + 1] if not any(other.startswith(f"{name}.") for other in later)]
 
 
 def state_of_file(path: str, names: Collection[str]) -> dict[str, Tensor]:
@@ -296,13 +296,13 @@ def check_normalisation(backbone: TimmBackbone, preprocessor: Any) -> None:
         "std": [round(255 * value, 3) for value in facts["std"]],
         "bgr_to_rgb": True,  # mmdet reads blue-green-red
     }
-    found = {
+    given = {
         "mean": list(preprocessor.get("mean") or []),
         "std": list(preprocessor.get("std") or []),
         "bgr_to_rgb": bool(preprocessor.get("bgr_to_rgb")),
     }
-    if found != wanted:
+    if given != wanted:
         raise ConfigError(
-            f"timm's weights of {backbone.name} want a data_preprocessor with {wanted}; found {found}. Change it, or "
+            f"timm's weights of {backbone.name} want a data_preprocessor with {wanted}; found {given}. Change it, or "
             "set backbone.pretrained=False."
         )

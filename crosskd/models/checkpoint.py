@@ -155,15 +155,15 @@ def detector_weights_in(checkpoint: dict[str, Any], names: Collection[str]) -> l
         for start in (0, *(place.end() for place in re.finditer(r"\.", key))):
             yield key[:start], key[start:]
 
-    found = []
+    sets = []
     for place, tensors in _dicts_of_tensors(checkpoint):
         by_prefix: dict[str, dict[str, str]] = {}
         for key in tensors:
             for prefix, name in own_names(key):
                 if name in names:
                     by_prefix.setdefault(prefix, {})[name] = key
-        found += [DetectorWeights(place, prefix, keys, tensors) for prefix, keys in by_prefix.items()]
-    return found
+        sets += [DetectorWeights(place, prefix, keys, tensors) for prefix, keys in by_prefix.items()]
+    return sets
 
 
 def _dicts_of_tensors(
@@ -192,19 +192,19 @@ def state_for_detector(path: AnyPath, checkpoint: dict[str, Any], names: Collect
         CheckpointError: there are no tensors, not all of a set whose names have a prefix,
             several sets that differ, or values that are no numbers.
     """
-    found = detector_weights_in(checkpoint, names)
-    if not found:
+    candidates = detector_weights_in(checkpoint, names)
+    if not candidates:
         return state_of_checkpoint(path, checkpoint)
     needed = {name for name in names if not name.endswith(OPTIONAL)}
-    whole = [one for one in found if needed <= one.keys.keys()]
-    plain = next((one for one in whole if one.place in ("", "state_dict") and not one.prefix), None)
-    meant = [one for one in whole if one is plain or plain is None or not _kept_beside(one, plain)]
-    if any(not _same(meant[0], one) for one in meant[1:]):
+    whole = [entry for entry in candidates if needed <= entry.keys.keys()]
+    plain = next((entry for entry in whole if entry.place in ("", "state_dict") and not entry.prefix), None)
+    meant = [entry for entry in whole if entry is plain or plain is None or not _kept_beside(entry, plain)]
+    if any(not _same(meant[0], entry) for entry in meant[1:]):
         raise CheckpointError(
             f"{path} holds {len(meant)} sets of weights for this detector: {'; '.join(map(str, meant))}. Expected one: "
             "save the one that you mean alone, as state_dict, beside the same meta, and give that file."
         )
-    chosen = plain or (meant[0] if meant else max(found, key=lambda one: len(one.keys)))
+    chosen = plain or (meant[0] if meant else max(candidates, key=lambda entry: len(entry.keys)))
     if not whole and (chosen.prefix or chosen.place not in ("", "state_dict")):
         missing = sorted(needed - chosen.keys.keys())
         raise CheckpointError(
@@ -212,12 +212,12 @@ def state_for_detector(path: AnyPath, checkpoint: dict[str, Any], names: Collect
             f"{len(missing)} (such as {missing[0]}). Give the config that it was trained with."
         )
     known = set(chosen.keys.values())
-    averages = {key for one in found if one.prefix == EMA_PREFIX for key in one.keys.values()}
+    averages = {key for entry in candidates if entry.prefix == EMA_PREFIX for key in entry.keys.values()}
     among = [key for key in chosen.tensors if key.startswith(chosen.prefix) and key not in known | averages]
     state = {name: chosen.tensors[key] for name, key in chosen.keys.items()}
     state.update((key[len(chosen.prefix) :], chosen.tensors[key]) for key in among)
     left_out = [key for key in chosen.tensors if key not in known and key not in among]
-    left_out += [one.place for one in whole if one.place != chosen.place]
+    left_out += [entry.place for entry in whole if entry.place != chosen.place]
     if whole and (chosen.prefix or left_out or chosen.place not in ("", "state_dict")):
         others = f"; left out {len(left_out)} more, such as {left_out[0]}" if left_out else ""
         print(f"{path}: took the weights in {chosen}{others}")
@@ -225,10 +225,10 @@ def state_for_detector(path: AnyPath, checkpoint: dict[str, Any], names: Collect
     return state
 
 
-def _kept_beside(one: DetectorWeights, plain: DetectorWeights) -> bool:
+def _kept_beside(weights: DetectorWeights, plain: DetectorWeights) -> bool:
     """Whether mmengine's or mmdet 2's EMA hook wrote this set beside the plain one, which holds what they evaluate."""
-    mmengine = one.place == "ema_state_dict" and plain.place == "state_dict" and "steps" in one.tensors
-    return mmengine or (one.place == plain.place and one.prefix == EMA_PREFIX)
+    mmengine = weights.place == "ema_state_dict" and plain.place == "state_dict" and "steps" in weights.tensors
+    return mmengine or (weights.place == plain.place and weights.prefix == EMA_PREFIX)
 
 
 def _same(one: DetectorWeights, other: DetectorWeights) -> bool:
@@ -313,8 +313,8 @@ def load_detector_weights(
         CheckpointError: as `read_checkpoint` and `state_for_detector`; keys are missing or unexpected, or shapes
             differ (another architecture, another number of classes); classes are missing.
     """
-    checkpoint, own = read_checkpoint(path), detector.state_dict()
-    state = state_for_detector(path, checkpoint, own.keys())
+    checkpoint, wanted = read_checkpoint(path), detector.state_dict()
+    state = state_for_detector(path, checkpoint, wanted.keys())
     known = classes_of_checkpoint(path, checkpoint)
     head: Any = getattr(detector, "bbox_head", None)
     predictor = getattr(FAMILIES.get(type(head).__name__), "predictor", None)
@@ -333,16 +333,18 @@ def load_detector_weights(
                 "expected as many rows for each class. Its meta is of other weights."
             )
         state = state_for_classes(state, f"bbox_head.{predictor}.", known, class_names)
-    for key in own.keys() & state.keys() if predictor else ():
-        if key.startswith(f"bbox_head.{predictor}.") and own[key].shape[:1] != state[key].shape[:1]:
-            found = len(state[key]) * head.num_classes // len(own[key])  # several anchors a point have a class each
+    for key in wanted.keys() & state.keys() if predictor else ():
+        if key.startswith(f"bbox_head.{predictor}.") and wanted[key].shape[:1] != state[key].shape[:1]:
+            class_count = (
+                len(state[key]) * head.num_classes // len(wanted[key])
+            )  # several anchors a point have a class each
             raise CheckpointError(
-                f"{path} was trained with {found} classes ({key}), the data has {head.num_classes}. Give "
+                f"{path} was trained with {class_count} classes ({key}), the data has {head.num_classes}. Give "
                 f"a checkpoint that was trained on these classes. {START_FROM}"
             )
-    missing = sorted(key for key in own.keys() - state.keys() if not key.endswith(OPTIONAL))
-    unexpected = sorted(key for key in state.keys() - own.keys() if not key.endswith(OPTIONAL))
-    differing = sorted(key for key in own.keys() & state.keys() if own[key].shape != state[key].shape)
+    missing = sorted(key for key in wanted.keys() - state.keys() if not key.endswith(OPTIONAL))
+    unexpected = sorted(key for key in state.keys() - wanted.keys() if not key.endswith(OPTIONAL))
+    differing = sorted(key for key in wanted.keys() & state.keys() if wanted[key].shape != state[key].shape)
     if missing or unexpected or differing:
         only_head = not missing and not unexpected and all(key.startswith("bbox_head.") for key in differing)
         parts = [

@@ -133,14 +133,14 @@ def deployed_model(detector: Any, contract: ModelContract) -> nn.Module:
 
         def forward(self, images: Tensor) -> tuple[Tensor, ...]:
             outputs = traceable(detector.extract_feat(self.normalised(images)))
-            found: list[tuple[Tensor, ...]] = []
+            candidates: list[tuple[Tensor, ...]] = []
             for level, maps in enumerate(zip(*outputs, strict=True)):
                 priors = getattr(self, f"priors_{level}")
                 rows = [rows_of_priors(m, len(priors)) for m in maps]
                 boxes, scores, *factors = family.decode(head, level, priors, *rows)
                 limit, factor = test_cfg.get("nms_pre", -1), factors[0] if factors else None
-                found.append(best_candidates(boxes, scores, limit, factor, test_cfg.score_thr))
-            return tuple(torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
+                candidates.append(best_candidates(boxes, scores, limit, factor, test_cfg.score_thr))
+            return tuple(torch.cat(parts, dim=1) for parts in zip(*candidates, strict=True))
 
     return Deployed().eval()
 

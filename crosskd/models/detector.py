@@ -107,7 +107,7 @@ class CrossKDDetector(BaseDetector):
         return self
 
     def init_weights(self) -> None:
-        """Initialises the student only, unless it starts from weights: the teacher's weights are its own."""
+        """Initialises the student only, unless it starts from weights: the teacher's weights come from its file."""
         if not self.has_weights:
             self.student.init_weights()
 
@@ -174,7 +174,7 @@ class CrossKDDetector(BaseDetector):
 
     @torch.no_grad()
     def _pass_of_teacher(self, batch_inputs: Tensor) -> HeadPass:
-        """Of the head only if predictions are compared."""
+        """What the teacher makes of the images: its pyramid, and its predictions only if they are compared."""
         features = self.teacher.extract_feat(self.teacher_inputs_from_student(batch_inputs))
         if not self.compares_predictions:
             return HeadPass(list(features))
@@ -185,10 +185,10 @@ class CrossKDDetector(BaseDetector):
 
     @functools.cached_property
     def _same_normalisation(self) -> bool:
-        """Compared once: each comparison on a GPU would wait for it."""
-        mine, theirs = self.student.data_preprocessor, self.teacher.data_preprocessor
-        same = torch.equal(mine.mean, theirs.mean) and torch.equal(mine.std, theirs.std)
-        return same and not _turned(mine, theirs)
+        """Whether both want the same values of a pixel. Compared once: each comparison on a GPU would wait for it."""
+        student, teacher = self.student.data_preprocessor, self.teacher.data_preprocessor
+        same = torch.equal(student.mean, teacher.mean) and torch.equal(student.std, teacher.std)
+        return same and not _turned(student, teacher)
 
     def teacher_inputs_from_student(self, inputs: Tensor) -> Tensor:
         """
@@ -202,9 +202,9 @@ class CrossKDDetector(BaseDetector):
         """
         if self._same_normalisation:
             return inputs
-        mine, theirs = self.student.data_preprocessor, self.teacher.data_preprocessor
-        pixels = inputs * mine.std + mine.mean
-        return ((pixels.flip(1) if _turned(mine, theirs) else pixels) - theirs.mean) / theirs.std
+        student, teacher = self.student.data_preprocessor, self.teacher.data_preprocessor
+        pixels = inputs * student.std + student.mean
+        return ((pixels.flip(1) if _turned(student, teacher) else pixels) - teacher.mean) / teacher.std
 
     def predict(self, batch_inputs: Tensor, batch_data_samples: list[Any], rescale: bool = True) -> list[Any]:
         with self._as_quantized():
@@ -217,8 +217,9 @@ class CrossKDDetector(BaseDetector):
         return self.student.extract_feat(batch_inputs)
 
 
-def _turned(mine: nn.Module, theirs: nn.Module) -> bool:
-    return getattr(mine, "_channel_conversion", False) != getattr(theirs, "_channel_conversion", False)
+def _turned(student: nn.Module, teacher: nn.Module) -> bool:
+    """Whether one of two pre-processors wants RGB and the other BGR."""
+    return getattr(student, "_channel_conversion", False) != getattr(teacher, "_channel_conversion", False)
 
 
 def _fuse_norms(detector: nn.Module) -> None:
@@ -248,9 +249,10 @@ def _drop_teacher(_module: nn.Module, state: dict[str, Tensor], prefix: str, _me
 def _check_same_quantization(detector: CrossKDDetector, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
     """mmengine would only log that a run is resumed with other ranges than it was started with, or without any."""
     prefix = f"{prefix}quantization."
-    own = {} if detector.quantization is None else dict(detector.quantization.named_buffers(prefix[:-1]))
+    current = {} if detector.quantization is None else dict(detector.quantization.named_buffers(prefix[:-1]))
     saved = {key: state[key] for key in state if key.startswith(prefix) and not key.endswith(".offsets")}
-    if own.keys() != saved.keys() or not all(torch.equal(own[key].cpu(), saved[key].cpu()) for key in own):
+    same = current.keys() == saved.keys() and all(torch.equal(current[key].cpu(), saved[key].cpu()) for key in saved)
+    if not same:
         raise ConfigError(
             "the run to resume was started with other ranges of INT8, or one of the two is without INT8; resume with "
             "the same --quantize, --from and --calibrated"

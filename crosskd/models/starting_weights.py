@@ -62,21 +62,21 @@ def start_from_checkpoint(detector: Any, path: AnyPath, class_names: Sequence[st
     for name, part in detector.named_children():
         if "head" in name:
             part.init_weights()
-    own = detector.state_dict()
-    state = state_for_detector(path, checkpoint, own.keys())
-    keys = [{key for key in part if not key.endswith(OPTIONAL)} for part in (own, state)]
+    drawn = detector.state_dict()
+    state = state_for_detector(path, checkpoint, drawn.keys())
+    keys = [{key for key in part if not key.endswith(OPTIONAL)} for part in (drawn, state)]
     known = classes_of_checkpoint(path, checkpoint)
     predictor = getattr(FAMILIES.get(type(getattr(detector, "bbox_head", None)).__name__), "predictor", None)
-    by_class = {key for key in own if predictor and key.startswith(f"bbox_head.{predictor}.")}
+    by_class = {key for key in drawn if predictor and key.startswith(f"bbox_head.{predictor}.")}
     words = "all of it"
     if by_class and known and known != tuple(class_names):
         for key in by_class & state.keys():
-            state[key] = _rows_by_name(own[key], state[key], known, class_names)
+            state[key] = _rows_by_name(drawn[key], state[key], known, class_names)
         new = [name for name in class_names if name not in known]
         words = f"classes by name; {new} are new to it and start anew" if new else "classes by name"
-    resized = sorted(key for key in own.keys() & state.keys() if own[key].shape != state[key].shape)
+    resized = sorted(key for key in drawn.keys() & state.keys() if drawn[key].shape != state[key].shape)
     strange = [key for key in resized if "head" not in key.split(".")[0]]
-    if keys[0] != keys[1] or strange or len(resized) == len(own):
+    if keys[0] != keys[1] or strange or len(resized) == len(drawn):
         missing, unexpected = sorted(keys[0] - keys[1]), sorted(keys[1] - keys[0])
         raise CheckpointError(
             f"load_from: {path} is not a checkpoint of this {type(detector).__name__}: {len(missing)} keys missing"
@@ -91,11 +91,11 @@ def start_from_checkpoint(detector: Any, path: AnyPath, class_names: Sequence[st
     detector.load_state_dict({key: value for key, value in state.items() if key not in resized}, strict=False)
 
 
-def _rows_by_name(own: Tensor, loaded: Tensor, known: Sequence[str], wanted: Sequence[str]) -> Tensor:
+def _rows_by_name(drawn: Tensor, loaded: Tensor, known: Sequence[str], wanted: Sequence[str]) -> Tensor:
     """The class layer `own`, (anchors * wanted, ...), with the rows of `loaded`, (anchors * known, ...), by name."""
     if len(loaded) % len(known):
         return loaded  # of another number of classes than it names: told apart by its shape
-    rows, source = own.unflatten(0, (-1, len(wanted))).clone(), loaded.unflatten(0, (-1, len(known)))
+    rows, source = drawn.unflatten(0, (-1, len(wanted))).clone(), loaded.unflatten(0, (-1, len(known)))
     if rows[:, 0].shape != source[:, 0].shape:
         return loaded
     for number, name in enumerate(wanted):

@@ -140,7 +140,7 @@ def amax_from_quantised(model: onnx.ModelProto) -> Dict[str, float]:
     from deploy.graphs.graph import constants
 
     known = constants(model)
-    found: Dict[str, float] = {}
+    amax: Dict[str, float] = {}
     for node in model.graph.node:
         if node.op_type != "QuantizeLinear" or node.input[0] in known:
             continue
@@ -151,8 +151,8 @@ def amax_from_quantised(model: onnx.ModelProto) -> Dict[str, float]:
                 "constant number for an activation, as calibration.quantize --target tensorrt writes it"
             )
         largest = numpy_helper.to_array(scale).item() * LARGEST_INT8
-        found[node.input[0]] = max(largest, found.get(node.input[0], 0.0))
-    return found
+        amax[node.input[0]] = max(largest, amax.get(node.input[0], 0.0))
+    return amax
 
 
 def float_from_quantised(model: onnx.ModelProto) -> onnx.ModelProto:

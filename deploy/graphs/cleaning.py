@@ -97,8 +97,7 @@ def graph_of_any_batch(two: onnx.ModelProto, three: onnx.ModelProto) -> onnx.Mod
         for index, (name, other_name) in enumerate(zip(node.input, other.input)):
             if name not in values[0] or other_name not in values[1]:
                 continue
-            mine, theirs = values[0][name], values[1][other_name]
-            if np.array_equal(mine, theirs):
+            if np.array_equal(values[0][name], values[1][other_name]):
                 continue
             known = values[0].get(node.input[0])
             before = shapes[node.input[0]] if known is None else np.array(known.shape)
@@ -154,8 +153,10 @@ def check_same_outputs(path: Path, input_name: str, images: Any, expected: Seque
     boxes, scores, _labels = run_once(path, {input_name: images})
     score_error = float(np.abs(np.sort(scores) - np.sort(expected[1])).max())
     box_error = max(
-        float(np.abs(found[:, None] - wanted[None, :100]).max(-1).min(0).max())  # each of torch's first to its nearest
-        for found, wanted in zip(boxes, expected[0])
+        float(
+            np.abs(boxes_here[:, None] - boxes_of_torch[None, :100]).max(-1).min(0).max()
+        )  # each of torch's first to its nearest
+        for boxes_here, boxes_of_torch in zip(boxes, expected[0])
     )
     if not (score_error <= 1e-4 and box_error <= 0.05):  # so written, not-a-number differs, too
         raise ExportError(

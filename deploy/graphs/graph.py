@@ -200,12 +200,12 @@ def producers(model: onnx.ModelProto) -> Dict[str, onnx.NodeProto]:
 
 def consumers(model: onnx.ModelProto) -> Dict[str, List[Tuple[onnx.NodeProto, int]]]:
     """Tensor name -> (node, index of its input) of each node that reads it, in the order of the graph."""
-    found: Dict[str, List[Tuple[onnx.NodeProto, int]]] = {}
+    readers: Dict[str, List[Tuple[onnx.NodeProto, int]]] = {}
     for node in model.graph.node:
         for index, name in enumerate(node.input):
             if name:
-                found.setdefault(name, []).append((node, index))
-    return found
+                readers.setdefault(name, []).append((node, index))
+    return readers
 
 
 def constants(model: onnx.ModelProto) -> Dict[str, onnx.TensorProto]:
@@ -217,16 +217,16 @@ def constants(model: onnx.ModelProto) -> Dict[str, onnx.TensorProto]:
     """
     import onnx
 
-    found = initializers(model)
+    tensors = initializers(model)
     for node in model.graph.node:
-        if node.op_type == "Identity" and node.input[0] in found:
-            found[node.output[0]] = found[node.input[0]]
+        if node.op_type == "Identity" and node.input[0] in tensors:
+            tensors[node.output[0]] = tensors[node.input[0]]
         elif node.op_type == "Constant" and node.attribute[0].name == "value":
             tensor = onnx.TensorProto()
             tensor.CopyFrom(node.attribute[0].t)
             tensor.name = node.output[0]
-            found[tensor.name] = tensor
-    return found
+            tensors[tensor.name] = tensor
+    return tensors
 
 
 def write_kernel_shapes(model: onnx.ModelProto) -> None:
@@ -312,5 +312,5 @@ def learnt_tensors(model: onnx.ModelProto) -> Dict[str, onnx.TensorProto]:
             name = made_by[name].input[0]
         return known.get(name)
 
-    found = [source(name) for node in model.graph.node if node.op_type in LEARNT_OPS for name in node.input[1:]]
-    return {tensor.name: tensor for tensor in found if tensor is not None}
+    sources = [source(name) for node in model.graph.node if node.op_type in LEARNT_OPS for name in node.input[1:]]
+    return {tensor.name: tensor for tensor in sources if tensor is not None}

@@ -119,7 +119,7 @@ def without_kernel_in_8(model: onnx.ModelProto) -> List[int]:
 
     known, readers = constants(model), consumers(model)
     before = tensors_before_pairs(model)
-    found = []
+    indices = []
     for index, node in enumerate(model.graph.node):
         weight = known.get(before.get(node.input[1], node.input[1])) if node.op_type == "Conv" else None
         groups = next((entry.i for entry in node.attribute if entry.name == "group"), 1)
@@ -131,8 +131,8 @@ def without_kernel_in_8(model: onnx.ModelProto) -> List[int]:
             least = known.get(reader.input[1]) if reader.op_type == "Clip" and len(reader.input) > 1 else None
             if reader.op_type == "Relu" or (least is not None and not numpy_helper.to_array(least).any()):
                 continue
-        found.append(index)
-    return found
+        indices.append(index)
+    return indices
 
 
 def _without_pairs(model: onnx.ModelProto, indices: List[int]) -> Tuple[onnx.ModelProto, List[str]]:
@@ -162,16 +162,16 @@ def largest_values(model: onnx.ModelProto, details: Mapping[str, Any]) -> Dict[s
     Raises:
         ContractError: `ranges` is something else.
     """
-    found = amax_from_quantised(model)
+    amax = amax_from_quantised(model)
     try:
         for name, (smallest, largest) in details.get("ranges", {}).items():
-            found[name] = max(abs(float(smallest)), abs(float(largest)), found.get(name, 0.0))
+            amax[name] = max(abs(float(smallest)), abs(float(largest)), amax.get(name, 0.0))
     except (AttributeError, TypeError, ValueError) as error:
         raise ContractError(
             f"the sidecar's details have ranges that are not tensor -> [smallest, largest] ({error}); quantise the "
             "model again"
         ) from error
-    return found
+    return amax
 
 
 def is_quantised(model: onnx.ModelProto) -> bool:
@@ -254,14 +254,14 @@ def _leading_to_convolutions(model: onnx.ModelProto) -> Set[int]:
     places = (onnx.TensorProto.INT64, onnx.TensorProto.INT32, onnx.TensorProto.BOOL)
     types = _types(model)
     needed: Set[str] = set()
-    found = set()
+    indices = set()
     for index in range(len(model.graph.node) - 1, -1, -1):
         node = model.graph.node[index]
         if node.op_type in CONVOLUTIONS or needed.intersection(node.output):
             values = [name for i, name in enumerate(node.input) if i != COORDINATES.get(node.op_type)]
             needed.update(name for name in values if name and types.get(name) not in places)
-            found.add(index)
-    return found
+            indices.add(index)
+    return indices
 
 
 def _float_constants(model: onnx.ModelProto) -> Dict[str, np.ndarray]:
@@ -385,8 +385,8 @@ class _Rewriter:
 
     def as_type(self, name: str, wanted: int, node: onnx.NodeProto, position: int) -> str:
         """The name of tensor `name` in the wanted type; what is no floating-point tensor stays as it is."""
-        found = self.types.get(name)
-        if found == wanted or found not in (self.float, self.half):
+        given = self.types.get(name)
+        if given == wanted or given not in (self.float, self.half):
             return name
         if name not in self.twins:
             if name in self.constants and wanted == self.half:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,16 @@ def student_run(shapes_dir: Path, teacher_run: Path, tmp_path_factory: pytest.Te
     words = [str(CONFIGS / "crosskd_tiny.py"), "--data", str(shapes_dir), "-o", str(run_dir)]
     assert distill.main([*words, "--teacher-checkpoint", str(teacher_run / "detector.pth")]) == 0
     return run_dir
+
+
+@pytest.fixture(scope="module")
+def unformatted_configs() -> Iterator[None]:
+    """Leaves configs as they are written out: mmengine formats them for each checkpoint, most of a short run's time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("yapf.yapflib.yapf_api.FormatCode", lambda text, **_options: (text, True))
+        # It asks compilers for their versions.
+        patch.setattr("mmengine.runner.Runner._log_env", lambda _runner, _config: None)
+        yield
 
 
 @pytest.fixture

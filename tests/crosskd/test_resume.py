@@ -12,17 +12,20 @@ import os
 import shutil
 import signal
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from mmengine.runner import EpochBasedTrainLoop, Runner
+from mmengine.runner import EpochBasedTrainLoop
 
 from crosskd import distill, train
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="bit for bit on a CPU; forked processes have no GPU")
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="bit for bit on a CPU; forked processes have no GPU"),
+    pytest.mark.usefixtures("unformatted_configs"),
+]
 
 CONFIG = """
 _base_ = {base!r}
@@ -131,15 +134,6 @@ def _assert_same_run(run_dir: Path, other: Path, weights_name: str) -> None:
     assert [path.name for path in run_dir.glob("epoch_*.pth")] == ["epoch_3.pth"]
     assert not list(run_dir.glob(".*"))
     assert _lines(run_dir) == _lines(other)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _no_formatting() -> Iterator[None]:
-    """Leaves configs as they are written out: mmengine formats them for each checkpoint, most of such a run's time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("yapf.yapflib.yapf_api.FormatCode", lambda text, **_options: (text, True))
-        patch.setattr(Runner, "_log_env", lambda _runner, _config: None)  # asks compilers for their versions
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -51,19 +51,20 @@ class GFLFamily(HeadFamily):
         self, student: Sequence[Any], teacher: Sequence[Any], calls: list[LossCall], head: DenseHead
     ) -> list[Tensor]:
         """
-        KL with temperature T, times T^2, mean over the bins, on positive rows; weighted by the student's confidence
-        there and divided by its sum, as GFL weights its own box losses.
+        Localisation distillation: KL of the student's distributions of box sides from the teacher's, per level.
 
-        Source: "Localization Distillation for Dense Object Detection", arXiv 2102.12252, its
-        main region.
+        With temperature T, times T^2, mean over the bins, on positive rows; weighted by the student's confidence there
+        and divided by its sum, as GFL weights its own box losses.
+
+        Source: "Localization Distillation for Dense Object Detection", arXiv 2102.12252, its main region.
         """
         bins = head.reg_max + 1
         losses, weights = [], []
         for student_cls, student_reg, teacher_reg, call in zip(student[0], student[1], teacher[1], calls, strict=True):
             positive = ((call.labels >= 0) & (call.labels < head.num_classes)).float()
             weight = rows_of_maps(student_cls, head.cls_out_channels).detach().amax(1).sigmoid() * positive
-            mine, theirs = (rows_of_maps(maps, bins) / LD_TEMPERATURE for maps in (student_reg, teacher_reg))
-            divergence = distribution_kl(mine, theirs).view(-1, 4).mean(1) * LD_TEMPERATURE**2 / bins
+            sides = (rows_of_maps(maps, bins) / LD_TEMPERATURE for maps in (student_reg, teacher_reg))
+            divergence = distribution_kl(*sides).view(-1, 4).mean(1) * LD_TEMPERATURE**2 / bins
             losses.append((divergence * weight).sum())
             weights.append(weight.sum())
         total = sum(weights).clamp(min=1.0)

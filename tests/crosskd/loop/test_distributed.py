@@ -12,7 +12,7 @@ import os
 import signal
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +31,10 @@ from crosskd.models.checkpoint import read_checkpoint
 from deploy.contract import read_sidecar
 from deploy.errors import ConfigError
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="gloo on CPUs; forked processes have no GPU")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _no_formatting() -> Iterator[None]:
-    """Leaves configs as they are written out: mmengine formats them for each checkpoint, most of such a run's time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("yapf.yapflib.yapf_api.FormatCode", lambda text, **_options: (text, True))
-        patch.setattr(Runner, "_log_env", lambda _runner, _config: None)  # asks compilers for their versions
-        yield
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="gloo on CPUs; forked processes have no GPU"),
+    pytest.mark.usefixtures("unformatted_configs"),
+]
 
 
 def _torchrun(work: Callable[[], int]) -> int:
