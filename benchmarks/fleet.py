@@ -66,7 +66,7 @@ class Outcome:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What is the same for every board."""
+    """What is done with every board, and where its results go."""
 
     bundle: Bundle
     """Unpacked here, and compared with its manifest."""

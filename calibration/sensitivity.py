@@ -47,7 +47,7 @@ SIZES = ("AP_small", "AP_medium", "AP_large")
 ALL = "all blocks"
 """The name of the row that is no block: all of them in INT8."""
 
-Row = Dict[str, Any]
+BlockRow = Dict[str, Any]
 _ROW: Dict[Any, Any] = {
     "name": str,
     "convolutions": [str],
@@ -125,7 +125,7 @@ def measured_block(
     contract: ModelContract,
     errors: OutputError,
     against: Optional[Tuple[Path, CocoSet]],
-) -> Row:
+) -> BlockRow:
     """
     What the block costs: `error` of the output and, but for `--metric error`, `AP_drop` with `low` and `high`, those of
     SIZES (null where there are no such objects) and `score_shift` of the best F1; all as fractions.
@@ -133,7 +133,7 @@ def measured_block(
     Args:
         against: the accuracy result of the float model, and the images that it is of.
     """
-    row: Row = {
+    row: BlockRow = {
         "name": block.name,
         "convolutions": list(block.convolutions),
         "multiplications": block.multiplications,
@@ -153,12 +153,12 @@ def measured_block(
     return row
 
 
-def cost(row: Row) -> float:
+def cost(row: BlockRow) -> float:
     """The cost that rows are ranked by: the drop of AP where it was measured, else the error of the output."""
     return float(row["AP_drop"]) if "AP_drop" in row else total_error(row["error"])
 
 
-def resumed_rows(path: Path, key: Dict[str, Any]) -> List[Row]:
+def resumed_rows(path: Path, key: Dict[str, Any]) -> List[BlockRow]:
     """
     The rows that an earlier run has left; none where there is no file.
 
@@ -175,11 +175,11 @@ def resumed_rows(path: Path, key: Dict[str, Any]) -> List[Row]:
             f"{path} holds the sensitivity of other {', '.join(changed)}; expected those of now, to go on. Delete it, "
             "or name another --output."
         )
-    rows: List[Row] = document["blocks"]
+    rows: List[BlockRow] = document["blocks"]
     return rows + ([document["all"]] if document["all"] is not None else [])
 
 
-def table_from_rows(rows: Sequence[Row]) -> str:
+def table_from_rows(rows: Sequence[BlockRow]) -> str:
     """The rows as text, for people: AP in points, errors in percent."""
     width = max(len(row["name"]) for row in rows)
     with_ap = "AP_drop" in rows[0]
@@ -201,7 +201,7 @@ def table_from_rows(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def chart_from_rows(rows: Sequence[Row]) -> str:
+def chart_from_rows(rows: Sequence[BlockRow]) -> str:
     """An SVG: a bar for each row, as long as its cost; with AP, a line over its interval."""
     with_ap = "AP_drop" in rows[0]
     title = "AP points lost in INT8 (line: 95 % interval)" if with_ap else "Error of boxes + scores in INT8, percent"
@@ -331,7 +331,7 @@ def blocks_to_measure(graph: FloatGraph, contract: ModelContract, kind: str) -> 
 def measure_blocks(
     options: SensitivityOptions,
     blocks: Sequence[Block],
-    rows: List[Row],
+    rows: List[BlockRow],
     key: Dict[str, Any],
     quantizer: Quantizer,
     contract: ModelContract,
@@ -365,7 +365,7 @@ def _float_result(model_path: Path, data: CocoSet, folder: Path) -> Tuple[Path, 
     return result, data
 
 
-def _write(output: Path, key: Dict[str, Any], rows: Sequence[Row], inputs: Dict[str, Any]) -> None:
+def _write(output: Path, key: Dict[str, Any], rows: Sequence[BlockRow], inputs: Dict[str, Any]) -> None:
     """Ranked, so that the file can be read at any time."""
     ranked = sorted((row for row in rows if row["name"] != ALL), key=cost, reverse=True)
     together = next((row for row in rows if row["name"] == ALL), None)

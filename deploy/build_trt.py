@@ -47,7 +47,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     _check_arguments(arguments)
     options = options_from_arguments(arguments)
     if arguments.target:
-        return _check_target(arguments, options)
+        return _check_target(arguments.model, arguments.target, options)
     machine = open_machine(
         options, arguments.output, arguments.timing_cache, arguments.no_timing_cache, arguments.verbose
     )
@@ -183,13 +183,14 @@ def _checked_graph(source: OnnxFile, recipe: Recipe, version: str) -> TypedGraph
     return graph
 
 
-def _check_target(arguments: argparse.Namespace, options: BuildOptions) -> int:
-    recipe = recipe_for(options, typing_of_version(arguments.target))
-    source = read_source(arguments.model, options.precision, None)
-    graph = _checked_graph(source, recipe, arguments.target)
+def _check_target(model: Path, version: str, options: BuildOptions) -> int:
+    """Whether TensorRT `version` takes the graph, by its operator table; writes nothing."""
+    recipe = recipe_for(options, typing_of_version(version))
+    source = read_source(model, options.precision, None)
+    graph = _checked_graph(source, recipe, version)
     tell_float_convolutions(graph.float_convolutions)
     print(
-        f"{source.path}: TensorRT {arguments.target} takes its {len(graph.model.graph.node)} nodes as "
+        f"{source.path}: TensorRT {version} takes its {len(graph.model.graph.node)} nodes as "
         f"{describe_recipe(recipe, options)}, by its operator table; nothing was built"
     )
     return 0

@@ -124,7 +124,7 @@ class RaplPower(PowerSource):
         return time.perf_counter(), [int((zone / "energy_uj").read_text()) for zone in self._zones]
 
     def watts(self) -> Optional[float]:
-        """The mean since the last call."""
+        """Mean power in watts since the last call."""
         (before_s, before), (now_s, now) = self._last, self._read()
         if now_s <= before_s:
             return None
@@ -145,7 +145,7 @@ def rails_from_tegrastats(line: str) -> Dict[str, float]:
 
 def module_rails(rails: Mapping[str, float]) -> Tuple[str, ...]:
     """
-    The rails that add up to the module.
+    The power rails of a Jetson that add up to what its module draws.
 
     Raises:
         NotHere: the rails are those of no known board.
@@ -236,7 +236,7 @@ class Monitor:
             self.read_once()
 
     def read_once(self) -> None:
-        """One reading of each."""
+        """Takes one reading of each reader now."""
         for name, read in self._readers.items():
             value = read()
             if value is not None:

@@ -6,7 +6,7 @@ from typing import Callable, NamedTuple, Optional, Tuple
 
 from benchmarks.measuring.coco import METRICS
 from benchmarks.measuring.result import STATISTICS
-from benchmarks.reporting.verdict import Row, latency_ms
+from benchmarks.reporting.verdict import ReportRow, latency_ms
 from benchmarks.reporting.wording import (
     count,
     decimals,
@@ -34,10 +34,10 @@ class Column(NamedTuple):
     """A column of a table of models."""
 
     heading: str
-    text: Callable[[Row], str]
-    value: Callable[[Row], Optional[float]]
+    text: Callable[[ReportRow], str]
+    value: Callable[[ReportRow], Optional[float]]
     """What the table is sorted by."""
-    between: Callable[[Row], str] = lambda row: ""
+    between: Callable[[ReportRow], str] = lambda row: ""
     """The bounds, shown smaller."""
 
 
@@ -51,12 +51,12 @@ def _stage(heading: str, stage: str, statistic: str) -> Column:
     )
 
 
-def _bounds(row: Row, name: str, words: Callable[[float], str]) -> str:
+def _bounds(row: ReportRow, name: str, words: Callable[[float], str]) -> str:
     found = row["estimates"][name]
     return "" if found is None or found["low"] == found["high"] else f"{words(found['low'])} to {words(found['high'])}"
 
 
-def _estimate(row: Row, name: str) -> Optional[float]:
+def _estimate(row: ReportRow, name: str) -> Optional[float]:
     found = row["estimates"][name]
     return found["value"] if found else None
 
@@ -102,5 +102,5 @@ TABLES: Tuple[Tuple[str, str, str, Tuple[Column, ...]], ...] = (
 """(id, title, which rows, columns) of each table of models."""
 
 
-def _best(row: Row, name: str) -> Optional[float]:
+def _best(row: ReportRow, name: str) -> Optional[float]:
     return row["best_f1"][name] if row["best_f1"] else None

@@ -16,7 +16,7 @@ from benchmarks.measuring.result import check_same_data, reasons_from_numbers
 from benchmarks.measuring.subject import ROLES
 from benchmarks.reporting.ladder import RUNGS, faults, movement
 from benchmarks.reporting.operating_point import comparison
-from benchmarks.reporting.verdict import Estimate, Row, judge, verdict_from_limits
+from benchmarks.reporting.verdict import Estimate, ReportRow, judge, verdict_from_limits
 from benchmarks.reporting.wording import signed_points
 from deploy.commands import shell_line
 from deploy.contract import provenance
@@ -86,7 +86,7 @@ def detections_of_roles(read: Sequence[ReadResult], roles: Sequence[str]) -> Dic
     }
 
 
-def rows_from_groups(groups: Mapping[str, Results]) -> List[Row]:
+def rows_from_groups(groups: Mapping[str, Results]) -> List[ReportRow]:
     """One row per role. AP as fractions, latency in ms; None where a result is missing."""
     teacher = groups.get("teacher", {})
     rows = [_row(role, group, teacher, seed) for seed, (role, group) in enumerate(groups.items(), start=1)]
@@ -106,7 +106,7 @@ def setting_of(result: Mapping[str, Any]) -> Tuple[Any, ...]:
     return (*map(str, facts), result["numbers"]["mode"], result["numbers"]["fps"])
 
 
-def _row(role: str, group: Results, teacher: Results, seed: int) -> Row:
+def _row(role: str, group: Results, teacher: Results, seed: int) -> ReportRow:
     model = next(iter(group.values()))["model"]
     accuracy, latency = (group[kind]["numbers"] if kind in group else {} for kind in ("accuracy", "latency"))
     against: Dict[str, Any] = {}

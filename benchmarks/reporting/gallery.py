@@ -22,7 +22,7 @@ COLOURS = 8
 
 @dataclasses.dataclass(frozen=True)
 class Side:
-    """What one detector finds, at the score it is used at."""
+    """The boxes of one detector for the gallery, at the score that it is used at."""
 
     title: str
     boxes: Mapping[int, Boxes]

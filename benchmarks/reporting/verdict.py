@@ -13,7 +13,7 @@ from deploy.errors import ConfigError, MeasurementError
 from deploy.files import AnyPath
 from deploy.schema import check_content
 
-Row = Dict[str, Any]
+ReportRow = Dict[str, Any]
 """One model of the report: see `document.rows_from_groups`."""
 ROUNDING = 1e-9
 """48.0 - 47.0 points is 1 + 1e-15 in binary."""
@@ -34,7 +34,7 @@ class Estimate:
         return Estimate(factor * self.value, *bounds)
 
 
-def latency_ms(row: Row, stage: str, statistic: str) -> Optional[float]:
+def latency_ms(row: ReportRow, stage: str, statistic: str) -> Optional[float]:
     """A statistic of a stage's latency in ms; None if it was not measured or the runtime has no such stage."""
     summary = row["latency_ms"][stage] if row["latency_ms"] else None
     return summary[statistic] if summary else None
@@ -44,19 +44,19 @@ Reasons = Sequence[Reason]
 """What speaks against comparing the latency of the model that ships."""
 
 
-def _is_comparable(ship: Row, reasons: Reasons) -> Optional[str]:
+def _is_comparable(ship: ReportRow, reasons: Reasons) -> Optional[str]:
     """Runs that scatter are no doubt: the bounds of a number say that already."""
     biased = [reason.text for reason in reasons if reason.code != UNSTABLE]
     return f"its latency is not comparable: {biased[0]}" if biased else None
 
 
-def _is_timed_as_the_teacher(ship: Row, reasons: Reasons) -> Optional[str]:
+def _is_timed_as_the_teacher(ship: ReportRow, reasons: Reasons) -> Optional[str]:
     if not ship["same_setting"]:
         return "the teacher was timed on another machine or in another mode"
     return _is_comparable(ship, reasons)
 
 
-def _has_a_teacher_that_finds_something(ship: Row, reasons: Reasons) -> Optional[str]:
+def _has_a_teacher_that_finds_something(ship: ReportRow, reasons: Reasons) -> Optional[str]:
     teacher_ap = ship["AP"] - ship["AP_gain"]
     if teacher_ap < LEAST_TEACHER_AP:
         return f"the teacher's own AP is {points(teacher_ap)}: give one that has learnt"
@@ -91,11 +91,11 @@ class LimitKind:
     """From the estimate to the limit's unit."""
     expected: Callable[[float], Optional[str]] = _positive
     """What was expected in place of a number that this limit cannot have; None for one that it can."""
-    doubt: Callable[[Row, Reasons], Optional[str]] = lambda ship, reasons: None
+    doubt: Callable[[ReportRow, Reasons], Optional[str]] = lambda ship, reasons: None
     """Why it cannot be told whether the limit holds, whatever the number; None if it can."""
-    most_ms: Optional[Callable[[float, Row], float]] = None
+    most_ms: Optional[Callable[[float, ReportRow], float]] = None
     """The slowest median that it allows, from the limit and the teacher's row, for the chart of speed and AP."""
-    least_ap_points: Optional[Callable[[float, Row], float]] = None
+    least_ap_points: Optional[Callable[[float, ReportRow], float]] = None
     """The lowest AP that it allows, likewise."""
 
     @property
@@ -170,7 +170,7 @@ def check_limits(allowed: Mapping[str, float]) -> None:
             raise ConfigError(f"{kind.flag} is {value}; expected {expected}")
 
 
-def judge(ship: Row, allowed: Mapping[str, float], reasons: Reasons = ()) -> List[Dict[str, Any]]:
+def judge(ship: ReportRow, allowed: Mapping[str, float], reasons: Reasons = ()) -> List[Dict[str, Any]]:
     """
     Each limit with what was measured, its bounds, and the outcome: 'pass', 'fail' or, where the limit lies between the
     bounds or there is another reason `why`, 'cannot tell'.
@@ -225,7 +225,7 @@ def words_of_limit(limit: Mapping[str, Any]) -> str:
     )
 
 
-def verdict_from_limits(ship: Row, limits: Sequence[Mapping[str, Any]]) -> Dict[str, Any]:
+def verdict_from_limits(ship: ReportRow, limits: Sequence[Mapping[str, Any]]) -> Dict[str, Any]:
     """`ship`, `outcome`, `roll_out` (None without limits), `label` and the verdict in one `sentence`."""
     facts = []
     if ship["AP"] is not None:

@@ -23,7 +23,7 @@ import argparse
 import sys
 from typing import List, Optional
 
-from benchmarks.studies.calibration_methods import METHODS, MethodsOptions, run_methods
+from benchmarks.studies.calibration_methods import COMPARED_METHODS, MethodsOptions, run_methods
 from benchmarks.studies.calibration_training import Int8AwareOptions, run_int8_aware
 from benchmarks.studies.jobs import Processes
 from benchmarks.studies.tables import check_tables
@@ -77,7 +77,9 @@ def _parser() -> argparse.ArgumentParser:
     aware.add_argument("--learning-rate", type=float, required=True, metavar="RATE", help="of each fine-tuning")
     aware.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED", help="(default: 0 1 2)")
     aware.add_argument("--target", choices=QUANTISED_FOR, default="tensorrt", help="(default: %(default)s)")
-    aware.add_argument("--method", choices=METHODS, default="max", help="of calibration (default: %(default)s)")
+    aware.add_argument(
+        "--method", choices=COMPARED_METHODS, default="max", help="of calibration (default: %(default)s)"
+    )
     aware.add_argument("--jobs", type=int, default=2, help="trainings at a time, a thread each; 1: one, with all the "
                        "threads (default: %(default)s)")  # fmt: skip
     for table in (methods, aware):

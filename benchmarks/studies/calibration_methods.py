@@ -41,13 +41,13 @@ from deploy.runtime.session import Session
 from deploy.targets import QUANTISED_FOR, TARGETS
 
 """Of calibration.quantize, and what the tables call them."""
-METHODS = ("max", "percentile", "entropy", "mse", "auto")
+COMPARED_METHODS = ("max", "percentile", "entropy", "mse", "auto")
 MOST_IMAGES = 512
 """To calibrate on; of a small split two thirds, since `auto` compares methods on the others."""
 WARMUP, TURNS, ROUNDS = 3, 10, 7
 """Of the latency: inferences of the float and the INT8 model, and how often that many."""
 
-Record = Dict[str, Any]
+MethodRecord = Dict[str, Any]
 """What the result file says of a row."""
 
 
@@ -110,7 +110,7 @@ class Model:
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class MethodRow:
     """One INT8 model of the table."""
 
     model: Model
@@ -166,14 +166,14 @@ class MethodsOptions:
             raise ConfigError(f"--targets are {' '.join(self.targets)}; expected each once")
 
 
-def rows_of(model: Model, options: MethodsOptions, trained: Sequence[Tuple[str, Path]]) -> List[Row]:
+def rows_of(model: Model, options: MethodsOptions, trained: Sequence[Tuple[str, Path]]) -> List[MethodRow]:
     """
     The rows of a model, in the order of the table.
 
     Args:
         trained: target -> INT8 file that was made by INT8-aware training.
     """
-    flags_of: Dict[str, Tuple[str, ...]] = {method: ("--method", method) for method in METHODS}
+    flags_of: Dict[str, Tuple[str, ...]] = {method: ("--method", method) for method in COMPARED_METHODS}
     budget = f"auto, at most {options.max_ap_drop:g} points lost"
     flags_of[budget] = ("--method", "auto", "--max-ap-drop", f"{options.max_ap_drop:g}")
     number = images_to_calibrate_on(model.data)
@@ -185,8 +185,8 @@ def rows_of(model: Model, options: MethodsOptions, trained: Sequence[Tuple[str, 
                 "calibration.quantize", str(model.file), "--data", str(model.data), "--target", target, *flags,
                 "--num-images", str(number), "--statistics", str(model.statistics(target)), "-o", str(file),
             )  # fmt: skip
-            rows.append(Row(model, target, name, file, words, name == budget))
-        rows += [Row(model, target, "INT8-aware", file, (), False) for of, file in trained if of == target]
+            rows.append(MethodRow(model, target, name, file, words, name == budget))
+        rows += [MethodRow(model, target, "INT8-aware", file, (), False) for of, file in trained if of == target]
     return rows
 
 
@@ -216,7 +216,7 @@ def trained_files(texts: Sequence[str], models: Sequence[Model]) -> Dict[str, Li
     return found
 
 
-def is_finished(row: Row) -> bool:
+def is_finished(row: MethodRow) -> bool:
     """Whether all that the row says is there and up to date."""
     if row.words and not is_made(row.file, row.words):
         return False
@@ -224,7 +224,7 @@ def is_finished(row: Row) -> bool:
     return is_made(row.result, row.accuracy_words) and all(map(is_current, records))
 
 
-def complete(row: Row, made: Make) -> None:
+def complete(row: MethodRow, made: Make) -> None:
     """
     Makes and measures the row's model as far as that is not done.
 
@@ -291,7 +291,7 @@ def take_turns(
     return taken
 
 
-def record_of(row: Row) -> Record:
+def record_of(row: MethodRow) -> MethodRecord:
     """What the result file says of a finished row."""
     sidecar, result = read_sidecar(row.file), read_result(row.result)
     audit = read_json(row.beside(".audit.json"), MeasurementError, "an audit")["audit"]
@@ -357,7 +357,9 @@ def run_methods(options: MethodsOptions, processes: Processes) -> None:
             write_methods(options.output, models, rows, records)
 
 
-def write_methods(output: str, models: Sequence[Model], rows: Sequence[Row], records: Mapping[Row, Record]) -> None:
+def write_methods(
+    output: str, models: Sequence[Model], rows: Sequence[MethodRow], records: Mapping[MethodRow, MethodRecord]
+) -> None:
     """Writes `<output>.json`, with all numbers, and `<output>.md`, a table for each model."""
     entries = []
     for model in models:

@@ -33,7 +33,7 @@ INT8_AWARE, FINE_TUNED = "INT8-aware", "fine-tuned, then INT8"
 STILL_NORMS = "custom_hooks=[{'type':'FreezeHeadNormsHook','begin':0.0,'whole_detector':True}]"
 """As in INT8-aware training."""
 
-Record = Dict[str, Any]
+FineTuningRecord = Dict[str, Any]
 """What the result file says of a training."""
 
 
@@ -130,7 +130,7 @@ def planned_fine_tunings(options: Int8AwareOptions, folder: Path, calibrated: Pa
     return found
 
 
-def complete_fine_tuning(run: FineTuning, options: Int8AwareOptions, against: Path, made: Make) -> Record:
+def complete_fine_tuning(run: FineTuning, options: Int8AwareOptions, against: Path, made: Make) -> FineTuningRecord:
     """
     What the result file says of the run, after all that is not yet done.
 
@@ -200,14 +200,14 @@ def run_int8_aware(options: Int8AwareOptions, processes: Processes) -> None:
         student = measure_pair(model, int8, options, None, made)
         against = model.with_suffix(".accuracy.result.json")
         runs = planned_fine_tunings(options, folder, int8)
-        records: Dict[FineTuning, Record] = {}
+        records: Dict[FineTuning, FineTuningRecord] = {}
 
-        def done(run: FineTuning, record: Record) -> None:
+        def done(run: FineTuning, record: FineTuningRecord) -> None:
             records[run] = record
             print(f"{run}: AP {points(record['int8']['AP'])} in INT8", flush=True)
             write_int8_aware(options, student, [records[one] for one in runs if one in records], len(runs))
 
-        def work(run: FineTuning) -> Record:
+        def work(run: FineTuning) -> FineTuningRecord:
             return complete_fine_tuning(run, options, against, made)
 
         failed = work_through(runs, work, done, processes, options.jobs)
@@ -219,7 +219,10 @@ def run_int8_aware(options: Int8AwareOptions, processes: Processes) -> None:
 
 
 def write_int8_aware(
-    options: Int8AwareOptions, student: Mapping[str, Mapping[str, Any]], records: Sequence[Record], planned: int
+    options: Int8AwareOptions,
+    student: Mapping[str, Mapping[str, Any]],
+    records: Sequence[FineTuningRecord],
+    planned: int,
 ) -> None:
     """Writes the result files: JSON with all numbers, and the table."""
     plain, rounded = (np.array(student[name]["numbers"]["bootstrap"]["ap"], np.float64) for name in ("float", "int8"))

@@ -156,7 +156,7 @@ class DistillationOptions:
     """Methods to train; None: all."""
 
 
-Record = Dict[str, Any]
+RunRecord = Dict[str, Any]
 """What the result file says of a finished run."""
 
 
@@ -234,7 +234,7 @@ def run_experiment(experiment: Experiment, options: DistillationOptions, process
 
     write()
 
-    def done(run: Run, record: Record) -> None:
+    def done(run: Run, record: RunRecord) -> None:
         records[run] = record
         write()
 
@@ -291,7 +291,7 @@ def _epochs(options: DistillationOptions) -> List[str]:
     return [] if options.epochs is None else ["--epochs", str(options.epochs)]
 
 
-def finished_run(run: Run, data: Path) -> Optional[Record]:
+def finished_run(run: Run, data: Path) -> Optional[RunRecord]:
     """
     What the result file says of the run, or None if it is not yet trained and measured.
 
@@ -336,7 +336,7 @@ def _check_made_by(run: Run, sidecar: Mapping[str, Any]) -> None:
         )
 
 
-def complete_run(run: Run, data: Path, processes: Processes, jobs: int, alone: bool = False) -> Record:
+def complete_run(run: Run, data: Path, processes: Processes, jobs: int, alone: bool = False) -> RunRecord:
     """
     Trains and measures the run as far as that is not done.
 
@@ -405,7 +405,7 @@ def _json_or_empty(path: Path) -> Dict[str, Any]:
 
 
 def write_results(
-    experiment: Experiment, output: Path, data: Path, teacher: Record, records: Sequence[Record], planned: int
+    experiment: Experiment, output: Path, data: Path, teacher: RunRecord, records: Sequence[RunRecord], planned: int
 ) -> None:
     """Writes `<experiment>.json`, with every run's numbers, and `<experiment>.md`, the table."""
     annotations = split_paths(data, "test")[0]
@@ -421,7 +421,7 @@ def write_results(
     write_tables(output / experiment.name, document, markdown_of(document))
 
 
-def row_of(method: Method, records: Sequence[Record], annotations: Path) -> Dict[str, Any]:
+def row_of(method: Method, records: Sequence[RunRecord], annotations: Path) -> Dict[str, Any]:
     """Mean and spread over the seeds of a method, and the difference to the same seeds of its baseline."""
     own = {record["seed"]: record for record in records if record["method"] == method.name}
     others = {record["seed"]: record for record in records if record["method"] == method.baseline}
@@ -451,13 +451,13 @@ def _mean_and_std(values: Sequence[Optional[float]]) -> Dict[str, Optional[float
     }
 
 
-def _interval(pairs: Sequence[Tuple[Record, Record]], annotations: Path) -> Dict[str, Any]:
+def _interval(pairs: Sequence[Tuple[RunRecord, RunRecord]], annotations: Path) -> Dict[str, Any]:
     aps = [(_aps_of(first, annotations), _aps_of(second, annotations)) for first, second in pairs]
     images = _annotations(annotations)["images"]
     return dataclasses.asdict(interval_from_aps(aps, len(images)))
 
 
-def _aps_of(record: Record, annotations_path: Path) -> np.ndarray:
+def _aps_of(record: RunRecord, annotations_path: Path) -> np.ndarray:
     return _resampled_ap(Path(record["folder"]) / "test.bbox.json", annotations_path)
 
 

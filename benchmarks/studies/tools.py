@@ -85,7 +85,7 @@ WAYS = (
     *(Way(MODELOPT, method, setting) for setting in (DEFAULTS, AS_OURS) for method in ("max", "entropy")),
 )  # fmt: skip
 
-Row = Dict[str, Any]
+WayRow = Dict[str, Any]
 """What the result file says of a way and a model; `error` is None where it is finished."""
 
 
@@ -133,9 +133,9 @@ def main(argv: Optional[List[str]] = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         few, every = calibration_images(options, Path(folder))
         planned = [(model, way) for model in options.models for way in WAYS]
-        rows: Dict[Tuple[str, Way], Row] = {}
+        rows: Dict[Tuple[str, Way], WayRow] = {}
 
-        def begun(model: str, way: Way) -> Row:
+        def begun(model: str, way: Way) -> WayRow:
             source = rows.get((model, PREDICTIONS_FROM), {}) if way.setting == AS_OURS else {}
             return begin_row(way, model, every, versions, environment, source.get("final_predictions"))
 
@@ -211,7 +211,7 @@ def tool_versions(modelopt_python: str) -> Dict[str, Optional[str]]:
     return {PLAIN: runtime, OURS: f"{ours} on ONNX Runtime {runtime}", ONNX_RUNTIME: runtime, MODELOPT: modelopt}
 
 
-def _finished_rows(path: Path, models: Sequence[str]) -> List[Row]:
+def _finished_rows(path: Path, models: Sequence[str]) -> List[WayRow]:
     if not path.is_file():
         return []
     document = read_json(path, MeasurementError, "what an earlier run left; delete it to start anew")
@@ -261,7 +261,7 @@ def begin_row(
     versions: Mapping[str, Optional[str]],
     environment: Mapping[str, Any],
     float_from: Optional[Sequence[str]],
-) -> Row:
+) -> WayRow:
     """
     What a row says before anything is measured, with all that its numbers depend on; a finished row has the same.
 
@@ -284,7 +284,7 @@ def begin_row(
     }
 
 
-def measure(row: Row, way: Way, few: Images, every: Images, modelopt_python: str) -> Row:
+def measure(row: WayRow, way: Way, few: Images, every: Images, modelopt_python: str) -> WayRow:
     """
     What is to be added to a row that was begun; where a step fails, its `error`, and None for what was to follow.
 
@@ -293,7 +293,7 @@ def measure(row: Row, way: Way, few: Images, every: Images, modelopt_python: str
     `peak_mib`, of the run with all; `AP`, `AP50`; `convolutions`, their number by state; `final_predictions`, the names
     of those in float.
     """
-    found: Row = {
+    found: WayRow = {
         "others_cores": None,
         **dict.fromkeys(("runs", "seconds_per_image", "cpu_seconds_per_image", "mib_per_image", "seconds", "peak_mib")),
         **dict.fromkeys(("AP", "AP50", "convolutions", "final_predictions")),
@@ -383,7 +383,7 @@ def run_child(words: Sequence[str], log: Path) -> Dict[str, float]:
     }
 
 
-def numbers_from_runs(runs: Sequence[Mapping[str, float]]) -> Row:
+def numbers_from_runs(runs: Sequence[Mapping[str, float]]) -> WayRow:
     """What an image costs, from the difference of the runs with few and with all images; and what the last one took."""
     few, every = runs
     images = every["images"] - few["images"]
@@ -401,7 +401,7 @@ def numbers_from_runs(runs: Sequence[Mapping[str, float]]) -> Row:
     }
 
 
-def _accuracy(model: Path, images: Images, log: Path) -> Row:
+def _accuracy(model: Path, images: Images, log: Path) -> WayRow:
     result = model.with_suffix(".accuracy.result.json")
     words = [str(model), "--data", images.data_dir, "--split", images.split, "-o", str(result)]
     run_child(process_words("benchmarks.accuracy", *words), log)
@@ -409,7 +409,7 @@ def _accuracy(model: Path, images: Images, log: Path) -> Row:
     return {"AP": numbers["AP"], "AP50": numbers["AP50"]}
 
 
-def _audit(model: Path) -> Row:
+def _audit(model: Path) -> WayRow:
     convolutions = printed_json(["calibration.audit", str(model), "--json"])["convolutions"]
     counts = collections.Counter(one["state"] for one in convolutions)
     return {
@@ -418,7 +418,7 @@ def _audit(model: Path) -> Row:
     }
 
 
-def write_results(rows: Sequence[Row], options: ToolsOptions, environment: Mapping[str, Any]) -> None:
+def write_results(rows: Sequence[WayRow], options: ToolsOptions, environment: Mapping[str, Any]) -> None:
     """Writes the result file, with every row's numbers, and the tables."""
     annotations = {split: split_paths(options.data, split)[0] for split in ("train", options.split)}
     document = {
@@ -477,7 +477,7 @@ def markdown_of(document: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _cells(row: Row, rows: Sequence[Row]) -> List[str]:
+def _cells(row: WayRow, rows: Sequence[WayRow]) -> List[str]:
     plain = next((one for one in rows if one["tool"] == PLAIN), None)
     counts = row["convolutions"]
     cells = [row["tool"], ", ".join(filter(None, (row["method"], row["setting"])))]
@@ -495,17 +495,17 @@ def _cells(row: Row, rows: Sequence[Row]) -> List[str]:
     ]
 
 
-def _ratio(row: Row, plain: Optional[Row], key: str) -> Optional[float]:
+def _ratio(row: WayRow, plain: Optional[WayRow], key: str) -> Optional[float]:
     """What a row has times that of plain inference; None where either is not known or lost in noise."""
     value, yardstick = row[key], None if plain is None else plain[key]
     return None if value is None or yardstick is None or min(value, yardstick) <= 0 else value / yardstick
 
 
-def _name(row: Row) -> str:
+def _name(row: WayRow) -> str:
     return " ".join(filter(None, (row["tool"], row["method"], row["setting"])))
 
 
-def _line(row: Row) -> str:
+def _line(row: WayRow) -> str:
     if row["error"] is not None:
         return f"{row['model']} {_name(row)}: {row['error']}"
     return (

@@ -49,7 +49,7 @@ CallKey = tuple[str, int]
 
 @dataclasses.dataclass
 class Site:
-    """What is quantised of one call."""
+    """What INT8 rounds in one call of a torch function: its activations, its weight."""
 
     pairs: dict[int, tuple[int, int]] = dataclasses.field(default_factory=dict)
     """Place among the call's arguments, as tree_flatten numbers them -> number of the range, channels of the tensor."""
@@ -83,7 +83,7 @@ class _Call:
 
     @functools.cached_property
     def folded_weight(self) -> _Sample:
-        """As the exported graph has it."""
+        """The weight of the convolution with its norm folded in, as the exported graph has it."""
         weight = torch.zeros(0) if self.weight is None else self.weight.detach()
         return _Sample.of((weight if self.norm is None else weight * _factor_of(self.norm).detach()).numpy())
 

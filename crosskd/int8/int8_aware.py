@@ -51,7 +51,7 @@ def quantize_start(weights: Path, data: TrainingData, target: str, seed: int, ru
 
 def float_model_of(int8: Path, weights: Path) -> Path:
     """
-    The float file that `int8` was made of.
+    The float ONNX file that an INT8 file was made of, found and checked by its sidecar.
 
     Raises:
         ContractError: a file is missing or was changed.

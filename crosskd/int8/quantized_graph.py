@@ -24,7 +24,7 @@ from deploy.int8_format import SCALE_SUFFIX, Quantization
 
 @dataclasses.dataclass(frozen=True)
 class Operand:
-    """What a node reads, but for constants."""
+    """An activation that a quantised node reads."""
 
     value: np.ndarray
     """In the float model, for the example input."""

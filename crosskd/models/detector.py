@@ -33,10 +33,10 @@ class Rounding(Protocol):
     """The rounding of INT8 in a detector's forward passes: `crosskd.int8.fake_quantization.FakeQuantization`."""
 
     def applied(self) -> contextlib.AbstractContextManager[None]:
-        """The forward pass inside the block rounds."""
+        """Makes the detector's forward pass inside the block round as INT8 does."""
 
     def as_read(self, tensor: Tensor) -> Tensor:
-        """What the last pass read of a tensor: its rounded values."""
+        """The rounded values that the last forward pass read of a tensor."""
 
     def named_buffers(self, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
         """The ranges that it started with, and zero points, by which two runs are compared."""

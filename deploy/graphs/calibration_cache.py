@@ -37,7 +37,7 @@ FLOAT32 = np.finfo(np.float32)
 
 def text_from_amax(amax: Mapping[str, float], tensorrt_version: str) -> str:
     """
-    The cache for `IInt8EntropyCalibrator2` of that TensorRT.
+    The text of a calibration cache for `IInt8EntropyCalibrator2` of one version of TensorRT.
 
     Args:
         amax: tensor -> largest absolute value, positive.

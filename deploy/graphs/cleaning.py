@@ -124,7 +124,7 @@ def graph_of_any_batch(two: onnx.ModelProto, three: onnx.ModelProto) -> onnx.Mod
 
 def run_once(path: Path, feed: Dict[str, Any]) -> List[Any]:
     """
-    The outputs of the file on ONNX Runtime.
+    The outputs of an ONNX file for one feed, by ONNX Runtime.
 
     Raises:
         ExportError: it cannot run there.

@@ -78,7 +78,7 @@ class TypedGraph:
 
 def typed_graph(model: onnx.ModelProto, graph: str, details: Mapping[str, Any]) -> TypedGraph:
     """
-    The model in one of GRAPHS.
+    The model with the types that a build of TensorRT needs: one of GRAPHS.
 
     Args:
         model: checked, its nodes in topological order, FP32; with Q/DQ for the forms of INT8. "fp32" and "fp16" of one

@@ -29,7 +29,7 @@ class VFNetFamily(RetinaFamily):
 
     @contextlib.contextmanager
     def recorded_assignment(self, head: DenseHead) -> Iterator[list[LossCall]]:
-        """As of the base class, but one call for all levels."""
+        """Yields a list that the head's loss inside the block fills: one call for all levels."""
         with _recorded_varifocal_loss(head) if head.use_vfl else super().recorded_assignment(head) as calls:
             yield calls
 

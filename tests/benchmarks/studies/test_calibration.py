@@ -17,7 +17,14 @@ from benchmarks.measuring.environment import read_environment
 from benchmarks.measuring.result import read_result, write_result
 from benchmarks.reporting.operating_point import comparison
 from benchmarks.studies import calibration, calibration_methods
-from benchmarks.studies.calibration_methods import METHODS, is_finished, latency_of, rows_of, run_methods, take_turns
+from benchmarks.studies.calibration_methods import (
+    COMPARED_METHODS,
+    is_finished,
+    latency_of,
+    rows_of,
+    run_methods,
+    take_turns,
+)
 from benchmarks.studies.calibration_training import STILL_NORMS, recovery, run_int8_aware
 from benchmarks.studies.jobs import Processes
 from deploy.contract import load_contract, read_sidecar, sidecar_path, write_sidecar
@@ -179,7 +186,7 @@ def test_every_method_is_a_row_of_each_target(methods):
     fake = FakeCommands()
     (model,) = methods(fake)["models"]
     assert [(row["target"], row["name"]) for row in model["rows"]] == [
-        (target, name) for target in ("onnxruntime", "tensorrt") for name in (*METHODS, BUDGET)
+        (target, name) for target in ("onnxruntime", "tensorrt") for name in (*COMPARED_METHODS, BUDGET)
     ]
     rows = {(row["target"], row["name"]): row for row in model["rows"]}
     best, worst = rows["tensorrt", BUDGET], rows["tensorrt", "max"]
@@ -524,7 +531,7 @@ def real(tmp_path, detector):
 def test_the_real_commands_do_what_is_asked_of_them(real, tmp_path, monkeypatch):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("faster_coco_eval")
-    monkeypatch.setattr(calibration_methods, "METHODS", ("max",))
+    monkeypatch.setattr(calibration_methods, "COMPARED_METHODS", ("max",))
     run = Processes.run
 
     def run_but_the_budget(processes, words, log):
