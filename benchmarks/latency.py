@@ -129,9 +129,9 @@ def main(argv: Optional[List[str]] = None) -> int:
     """Measures, writes the result file, prints the summary and what speaks against comparing it."""
     arguments = _parser().parse_args(argv)
     role = checked_role(arguments.model, arguments.role, arguments.output, [arguments.annotations])
+    options = options_from_arguments(arguments)
     subject = load_subject(arguments.model, arguments.runtime)
     check_role(role, subject)
-    options = options_from_arguments(arguments)
     options.check_fit(subject)
     if options.threads is None and subject.takes_threads:
         options = dataclasses.replace(options, threads=usable_cores())  # else each runtime would choose for itself

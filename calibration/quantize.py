@@ -298,7 +298,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     arguments = parse_arguments(argv)
     check_arguments(arguments)
     trained = read_trained_ranges(arguments.ranges) if arguments.ranges else None
-    options = options_from_arguments(arguments)
+    options, data_options = options_from_arguments(arguments), data_options_from_arguments(arguments)
     target = trained.target if trained else options.target
     check_target(target, arguments.calibration_cache or arguments.write_calibration_cache)
     graph, contract = read_model(options.model, options.keep_float)
@@ -307,7 +307,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     elif arguments.calibration_cache:
         quantized = int8_from_cache(arguments.calibration_cache, target, options.keep_float, graph)
     else:
-        quantized = int8_from_images(options, data_options_from_arguments(arguments).load(), graph, contract)
+        quantized = int8_from_images(options, data_options.load(), graph, contract)
     write_quantized(quantized, options.model, contract, options.output)
     if arguments.write_calibration_cache:
         write_cache(arguments.write_calibration_cache, amax_from_quantised(quantized.model), arguments.tensorrt_version)
