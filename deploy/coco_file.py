@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import gc
 import itertools
 import sys
-from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 
 from deploy.errors import DataError
 from deploy.files import AnyPath, read_json
+from deploy.machine import no_garbage_collection
 from deploy.schema import short
 
 SHARE_OF_BAD_BOXES = 0.01
@@ -531,18 +530,6 @@ def _groups(labels: Sequence[int], file: CocoFile) -> List[int]:
         if label not in used
         and members[file.class_names[label]] > (file.supercategories[label] == file.class_names[label])
     ]  # fmt: skip
-
-
-@contextmanager
-def no_garbage_collection() -> Iterator[None]:
-    """For making some hundred thousand objects that all stay: the collector would search them in vain, many times."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def first_error(faults: Sequence[Fault], strict: bool) -> Optional[Fault]:

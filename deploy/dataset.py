@@ -23,13 +23,13 @@ from deploy.coco_file import (
     Fault,
     coco_file_from_document,
     first_error,
-    no_garbage_collection,
     read_document,
 )
 from deploy.errors import ConfigError, DataError
 from deploy.files import AnyPath
 from deploy.images import ImageHeader, read_header, read_image, shown_size_px, used_bits, words_of_empty_bits
 from deploy.layouts import split_paths
+from deploy.machine import no_garbage_collection
 from deploy.progress import progress
 
 IMAGES_OF_16_BITS = 16

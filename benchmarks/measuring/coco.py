@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional, Sequence, 
 import numpy as np
 
 from deploy.errors import MeasurementError, MissingDependencyError
+from deploy.machine import no_garbage_collection
 
 if TYPE_CHECKING:
     from deploy.dataset import CocoSet
@@ -62,8 +63,6 @@ def evaluate_with_curves(
         from faster_coco_eval import COCO, COCOeval_faster
     except ImportError as error:
         raise MissingDependencyError("faster-coco-eval", "computing AP", "pip install faster-coco-eval") from error
-    from deploy.coco_file import no_garbage_collection
-
     wanted = {image["id"] for image in annotations["images"]} & set(image_ids)
     categories = annotations["categories"]
     check_detections(detections, wanted, {category["id"] for category in categories})
