@@ -174,7 +174,7 @@ def _is_flat(value: Any) -> bool:
         for part in level:
             if isinstance(part, dict):
                 inner += [*part, *part.values()]
-            elif isinstance(part, list):
+            elif isinstance(part, (list, tuple)):  # a document that never was a file has tuples
                 inner += part
             elif not (part is None or isinstance(part, bool) or any(_is_a(part, kind) for kind in (str, float))):
                 return False

@@ -132,7 +132,7 @@ def test_model_with_a_written_contract_becomes_one_of_ours(foreign: Foreign, arg
         ({"output_names": ["boxes", "labels", "scores"]}, "expected scores: (N, K), float32"),
         ({"resize": "crop"}, "resize is 'crop'"),
         ({"colour": "red"}, "unknown keys ['colour']"),
-        ({"input_shape": [1, 3, 32.5, 32]}, "input_shape is (1, 3, 32.5, 32); expected"),
+        ({"input_shape": [1, 3, 32.5, 32]}, "input_shape[2] is 32.5; expected a whole number"),
         ({"mean": [0.485, 0.456, 0.406]}, "mean is [0.485, 0.456, 0.406]; expected values of pixels, 0 to 255"),
         ({"std": [0.229, 0.224, 0.225]}, "0.229 becomes 58.395"),
         ({"pad_value": [0.447, 0.447, 0.447]}, "pad_value is [0.447"),

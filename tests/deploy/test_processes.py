@@ -82,7 +82,9 @@ def _started(folder: Path, hang_up: object = signal.SIG_DFL) -> subprocess.Popen
     """A command that has started another, which has started a third; each is in the middle of writing a file."""
     process = subprocess.Popen(
         [sys.executable, "-m", "starts", str(folder), "2"], stderr=subprocess.PIPE, text=True, start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, hang_up),  # noqa: PLW1509
+        preexec_fn=lambda: (  # noqa: PLW1509  a script's background job ignores Ctrl-C
+            signal.signal(signal.SIGHUP, hang_up), signal.signal(signal.SIGINT, signal.default_int_handler)
+        ),
     )  # fmt: skip
     _until((folder / "reached").exists)
     assert len(os.listdir(folder)) == 4
