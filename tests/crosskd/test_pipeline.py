@@ -310,8 +310,9 @@ def training(configs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def _finish(stage: Stage) -> None:
     """Leaves what a finished run leaves, as far as the pipeline looks."""
     stage.artefact.write_text("weights")
-    sidecar = {"schema_version": 1, "inputs": {}, "command": stage.command}
-    sidecar["artefact"] = {"sha256": sha256_of(stage.artefact)}
+    sidecar = {"schema_version": 1, "inputs": {}, "command": stage.command, "versions": {}, "details": {}}
+    bytes_ = stage.artefact.stat().st_size
+    sidecar["artefact"] = {"file": stage.artefact.name, "sha256": sha256_of(stage.artefact), "bytes": bytes_}
     sidecar_path(stage.artefact).write_text(json.dumps(sidecar))
 
 
