@@ -39,14 +39,13 @@ from benchmarks.reporting.wording import between_points, points, signed_points
 from deploy.commands import run_relayed
 from deploy.data_arguments import SetOptions, set_options
 from deploy.dataset import CocoImage, CocoSet, check_pictures, coco_document
-from deploy.detector import open_session
 from deploy.errors import ConfigError, DataError, command
 from deploy.files import check_writable
 from deploy.images import read_image
 from deploy.progress import progress
 from deploy.runtime.postprocess import Detections, postprocess
 from deploy.runtime.preprocess import preprocess
-from deploy.runtime.session import Session
+from deploy.runtime.session import Session, open_session
 
 BOOTSTRAP_SEED = 0
 BOOTSTRAP_DRAWS = 1000

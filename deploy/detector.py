@@ -10,7 +10,6 @@ Needs numpy, OpenCV and what runs the file: ONNX Runtime for `.onnx`, TensorRT f
 
 from __future__ import annotations
 
-import importlib
 import sys
 from types import TracebackType
 from typing import List, Optional, Sequence, Tuple, Type, Union
@@ -23,36 +22,9 @@ from deploy.files import AnyPath
 from deploy.images import read_image
 from deploy.runtime.postprocess import Detections, postprocess
 from deploy.runtime.preprocess import preprocess
-from deploy.runtime.session import Session
-from deploy.targets import TARGETS, target_from_path
+from deploy.runtime.session import open_session
 
 AnyImage = Union[AnyPath, np.ndarray]
-
-
-def open_session(
-    path: AnyPath, threads: Optional[int] = None, provider: Optional[str] = None, runtime: Optional[str] = None
-) -> Session:
-    """
-    The session for a model file.
-
-    Args:
-        threads: of the CPU; None leaves the choice to the runtime.
-        provider: as `deploy.runtime.session.OrtSession`; None: its default.
-        runtime: as `target_from_path`.
-
-    Raises:
-        ConfigError: threads or a provider for a runtime that does not know them, or as `target_from_path`.
-        Otherwise as `target_from_path` and the session itself.
-    """
-    target = target_from_path(path, runtime)
-    options = {name: value for name, value in (("threads", threads), ("provider", provider)) if value is not None}
-    for name in options:
-        if name not in target.session_options:
-            able = " and ".join(other.title for other in TARGETS.values() if name in other.session_options)
-            raise ConfigError(f"{name} is given for {path}, and is for {able} alone: leave it out with {target.title}")
-    module, _, name = target.session.rpartition(".")
-    session: Session = getattr(importlib.import_module(module), name)(path, **options)
-    return session
 
 
 class Detector:

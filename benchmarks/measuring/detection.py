@@ -17,12 +17,11 @@ from benchmarks.measuring.environment import process_memory_mib, reset_peak_memo
 from benchmarks.measuring.subject import Subject, check_fits
 from deploy.commands import relay
 from deploy.dataset import CocoSet
-from deploy.detector import open_session
 from deploy.errors import ConfigError, MeasurementError
 from deploy.processes import GRACE_S, end, process_words, start
 from deploy.runtime.postprocess import postprocess
 from deploy.runtime.preprocess import preprocess
-from deploy.runtime.session import Session
+from deploy.runtime.session import Session, open_session
 
 Times = Dict[str, float]
 """Stage -> milliseconds, of one run."""

@@ -13,11 +13,10 @@ import numpy as np
 
 from benchmarks.measuring.subject import Subject
 from benchmarks.measuring.timing import LatencyOptions
-from deploy.detector import open_session
 from deploy.progress import progress
 from deploy.runtime.postprocess import postprocess
 from deploy.runtime.preprocess import preprocess
-from deploy.runtime.session import Session
+from deploy.runtime.session import Session, open_session
 
 SWEEP_WARMUP = 3
 """Batches of each session before those that count."""

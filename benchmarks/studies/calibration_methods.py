@@ -30,14 +30,13 @@ from benchmarks.studies.tables import disturbed, interval, points, table, write_
 from deploy.commands import shell_line
 from deploy.contract import provenance, read_sidecar
 from deploy.dataset import load_coco
-from deploy.detector import open_session
 from deploy.errors import ConfigError, MeasurementError, PipelineError
 from deploy.files import read_json, sha256_of, write_json
 from deploy.folder_lock import locked
 from deploy.images import read_image
 from deploy.layouts import SPLITS, split_paths
 from deploy.runtime.preprocess import preprocess
-from deploy.runtime.session import Session
+from deploy.runtime.session import Session, open_session
 from deploy.targets import QUANTISED_FOR, TARGETS
 
 """Of calibration.quantize, and what the tables call them."""

@@ -1,11 +1,12 @@
 """
 One interface to run a model: `infer(feed) -> outputs`, as a context manager. `OrtSession` is that of ONNX Runtime.
 
-The sessions of other runtimes stand in their own rooms; `deploy.detector.open_session` chooses among them.
+The sessions of other runtimes stand in their own rooms; `open_session` chooses among them.
 """
 
 from __future__ import annotations
 
+import importlib
 import sys
 import time
 from pathlib import Path
@@ -18,6 +19,7 @@ from deploy.contract import ModelContract, load_contract
 from deploy.errors import ConfigError, ContractError, MissingDependencyError, PipelineError
 from deploy.files import AnyPath
 from deploy.machine import thread_limit
+from deploy.targets import TARGETS, target_from_path
 
 Arrays = Dict[str, np.ndarray]
 TensorInfo = Tuple[str, str, Tuple[int, ...]]
@@ -92,6 +94,32 @@ class Session:
         self, kind: Optional[Type[BaseException]], value: Optional[BaseException], traceback: Optional[TracebackType]
     ) -> None:
         self.close()
+
+
+def open_session(
+    path: AnyPath, threads: Optional[int] = None, provider: Optional[str] = None, runtime: Optional[str] = None
+) -> Session:
+    """
+    The session for a model file.
+
+    Args:
+        threads: of the CPU; None leaves the choice to the runtime.
+        provider: as `OrtSession`; None: its default.
+        runtime: as `target_from_path`.
+
+    Raises:
+        ConfigError: threads or a provider for a runtime that does not know them, or as `target_from_path`.
+        Otherwise as `target_from_path` and the session itself.
+    """
+    target = target_from_path(path, runtime)
+    options = {name: value for name, value in (("threads", threads), ("provider", provider)) if value is not None}
+    for name in options:
+        if name not in target.session_options:
+            able = " and ".join(other.title for other in TARGETS.values() if name in other.session_options)
+            raise ConfigError(f"{name} is given for {path}, and is for {able} alone: leave it out with {target.title}")
+    module, _, name = target.session.rpartition(".")
+    session: Session = getattr(importlib.import_module(module), name)(path, **options)
+    return session
 
 
 class OrtSession(Session):

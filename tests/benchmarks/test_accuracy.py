@@ -14,9 +14,9 @@ from benchmarks.measuring import subject
 from benchmarks.measuring.result import read_result
 from deploy.contract import load_contract, write_sidecar
 from deploy.dataset import load_split
-from deploy.detector import open_session
 from deploy.errors import MeasurementError
 from deploy.files import sha256_of
+from deploy.runtime.session import open_session
 
 
 def run(*words):

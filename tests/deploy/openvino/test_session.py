@@ -9,9 +9,9 @@ import pytest
 
 from deploy import Detector
 from deploy.contract import load_contract, write_sidecar
-from deploy.detector import open_session
 from deploy.errors import ContractError, MissingDependencyError, PipelineError
 from deploy.openvino.session import OpenVinoSession
+from deploy.runtime.session import open_session
 
 pytest.importorskip("onnxruntime")
 File = Callable[..., Path]

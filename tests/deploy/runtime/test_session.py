@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 
 from deploy.contract import load_contract, sidecar_path, write_sidecar
-from deploy.detector import open_session
 from deploy.errors import ConfigError, ContractError, MissingDependencyError, PipelineError
 from deploy.runtime import session as session_module
-from deploy.runtime.session import OrtSession, Session
+from deploy.runtime.session import OrtSession, Session, open_session
 from deploy.targets import TARGETS
 from deploy.tensorrt.cuda import load_cuda
 from deploy.tensorrt.session import describe_machine
