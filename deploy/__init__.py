@@ -12,11 +12,12 @@ follow it:
 - runtime: running a model: image to input, the interface to every session, outputs to detections, drawing.
 - graphs: ONNX graphs read, checked, cleaned and typed; TensorRT's operators and calibration caches.
 
-Between board and the sessions stands detector, which opens a file with the session that targets names for it. A further
+Between board and the sessions stands detector; sessions are opened by the names that targets gives for them. A further
 runtime is a room like openvino and an entry in targets.
 
 Ground, below all: data_arguments; commands, freshness, dataset, export_options; processes; folder_lock; contract,
-targets, int8_format, images, layouts, coco_file; arrays; schema, limits; files, progress; jetpack, errors; machine.
+targets, int8_format, images, layouts, coco_file; arrays; schema, limits; files, pixels, progress; jetpack, errors;
+machine.
 
 `Detector` is fetched when it is first asked for: a board may have no OpenCV, which it needs and other modules do not.
 """

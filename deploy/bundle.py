@@ -2,6 +2,7 @@
 Command: one archive with all that a board needs to build, check, measure and use an engine.
 
     python -m deploy.bundle student.int8.onnx student.onnx -o student.tar.gz
+    python -m deploy.bundle student.int8.onnx student.onnx student.int8-onnxruntime.onnx -o student.tar.gz
 
     tar xzf student.tar.gz && cd student && python3 run.py build     (on the board)
 
@@ -42,8 +43,8 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         nargs="+",
         metavar="MODEL",
-        help="ONNX file with its sidecar: a quantised one, for --int8 on the board; the float one that it was made of, "
-        "for --fp16 and --fp32; or both",
+        help="ONNX files with their sidecars, one or more of these: quantised for TensorRT, for --int8 on the board; "
+        "quantised for ONNX Runtime; the float one that they were made of, for --fp16 and --fp32",
     )
     parser.add_argument(
         "-o", "--output", type=Path, required=True, metavar="FILE", help=f"archive to write, NAME{SUFFIX}, with one "

@@ -1,5 +1,6 @@
 """
-Image files: what their first bytes say, whether they end where they should, and their pixels. numpy and OpenCV only.
+Image files: what their first bytes say, whether they end where they should, and their pixels. numpy and OpenCV only,
+or Pillow in place of OpenCV (`deploy.pixels`).
 
 JPEG, PNG, BMP, WebP, TIFF, JPEG 2000 and GIF (its first frame) are known here; whatever else OpenCV reads is decoded to
 learn its size.
@@ -13,12 +14,12 @@ import sys
 from pathlib import Path
 from typing import BinaryIO, Callable, Dict, Tuple
 
-import cv2
 import numpy as np
 
 from deploy.errors import DataError
 from deploy.files import AnyPath, check_regular, stands_in_for
 from deploy.limits import LARGEST_IMAGE_PX, MOST_SEGMENTS
+from deploy.pixels import cv2, decoded
 
 HEAD_BYTES = 4096
 """Read at once from the beginning of a file: in most files all that is looked at, but for the end."""
@@ -134,8 +135,8 @@ def read_image(path: AnyPath) -> np.ndarray:
         raise DataError(f"cannot read the image {path} ({error.strerror})") from error
     if header.fault:
         raise DataError(f"{path}: {header.fault}")
-    image = _decoded(path, content, cv2.IMREAD_COLOR)
-    if header.bits == 16:
+    image = _decoded(path, content)
+    if header.bits == 16 and cv2 is not None:
         _tell_of_empty_bits(str(path), used_bits(path))
     return image
 
@@ -147,8 +148,7 @@ def used_bits(path: AnyPath) -> int:
     Raises:
         DataError: as `read_image`.
     """
-    content = np.fromfile(str(path), np.uint8)
-    return int(_decoded(path, content, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH).max()).bit_length()
+    return int(_decoded(path, np.fromfile(str(path), np.uint8), any_depth=True).max()).bit_length()
 
 
 _told_of_empty_bits = False
@@ -169,14 +169,12 @@ def words_of_empty_bits(bits: int) -> str:
     )
 
 
-def _decoded(path: AnyPath, content: np.ndarray, flags: int) -> np.ndarray:
+def _decoded(path: AnyPath, content: np.ndarray, any_depth: bool = False) -> np.ndarray:
     try:
-        image = cv2.imdecode(content, flags)
-    except cv2.error as error:  # a size beyond OpenCV's limits, for one
-        raise DataError(f"{path}: OpenCV cannot decode the image: {' '.join(str(error).split())}") from error
-    if image is None:
-        raise DataError(f"{path}: OpenCV cannot decode the image: it is damaged, or not {KNOWN}")
-    return image
+        return decoded(content, any_depth)
+    except ValueError as error:
+        known = "" if ": " in str(error) else f": it is damaged, or not {KNOWN}"
+        raise DataError(f"{path}: {error}{known}") from error
 
 
 def _number(content: bytes, order: str = "big") -> int:
@@ -325,7 +323,7 @@ def _other_header(path: AnyPath, content: _Bytes) -> ImageHeader:
     if not getattr(cv2, "haveImageReader", bool)(str(path)):  # asks OpenCV's decoders for their first bytes
         return ImageHeader("", fault=_not_an_image(content))
     try:
-        image = _decoded(path, np.fromfile(str(path), np.uint8), cv2.IMREAD_COLOR)
+        image = _decoded(path, np.fromfile(str(path), np.uint8))
     except DataError as error:
         return ImageHeader("", fault=str(error).replace(f"{path}: ", "", 1))
     return ImageHeader("", image.shape[1], image.shape[0])

@@ -1,5 +1,5 @@
 """
-The command `bench` of a bundle's `run.py`: latency of an engine on the board, from network input to network outputs.
+The command `bench` of a bundle's `run.py`: latency of a model on the board, from network input to network outputs.
 
 No image is prepared and no box suppressed, so that neither OpenCV nor data are needed: the inputs are the bundle's
 golden ones. `total` is therefore less than that of `benchmarks.latency`; the result says so (`comparable_reasons`),
@@ -30,12 +30,11 @@ from benchmarks.measuring.result import (
     write_result,
 )
 from deploy.board.commands import Bundle, add_engine_argument, golden_path
-from deploy.contract import read_sidecar
 from deploy.errors import ConfigError
 from deploy.files import check_writable
+from deploy.machine import usable_cores
 from deploy.progress import progress
 from deploy.runtime.session import Session
-from deploy.tensorrt.session import TrtSession
 
 NETWORK_ALONE = Reason(
     "network_alone", "total is that of the network alone: no image was prepared, no boxes were suppressed"
@@ -52,37 +51,39 @@ def bench(folder: Path, words: Optional[List[str]] = None) -> int:
         if getattr(arguments, flag) < least:
             raise ConfigError(f"--{flag} is {getattr(arguments, flag)}; expected at least {least}")
     bundle = Bundle(folder)
-    engine, details = bundle.engine(arguments.engine)
-    output = arguments.output or engine.with_suffix(".latency.result.json")
+    model = bundle.model(arguments.engine)
+    output = arguments.output or bundle.folder / f"{model.path.stem}.latency.result.json"
     check_writable(output)
     environment = read_environment()  # before we load the machine ourselves
-    with TrtSession(engine) as session:
+    threads = usable_cores() if "threads" in model.target.session_options else None
+    with model.open(threads) as session:
         fewest, most = session.batch_limits
         inputs = [
             np.resize(golden, (min(max(len(golden), fewest), most), *golden.shape[1:]))
             for golden in bundle.golden_inputs()
         ]
         samples = samples_from_session(session, inputs, arguments.runs, arguments.warmup)
-        numbers = numbers_of_bench(samples, session.description, arguments.warmup, len(inputs[0]))
-    sidecar = read_sidecar(engine, details=("parameters",))
+        numbers = numbers_of_bench(
+            samples, session.description, threads, model.target.on_gpu, arguments.warmup, len(inputs[0])
+        )
     result = {
         "kind": "latency",
-        "role": arguments.role or f"engine-{details['precision']}",
+        "role": arguments.role or model.role,
         "model": {
-            "file": str(engine),
-            "format": "engine",
-            "runtime": "tensorrt",
-            "sha256": sidecar["artefact"]["sha256"],
-            "bytes": sidecar["artefact"]["bytes"],
-            "parameters": details["parameters"],
-            "inputs": sidecar["inputs"],
-            "command": sidecar["command"],
+            "file": str(model.path),
+            "format": model.path.suffix[1:],
+            "runtime": model.target.name,
+            "sha256": model.sidecar["artefact"]["sha256"],
+            "bytes": model.sidecar["artefact"]["bytes"],
+            "parameters": model.parameters,
+            "inputs": model.sidecar["inputs"],
+            "command": model.sidecar["command"],
         },
         "data": data_from_bundle(bundle),
         "environment": environment,
         "numbers": numbers,
     }
-    write_result(output, result, {"model": engine})
+    write_result(output, result, {"model": model.path})
     print(f"{result['role']}, {numbers['description']}, {arguments.runs} runs after {arguments.warmup} of warm-up")
     for stage, summary in numbers["summary_ms"].items():
         if summary is not None:
@@ -100,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     add_engine_argument(parser)
     parser.add_argument("--runs", type=int, default=200, metavar="N", help="runs that count (default: 200)")
     parser.add_argument("--warmup", type=int, default=50, metavar="N", help="runs before these (default: 50)")
-    parser.add_argument("--role", help="what the engine is in the report (default: engine-PRECISION)")
+    parser.add_argument("--role", help="what the model is in the report (default: as engine-int8, onnx-int8)")
     parser.add_argument(
         "-o", "--output", type=Path, metavar="FILE", help="result file to write (default: beside the engine)"
     )
@@ -127,15 +128,18 @@ def samples_from_session(session: Session, inputs: List[np.ndarray], runs: int, 
     return samples
 
 
-def numbers_of_bench(samples: Samples, description: str, warmup: int, images: int) -> Dict[str, Any]:
+def numbers_of_bench(
+    samples: Samples, description: str, threads: Optional[int], on_gpu: bool, warmup: int, images: int
+) -> Dict[str, Any]:
     """
     The `numbers` of a result file (`benchmarks.measuring.result`, kind latency). What was not measured is None.
 
     Args:
+        threads: of the CPU; None for what runs on a GPU.
         images: in each run.
     """
-    numbers = numbers_from_samples(samples, description, threads=None)
-    reasons = [NETWORK_ALONE, *(Reason("clocks", text) for text in clock_reasons(on_gpu=True))]
+    numbers = numbers_from_samples(samples, description, threads)
+    reasons = [NETWORK_ALONE, *(Reason("clocks", text) for text in clock_reasons(on_gpu))]
     if images != 1:
         reasons.append(Reason("batch", f"each run takes {images} images"))
     return {

@@ -22,6 +22,8 @@ from deploy.schema import Number, fault_of
 HOST = re.compile(r"[A-Za-z0-9_.:%@][A-Za-z0-9_.:%@-]*")
 """A host name, an address, an alias of ~/.ssh/config or a user; nothing that a ProxyCommand could misread."""
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+PRECISIONS = tuple(SOURCE_OF["tensorrt"])
+"""Of all runtimes: those of TensorRT are some of the others', too."""
 SECRETS = ("password", "passphrase")
 
 
@@ -38,8 +40,10 @@ class Board:
     folder: str = "~/crosskd"
     """On the board; it gets a folder for each bundle."""
     python: str = "python3"
+    runtime: str = "tensorrt"
+    """What runs the model: 'tensorrt', or 'onnxruntime', for which nothing is built."""
     precisions: Tuple[str, ...] = ()
-    """What to build; empty for the best that the bundle has."""
+    """What to build, or to run; empty for the best that the bundle has."""
     timeout_s: float = 1800.0
     """For each step: upload, build, check, bench."""
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -93,7 +97,14 @@ def _board(path: AnyPath, number: int, entry: Mapping[str, Any]) -> Board:
                 raise ConfigError(f"{where}: {key} is {entry[key]}, and {fields[key]} is no file")
     if "precisions" in entry:
         fields["precisions"] = tuple(entry["precisions"])
-    return Board(**fields)
+    board = Board(**fields)
+    unknown = set(board.precisions) - set(SOURCE_OF[board.runtime])
+    if unknown:
+        raise ConfigError(
+            f"{where}: precisions has {', '.join(sorted(unknown))}; expected some of "
+            f"{', '.join(SOURCE_OF[board.runtime])} for the runtime {board.runtime}"
+        )
+    return board
 
 
 def _check_distinct(path: AnyPath, boards: List[Board], what: str, value: Callable[[Board], Any]) -> None:
@@ -121,7 +132,7 @@ def _is_line(value: Any) -> bool:
 
 def _is_list_of_precisions(value: Any) -> bool:
     known = isinstance(value, list) and all(
-        isinstance(precision, str) and precision in SOURCE_OF for precision in value
+        isinstance(precision, str) and precision in PRECISIONS for precision in value
     )
     return known and 0 < len(value) == len(set(value))
 
@@ -141,7 +152,8 @@ CHECKS: Dict[str, Tuple[Callable[[Any], bool], str]] = {
     "known_hosts": (_is_line, "a file with host keys, as ssh keeps in ~/.ssh/known_hosts"),
     "folder": (lambda value: _is_line(value) and value.startswith(("/", "~/")), "a path that starts with / or ~/"),
     "python": (_is_line, "a command or a path on the board"),
-    "precisions": (_is_list_of_precisions, f"a list of some of {', '.join(SOURCE_OF)}"),
+    "runtime": (lambda value: isinstance(value, str) and value in SOURCE_OF, f"one of {', '.join(SOURCE_OF)}"),
+    "precisions": (_is_list_of_precisions, f"a list of some of {', '.join(PRECISIONS)}"),
     "timeout_s": (_is_number, "a positive number of seconds"),
     "environment": (_is_environment, "a table of names and strings"),
 }

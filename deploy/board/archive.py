@@ -25,11 +25,11 @@ import tempfile
 import zlib
 from importlib import metadata
 from pathlib import Path, PurePosixPath
-from typing import IO, TYPE_CHECKING, Any, Dict, Mapping, Sequence
+from typing import IO, TYPE_CHECKING, Any, Dict, Mapping, Sequence, Tuple
 
 import numpy as np
 
-from deploy.board.commands import BUNDLE_VERSION, golden_path
+from deploy.board.commands import BUNDLE_VERSION, KINDS, golden_path
 from deploy.board.run import MANIFEST, fault_of_files
 from deploy.contract import OUTPUTS, package_versions, sidecar_path
 from deploy.errors import ConfigError, ContractError, PipelineError
@@ -49,7 +49,8 @@ MODULES = (
     "deploy/board/commands.py",
     "deploy/board/run.py", "deploy/contract.py", "deploy/detector.py", "deploy/errors.py",
     "deploy/files.py", "deploy/graphs/__init__.py", "deploy/graphs/calibration_cache.py", "deploy/images.py",
-    "deploy/int8_format.py", "deploy/jetpack.py", "deploy/limits.py", "deploy/machine.py", "deploy/progress.py",
+    "deploy/int8_format.py", "deploy/jetpack.py", "deploy/limits.py", "deploy/machine.py", "deploy/pixels.py",
+    "deploy/progress.py",
     "deploy/runtime/__init__.py", "deploy/runtime/draw.py", "deploy/runtime/golden.py", "deploy/runtime/pictures.py",
     "deploy/runtime/postprocess.py",
     "deploy/runtime/preprocess.py",
@@ -61,8 +62,12 @@ MODULES = (
 """What the commands of run.py import: Python 3.8 and numpy are enough for all but `detect`, which needs OpenCV."""
 START = "\n\nsys.exit(main(sys.argv[1:], Path(__file__).resolve().parent))\n"
 """What makes of the module `deploy.board.run`, which others import, the script run.py."""
-FORMS = {"float": ("fp32", "fp16"), "int8": ("int8", "int8_fp32_scales", "int8_tensorrt8", "fp32")}
-"""Kind of ONNX file -> the forms of its graph (`deploy.graphs.precision.GRAPHS`) that a board may want of it.
+FORMS: Dict[str, Tuple[str, ...]] = {
+    "float": ("fp32", "fp16"),
+    "int8": ("int8", "int8_fp32_scales", "int8_tensorrt8", "fp32"),
+    "int8_onnxruntime": (),
+}
+"""Kind of ONNX file -> the forms of its graph (`deploy.graphs.precision.GRAPHS`) that TensorRT may want of it.
 
 The FP32 form of an INT8 file is for a DLA that takes its ranges from a calibration cache.
 """
@@ -90,13 +95,14 @@ def name_of_bundle(output: Path) -> str:
 
 def sources_from_paths(paths: Sequence[Path]) -> Dict[str, OnnxFile]:
     """
-    Kind ("float", "int8") -> ONNX file, of one kind or both.
+    Kind (`deploy.board.commands.KINDS`) -> ONNX file, of one kind or several.
 
     Raises:
-        ConfigError: two files are of one kind, or the quantised one was not made of the float one.
+        ConfigError: two files are of one kind, or a quantised one was not made of the float one.
         ContractError, ExportError, EngineBuildError: a file is not whole, or not fit for TensorRT.
     """
     from deploy.graphs.onnx_file import read_onnx_file
+    from deploy.graphs.precision import is_symmetric_int8
 
     sources: Dict[str, OnnxFile] = {}
     for path in paths:
@@ -106,29 +112,37 @@ def sources_from_paths(paths: Sequence[Path]) -> Dict[str, OnnxFile]:
                 "and its sidecar"
             )
         source = read_onnx_file(path)
-        kind = "int8" if source.is_quantised else "float"
+        kind = "float"
+        if source.is_quantised:
+            kind = "int8" if is_symmetric_int8(source.model) else "int8_onnxruntime"
         if kind in sources:
             raise ConfigError(
-                f"{sources[kind].path} and {path} are both {kind} graphs; expected one float and one quantised file, "
-                "or one of them"
+                f"{sources[kind].path} and {path} are both {KINDS[kind].replace('graph', 'graphs')}; expected one "
+                "float graph and one quantised for each runtime, or some of them"
             )
         sources[kind] = source
-    if len(sources) == 2:
-        _check_related(sources["float"], sources["int8"])
+    first, *others = sources.values()
+    for other in others:
+        _check_goes_with(first, other)
+    for kind in sorted(set(sources) - {"float"}) if "float" in sources else ():
+        _check_made_of(sources["float"], sources[kind])
     return dict(sorted(sources.items()))  # the bundle is the same in whatever order they are named
 
 
-def _check_related(source: OnnxFile, quantised: OnnxFile) -> None:
+def _check_goes_with(source: OnnxFile, other: OnnxFile) -> None:
+    if source.contract != other.contract:
+        raise ConfigError(f"{source.path} and {other.path} have different contracts; quantise again")
+    if source.path.name == other.path.name:
+        raise ConfigError(f"{source.path} and {other.path} have one name; rename one of them with its sidecar")
+
+
+def _check_made_of(source: OnnxFile, quantised: OnnxFile) -> None:
     hashes = [entry.get("sha256") for entry in quantised.sidecar["inputs"].values()]
     if source.sidecar["artefact"]["sha256"] not in hashes:
         raise ConfigError(
             f"{quantised.path} was not made of {source.path}: no input in its sidecar has the hash of that file. Give "
             "the file that calibration.quantize was run on, or quantise again"
         )
-    if source.contract != quantised.contract:
-        raise ConfigError(f"{source.path} and {quantised.path} have different contracts; quantise again")
-    if source.path.name == quantised.path.name:
-        raise ConfigError(f"{source.path} and {quantised.path} have one name; rename one of them with its sidecar")
 
 
 def files_of_bundle(sources: Mapping[str, OnnxFile]) -> Dict[str, bytes]:
@@ -142,12 +156,12 @@ def files_of_bundle(sources: Mapping[str, OnnxFile]) -> Dict[str, bytes]:
     for kind, source in sources.items():
         files[source.path.name] = source.path.read_bytes()
         files[sidecar_path(source.path).name] = sidecar_path(source.path).read_bytes()  # so that it can be run there
-        dla = source.dla_ranges
+        amax, half = source.dla_ranges if FORMS[kind] else ({}, ())
         described[kind] = {
             "file": source.path.name,
             "parameters": source.parameters,
-            "amax": dla.amax,
-            "dla_half": list(dla.half),
+            "amax": amax,
+            "dla_half": list(half),
             "graphs": _add_graphs(kind, source, ranges, files),
         }
         if kind == "int8":

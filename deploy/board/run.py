@@ -2,11 +2,12 @@
 The runner of a bundle of deploy.bundle, for a board without anything of ours installed:
 
     python3 run.py build [--fp32 | --fp16 | --int8]   an engine for this board, checked before it is kept
-    python3 run.py check                              whether an engine still answers as ONNX Runtime did
+    python3 run.py check                              whether it still answers as ONNX Runtime did
     python3 run.py bench                              its latency, as a result file
     python3 run.py detect IMAGE...                    pictures with boxes, and detections as JSON; needs OpenCV
 
-Each has --help. Needs Python 3.8, numpy, TensorRT 8.5 or newer, and cuda-python or pycuda.
+Each has --help. Needs Python 3.8, numpy, TensorRT 8.5 or newer, and cuda-python or pycuda. With ONNX Runtime in place
+of TensorRT nothing is built: the others take --engine NAME.onnx, one of the bundle's files.
 """
 
 import functools

@@ -179,6 +179,15 @@ def is_quantised(model: onnx.ModelProto) -> bool:
     return any(node.op_type in QUANTISERS for node in model.graph.node)
 
 
+def is_symmetric_int8(model: onnx.ModelProto) -> bool:
+    """Whether a quantised graph is one that `check_symmetric_int8` takes."""
+    try:
+        check_symmetric_int8(model)
+    except EngineBuildError:
+        return False
+    return True
+
+
 def check_symmetric_int8(model: onnx.ModelProto) -> None:
     """
     Raises EngineBuildError unless every Q and DQ has an int8 zero point of 0, the only kind that TensorRT runs.

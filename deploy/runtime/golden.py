@@ -107,9 +107,21 @@ def tolerance_from_distances(distances: np.ndarray) -> Tolerance:
     return Tolerance(round(box, 4), round(logit, 4), round(min(within, least.matched) - 0.05, 4))
 
 
-def check_agreement(reference: Session, session: Session, tolerance: Tolerance) -> Dict[str, float]:
+BUILD_ANEW = (
+    "Try another --opt-level, another TensorRT version or a higher precision, or keep it with --keep-differing and "
+    "measure its AP."
+)
+RUN_ELSEWHERE = "Try another version of ONNX Runtime, or a higher precision."
+
+
+def check_agreement(
+    reference: Session, session: Session, tolerance: Tolerance, advice: str = BUILD_ANEW
+) -> Dict[str, float]:
     """
     What `measure_agreement` finds.
+
+    Args:
+        advice: what to do about a difference, for the message.
 
     Raises:
         EngineBuildError: fewer match than the tolerance allows.
@@ -120,8 +132,7 @@ def check_agreement(reference: Session, session: Session, tolerance: Tolerance) 
             f"the engine is wrong: of the {found['compared']} best candidates in {len(SEEDS)} noise images by "
             f"{reference.description}, {found['matched']:.1%} have a match by {session.description}; expected "
             f"{tolerance.matched:.0%} within {tolerance.box} of the box size and {tolerance.logit} in logit (medians: "
-            f"{found['box']:.3g}, {found['logit']:.3g}). Try another --opt-level, another TensorRT version "
-            "or a higher precision, or keep it with --keep-differing and measure its AP."
+            f"{found['box']:.3g}, {found['logit']:.3g}). {advice}"
         )
     return found
 

@@ -1,14 +1,14 @@
-"""Image -> network input, as the model contract says. numpy and OpenCV only."""
+"""Image -> network input, as the model contract says. numpy and OpenCV, or numpy alone to the same bits."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Tuple
 
-import cv2
 import numpy as np
 
 from deploy.contract import ModelContract
+from deploy.pixels import channel, resized, rgb_from_bgr
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,33 +44,31 @@ def preprocess(image: np.ndarray, contract: ModelContract) -> Prepared:
         resized_wh = max(1, int(width * scale + 0.5)), max(1, int(height * scale + 0.5))
     else:
         resized_wh = to_width, to_height
-    resized = image
-    if resized_wh != (width, height):
-        resized = cv2.resize(image, resized_wh, interpolation=cv2.INTER_LINEAR)
+    inside = image if resized_wh == (width, height) else resized(image, resized_wh)
     fill = _pixels if contract.input_type == "uint8" else _normalised
     return Prepared(
-        fill(resized, contract), (resized_wh[0] / width, resized_wh[1] / height), resized_wh, (width, height)
+        fill(inside, contract), (resized_wh[0] / width, resized_wh[1] / height), resized_wh, (width, height)
     )
 
 
-def _normalised(resized: np.ndarray, contract: ModelContract) -> np.ndarray:
+def _normalised(image: np.ndarray, contract: ModelContract) -> np.ndarray:
     """(1, 3, height, width), float32: (pixel - mean) / std, padded right and below."""
-    height, width = resized.shape[:2]
+    height, width = image.shape[:2]
     tensor = np.empty((1, 3, contract.input_height_px, contract.input_width_px), np.float32)
     mean, std, pad_value = (np.array(v, np.float32) for v in (contract.mean, contract.std, contract.pad_value))
-    for channel, plane in enumerate(tensor[0]):  # one at a time, in place: ten times as fast as all three at once
-        source = 2 - channel if contract.channel_order == "rgb" else channel
+    for index, plane in enumerate(tensor[0]):  # one at a time, in place: ten times as fast as all three at once
         inside = plane[:height, :width]
-        np.subtract(cv2.extractChannel(resized, source), mean[channel], out=inside)
-        inside /= std[channel]
-        plane[height:] = plane[:height, width:] = (pad_value[channel] - mean[channel]) / std[channel]
+        np.subtract(channel(image, 2 - index if contract.channel_order == "rgb" else index), mean[index], out=inside)
+        inside /= std[index]
+        plane[height:] = plane[:height, width:] = (pad_value[index] - mean[index]) / std[index]
     return tensor
 
 
-def _pixels(resized: np.ndarray, contract: ModelContract) -> np.ndarray:
+def _pixels(image: np.ndarray, contract: ModelContract) -> np.ndarray:
     """(1, height, width, 3), uint8: the pixels, padded right and below with the nearest integers to pad_value."""
-    if contract.channel_order == "rgb":
-        resized = cv2.cvtColor(resized, cv2.COLOR_BGR2RGB)
-    below, right = contract.input_height_px - resized.shape[0], contract.input_width_px - resized.shape[1]
+    height, width = image.shape[:2]
+    tensor = np.empty((1, contract.input_height_px, contract.input_width_px, 3), np.uint8)
+    tensor[0, :height, :width] = rgb_from_bgr(image) if contract.channel_order == "rgb" else image
     padding = [round(value) for value in contract.pad_value]
-    return cv2.copyMakeBorder(resized, 0, below, 0, right, cv2.BORDER_CONSTANT, value=padding)[None]
+    tensor[0, height:] = tensor[0, :height, width:] = padding
+    return tensor

@@ -29,6 +29,7 @@ from deploy.board.commands import BUNDLE_VERSION
 from deploy.board.run import MANIFEST
 from deploy.bundle import main as make_bundle
 from deploy.contract import RESULT_VERSION, provenance, sealed, sidecar_path, write_sidecar
+from deploy.files import sha256_of
 from tests.stand_ins.detector import CONTRACT, write_detector
 from tests.stand_ins.tensorrt import write_module
 
@@ -270,8 +271,8 @@ def test_one_board_that_fails_does_not_hold_up_the_others(server, boards_file, b
     assert (tmp_path / "out/good/build.int8.log").read_text() == "this is build it's $HOME; `id`\n"
     assert "memory for build" in (tmp_path / "out/bad/build.int8.log").read_text()
     lines = shown.out.splitlines()
-    assert [line.split()[:5] for line in lines[1:3]] == [
-        ["good", "Orin", "[2J", "10.3.0", precision] for precision in ("int8", "fp16")
+    assert [line.split()[:6] for line in lines[1:3]] == [
+        ["good", "Orin", "[2J", "TensorRT", "10.3.0", precision] for precision in ("int8", "fp16")
     ]
     assert lines[3].split()[:2] == ["bad", UNKNOWN]
     assert "good: build int8: " in shown.err
@@ -506,12 +507,46 @@ def test_a_real_bundle_with_a_stand_in_of_tensorrt(server, boards_file, tmp_path
     boards = boards_file(orin={"port": server(), "environment": variables})
     assert run_fleet(boards, archive, tmp_path / "out") == 0
     found = outcomes(tmp_path / "out")["orin", "int8"]
-    assert found["tensorrt"] == "10.3.0"
+    assert found["runtime"] == "TensorRT 10.3.0"
     assert found["device"] not in (None, "")
     result = read_result(tmp_path / "out" / found["result"])
     assert result["role"] == "engine-int8"
     assert found["median_ms"] == result["numbers"]["summary_ms"]["total"]["median"] > 0
     assert "candidates as in ONNX Runtime" in (tmp_path / "out/orin/check.int8.log").read_text()
+
+
+@needs_server
+def test_boards_of_onnx_runtime(server, boards_file, tmp_path, capsys):
+    """Nothing in it is a fake: the bundle's own runner, ONNX Runtime, and SSH servers."""
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    plain = write_detector(tmp_path / "student.onnx")
+    quantised = write_detector(tmp_path / "student.int8.onnx", np.uint8, {"model": plain})
+    archive = tmp_path / "student.tar.gz"
+    assert make_bundle([str(plain), str(quantised), "-o", str(archive)]) == 0
+    here = {"port": server(), "runtime": "onnxruntime"}
+    boards = boards_file(pi={**here, "precisions": ["int8", "fp32"]}, nuc={**here, "port": server()})
+    assert run_fleet(boards, archive, tmp_path / "out") == 0
+    found = outcomes(tmp_path / "out")
+    for (board, precision), role in {
+        ("pi", "int8"): "onnx-int8", ("pi", "fp32"): "onnx-fp32", ("nuc", "int8"): "onnx-int8",
+    }.items():  # fmt: skip
+        outcome = found[board, precision]
+        assert outcome["steps"] == {"upload": "done", "check": "done", "bench": "done"}
+        assert outcome["runtime"].startswith("ONNX Runtime 1.")
+        result = read_result(tmp_path / "out" / outcome["result"])
+        model = {"int8": quantised, "fp32": plain}[precision]
+        assert (result["role"], result["model"]["sha256"]) == (role, sha256_of(model))
+        assert result["numbers"]["threads"] >= 1
+        assert outcome["median_ms"] == result["numbers"]["summary_ms"]["total"]["median"] > 0
+    assert "candidates as in ONNX Runtime" in (tmp_path / "out/nuc/check.int8.log").read_text()
+    assert run_fleet(boards, archive, tmp_path / "out") == 0
+    assert outcomes(tmp_path / "out")["nuc", "int8"]["steps"]["bench"] == "done before"
+
+    tensorrt = boards_file(orin={"port": here["port"], "precisions": ["int8"]})
+    capsys.readouterr()
+    assert run_fleet(tensorrt, archive, tmp_path / "out") == 2
+    assert "[[board]] 'orin': --int8 needs the graph quantised for TensorRT, which is not" in capsys.readouterr().err
 
 
 @needs_server
@@ -565,14 +600,14 @@ def test_a_boards_absurd_number_is_told_of_that_board_alone(number, server, boar
 def test_a_fault_of_ours_on_one_board_does_not_end_the_others(
     server, boards_file, bundle, tmp_path, capsys, monkeypatch
 ):
-    visit = fleet._visit
+    visit = fleet.visit
 
     async def visit_but_one(board, *arguments):
         if board.name == "bad":
             raise ZeroDivisionError("on purpose")
         await visit(board, *arguments)
 
-    monkeypatch.setattr(fleet, "_visit", visit_but_one)
+    monkeypatch.setattr(fleet, "visit", visit_but_one)
     boards = boards_file(bad={"port": 1}, good={"port": server()})
     assert run_fleet(boards, bundle(), tmp_path / "out") == 3
     found = outcomes(tmp_path / "out")
@@ -597,7 +632,7 @@ def test_a_bundle_that_will_not_do(bundle, tmp_path, capsys):
     assert "cannot be read as a .tar.gz" in capsys.readouterr().err
     pack("mini", {MANIFEST: json.dumps(manifest_of(("int8",), {})).encode()}, archive)
     assert run_fleet(boards, archive, tmp_path / "out") == 2
-    assert "--fp16 needs the float graph, which is not in this bundle" in capsys.readouterr().err
+    assert "[[board]] 'a': --fp16 needs the float graph, which is not in this bundle" in capsys.readouterr().err
     assert run_fleet(boards, archive, tmp_path / "out", "--jobs", "0") == 2
     assert "--jobs is 0; expected at least 1" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

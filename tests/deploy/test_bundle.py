@@ -86,8 +86,9 @@ def test_each_form_of_the_graphs_is_there(sources: Sources, tmp_path: Path) -> N
     assert graphs["fp32"]["file"] == "student.onnx"  # not twice in the archive
 
 
-def test_one_kind_of_graph_is_enough(sources: Sources, tmp_path: Path) -> None:
-    for path, kind in zip(sources, ("float", "int8"), strict=True):
+def test_one_kind_of_graph_is_enough(sources: Sources, detector_file: File, tmp_path: Path) -> None:
+    paths = (*sources, detector_file("student.onnxruntime.onnx", np.uint8))
+    for path, kind in zip(paths, ("float", "int8", "int8_onnxruntime"), strict=True):
         archive = tmp_path / f"{kind}.tar.gz"
         assert main([str(path), "-o", str(archive)]) == 0
         assert list(manifest_of(unpack(archive, tmp_path))["sources"]) == [kind]
@@ -114,15 +115,17 @@ def test_models_that_do_not_belong_together_are_refused(
     onnx.save(model, str(other))
     write_sidecar(other, {}, OrtSession(plain).contract)
     foreign = detector_file("foreign.onnx", np.uint8)
+    twice = detector_file("twice.onnx", np.int8)
 
     def message(*words: Any, output: str = "b.tar.gz") -> str:
         assert main([*map(str, words), "-o", str(tmp_path / output)]) == 2
         assert not list(tmp_path.glob("*.gz"))
         return capsys.readouterr().err
 
-    assert "are both float graphs; expected one float and one quantised" in message(plain, other)
+    assert "are both float graphs; expected one float graph and one quantised" in message(plain, other)
     assert "was not made of" in message(quantised, other)
-    assert "quantised for target onnxruntime" in message(foreign)
+    assert "foreign.onnx was not made of" in message(plain, quantised, foreign)
+    assert "are both graphs quantised for TensorRT; expected one float" in message(quantised, twice)
     assert "no such file" in message(tmp_path / "none.onnx")
     assert "that ends in .onnx: rename the file" in message(tmp_path / "LICENSE")
     assert "expected NAME.tar.gz" in message(plain, output="b.zip")

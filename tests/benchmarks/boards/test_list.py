@@ -36,6 +36,8 @@ GOOD = "[[board]]\nname = 'a'\nhost = 'h'\n"
         (GOOD + "precisions = ['int4']", "precisions is ['int4']; expected a list of some of int8, fp16, fp32"),
         (GOOD + "precisions = [['int8']]", "expected a list of some of int8"),
         (GOOD + "precisions = 'int8'", "expected a list of some of int8"),
+        (GOOD + "runtime = 'torch'", "runtime is 'torch'; expected one of tensorrt, onnxruntime"),
+        (GOOD + "runtime = 'onnxruntime'\nprecisions = ['fp16']", "precisions has fp16; expected some of int8, fp32"),
         (GOOD + "environment = {PATH = 1}", "expected a table of names and strings"),
         (GOOD + "environment = {'A;B' = 'x'}", "expected a table of names and strings"),
         (GOOD + "key = 'nope'", "and {folder}/nope is no file"),

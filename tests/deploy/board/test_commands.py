@@ -230,6 +230,30 @@ def test_which_engine_is_meant(folder: Path, fake_tensorrt: Install, capsys: pyt
     assert f"{folder / 'mini.fp16.engine'}: 100.0% of 200 candidates" in capsys.readouterr().out
 
 
+def test_onnx_runtime_runs_the_files_of_the_bundle(
+    folder: Path, detector_file: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run.main(["check", "--engine", str(folder / "student.onnx")], folder) == 0
+    assert "candidates as in ONNX Runtime, by ONNX Runtime 1." in capsys.readouterr().out
+    assert run.main(["bench", "--engine", str(folder / "student.onnx"), "--runs", "10", "--warmup", "1"], folder) == 0
+    result = read_result(folder / "student.latency.result.json")
+    assert (result["role"], result["model"]["runtime"]) == ("onnx-fp32", "onnxruntime")
+    capsys.readouterr()
+    assert run.main(["check", "--engine", str(folder / "student.int8.onnx")], folder) == 2
+    assert "no graph of this bundle that is meant for ONNX Runtime; expected student.onnx" in capsys.readouterr().err
+    assert run.main(["check"], folder) == 2
+    assert "or name --engine, or for ONNX Runtime --engine student.onnx" in capsys.readouterr().err
+
+    alone = detector_file("alone.onnx", np.uint8)
+    assert make_bundle([str(alone), "-o", str(tmp_path / "b.tar.gz")]) == 0
+    there = unpack(tmp_path / "b.tar.gz", tmp_path / "there")
+    assert run.main(["check", "--engine", str(there / "alone.onnx")], there) == 0
+    capsys.readouterr()
+    assert run.main(["build"], there) == 2
+    error = capsys.readouterr().err
+    assert "this bundle has nothing for TensorRT, only a graph quantised for ONNX Runtime. Give python -m dep" in error
+
+
 def test_detections_of_an_engine(folder: Path, fake_tensorrt: Install, tmp_path: Path) -> None:
     cv2 = pytest.importorskip("cv2")
     fake_tensorrt("11.4.0.106")
@@ -252,7 +276,10 @@ def test_a_precision_that_the_bundle_lacks(
     there = unpack(tmp_path / "b.tar.gz", tmp_path / "there")
     assert run.main(["build", "--int8"], there) == 2
     error = capsys.readouterr().err
-    assert "--int8 needs the quantised graph, which is not in this bundle; it can build fp16, fp32" in error
+    assert (
+        "--int8 needs the graph quantised for TensorRT, which is not in this bundle; of it TensorRT can run fp16"
+        in error
+    )
     assert run.main(["build"], there) == 0
     assert (there / "b.fp16.engine").is_file()
 
@@ -354,4 +381,4 @@ def test_another_version_of_the_bundle(folder: Path, capsys: pytest.CaptureFixtu
     document = json.loads((folder / MANIFEST).read_text())
     (folder / MANIFEST).write_text(json.dumps({**document, "bundle_version": 99}))
     assert run.main(["check"], folder) == 2
-    assert "bundle_version is 99; expected 1. Make the bundle again" in capsys.readouterr().err
+    assert "bundle_version is 99; expected 2. Make the bundle again" in capsys.readouterr().err
