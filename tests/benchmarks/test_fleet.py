@@ -487,7 +487,7 @@ def test_what_a_board_sends_is_not_believed(server, boards_file, bundle, tmp_pat
         "not JSON",
         "not a JSON object",
         "result.json was edited",
-        "the key role is missing",
+        "role is missing",
         "cut: not used",
     ):
         assert fault in errors
