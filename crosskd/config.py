@@ -117,6 +117,14 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None, subst
     return config
 
 
+def published_name(config: Config, name: str) -> str:
+    """
+    The config whose published weights are those of `config`: one of mmdet's that its load_from names, else itself.
+    """
+    given = config.get("load_from") or ""
+    return given if given.startswith("mmdet::") else name
+
+
 def set_input_size(config: Config, size: Any) -> None:
     """
     Makes every FitResize and FitPad of the config's pipelines use `size`: width and height in pixels.

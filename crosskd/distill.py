@@ -35,7 +35,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from crosskd.config import load_config, set_classes
+from crosskd.config import load_config, path_beside, published_name, set_classes
 from crosskd.data import TrainingData, data_from_arguments
 from crosskd.int8 import int8_aware
 from crosskd.loop.distributed import first_of_each_machine_first, is_first_process, joined_processes, wait_for_all
@@ -47,15 +47,19 @@ from crosskd.training import (
     add_training_arguments,
     run_training,
     seed_everything,
+    set_starting_weights,
+    start_detector,
     training_options_from_arguments,
 )
 from deploy.contract import read_sidecar
-from deploy.errors import ConfigError, command
+from deploy.errors import CheckpointError, ConfigError, command
 from deploy.files import check_writable
 from deploy.folder_lock import locked
 from deploy.targets import QUANTISED_FOR
 
 LEARNING_RATE = "optim_wrapper.optimizer.lr"
+FROM_TEACHER = "teacher"
+"""The value of --from that takes what fits of the teacher's neck and head."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,14 +70,12 @@ class DistillationOptions:
     """A file, an address, or 'published'; None: the config's, else 'published'."""
     teacher_check: TeacherCheck | None = None
     """The measurement of the teacher before the first step, if any."""
-    start: Path | None = None
-    """Weights of a finished run of the student to start from; None: weights drawn at random."""
     int8: bool = False
     """Whether the student learns to live with the rounding of INT8."""
     target: str | None = None
     """The runtime that INT8 is for, one of `deploy.targets.QUANTISED_FOR`; None: tensorrt, or that of `calibrated`."""
     calibrated: Path | None = None
-    """INT8 file of the weights `start`, whose placement and ranges to start with; None: made on the way."""
+    """INT8 file of the weights of --from, whose placement and ranges to start with; None: made on the way."""
 
 
 @command
@@ -99,11 +101,10 @@ def main(argv: list[str] | None = None) -> int:
         metavar="N",
         help="validation images on which the teacher's AP is measured before the first step (default: 100; 0: none)",
     )
-    group = parser.add_argument_group("fine-tuning")
+    group = parser.add_argument_group("INT8-aware fine-tuning")
     group.add_argument(
-        "--from", dest="start", metavar="FILE", help="weights of a finished run of the student to start from"
+        "--quantize", choices=("int8",), help="train for INT8; with --from, student.pth in the folder of a finished run"
     )
-    group.add_argument("--quantize", choices=("int8",), help="train for INT8; with --from")
     group.add_argument("--target", choices=QUANTISED_FOR, help="runtime that INT8 is for (default: tensorrt)")
     group.add_argument(
         "--calibrated",
@@ -137,7 +138,7 @@ def distillation_options_from_arguments(arguments: argparse.Namespace) -> Distil
     given = [flag for flag in ("target", "calibrated") if getattr(arguments, flag)]
     if given and not arguments.quantize:
         raise ConfigError(f"--{given[0]} is given without --quantize int8; expected both or neither")
-    if arguments.quantize and not arguments.start:
+    if arguments.quantize and arguments.start in (None, FROM_TEACHER):
         raise ConfigError("--quantize int8 is given without --from; expected student.pth of a trained student with it")
     if len(given) == 2:
         raise ConfigError("--target is given with --calibrated, which is for one target already; expected one of them")
@@ -145,7 +146,6 @@ def distillation_options_from_arguments(arguments: argparse.Namespace) -> Distil
     return DistillationOptions(
         teacher_checkpoint=arguments.teacher_checkpoint,
         teacher_check=TeacherCheck(images, min_ap) if images else None,
-        start=Path(arguments.start) if arguments.start else None,
         int8=arguments.quantize == "int8",
         target=arguments.target,
         calibrated=Path(arguments.calibrated) if arguments.calibrated else None,
@@ -161,38 +161,32 @@ def distil(config_path: str, data: TrainingData, training: TrainingOptions, dist
             f"crosskd.train."
         )
     check_settings(config, config_path)
-    if config.get("load_from") and distillation.start is not None:
-        raise ConfigError(f"{config_path} has load_from, and --from is given; expected one of them to start from")
     if distillation.teacher_checkpoint:
         config.model.teacher.checkpoint = distillation.teacher_checkpoint
     set_classes(config, data.class_names)
-    start = distillation.start
-    if start is not None:
-        int8_aware.check_start(start)
     if distillation.int8:
+        int8_aware.check_start(Path(training.start or ""))
         training = fine_tuning_options(config, config_path, training)
 
     from crosskd.models.detector import detector_from_config
     from crosskd.models.methods import methods_of_settings
 
     seed_everything(training.seed)
-    with first_of_each_machine_first():  # a teacher may have to be downloaded
+    with first_of_each_machine_first():  # weights may have to be downloaded
         if methods_of_settings(config.model.distill):
-            config.model.teacher.checkpoint = local_checkpoint(config.model.teacher)
+            config.model.teacher.checkpoint = local_checkpoint(config.model.teacher, config_path)
         detector = detector_from_config(config, class_names=data.class_names)
+        inputs = start_student(config, config_path, detector, data, training, distillation.int8)
     teacher = config.model.teacher.get("checkpoint") if detector.teacher is not None else None
-    inputs = {"teacher_checkpoint": teacher} if teacher and Path(teacher).is_file() else {}
-    if start is not None:
-        detector.start_from(start, data.class_names)
-        inputs["start"] = str(start)
+    if teacher and Path(teacher).is_file():
+        inputs["teacher_checkpoint"] = teacher
     check = distillation.teacher_check if detector.teacher is not None else None
     if not distillation.int8:
         run_training(config, detector, data, training, "student.pth", inputs, check)
         return
-    assert start is not None, "--quantize int8 is refused without --from"
     int8 = int8_to_start_with(training, distillation, data)
     inputs["calibrated"] = str(int8)
-    detector.quantization = int8_aware.fake_quantization_of(detector.student, int8, start)
+    detector.quantization = int8_aware.fake_quantization_of(detector.student, int8, Path(config.load_from))
     run_training(config, detector, data, training, "student.pth", inputs, check)
     if is_first_process():
         int8_aware.write_int8(training.run_dir, int8, detector.quantization)
@@ -247,21 +241,59 @@ def int8_to_start_with(training: TrainingOptions, distillation: DistillationOpti
             raise ConfigError(
                 f"the run was started for the target {started_for}, --target is {target}; resume with the same"
             )
-    elif distillation.start is not None and not distillation.calibrated and is_first_process():
-        int8_aware.quantize_start(distillation.start, data, target or "tensorrt", training.seed, run_dir)
+    elif not distillation.calibrated and is_first_process():
+        assert training.start is not None, "--quantize int8 is refused without --from"
+        int8_aware.quantize_start(Path(training.start), data, target or "tensorrt", training.seed, run_dir)
     wait_for_all()
     return int8
 
 
-def local_checkpoint(teacher: Any) -> str:
-    """The path of the teacher's weights, which are fetched if the config names an address or none at all."""
-    from crosskd.download import fetched_checkpoint, published_checkpoint
+def start_student(
+    config: Any, config_path: str, detector: Any, data: TrainingData, training: TrainingOptions, int8: bool
+) -> dict[str, str]:
+    """
+    Gives the student the weights that it starts from, as `start_detector` or, for --from teacher, its teacher's.
 
-    named = teacher.get("checkpoint") or "published"
-    if named == "published":
-        return str(published_checkpoint(teacher.get("config", "")))
+    Returns:
+        Name -> file of the weights, for the sidecar.
+
+    Raises:
+        ConfigError: --from teacher, and there is no teacher.
+        CheckpointError: they do not fit; for `int8`, not all of them.
+    """
+    from crosskd.models.starting_weights import start_from_checkpoint, start_from_teacher
+
+    if training.start == FROM_TEACHER:
+        if detector.teacher is None:
+            raise ConfigError("--from teacher is given with model.distill.method=none, which has no teacher")
+        config.load_from = None
+        if not training.resume:
+            start_from_teacher(detector.student, detector.teacher)
+            detector.has_weights = True
+        return {}
+    set_starting_weights(config, config_path, training)
+    if not int8:
+        return start_detector(config, detector, data, training)
+    # Also when a run is resumed: the ranges are those of these weights.
+    start = start_from_checkpoint(detector.student, config.load_from, data.class_names)
+    detector.has_weights = True
+    if not start.is_whole(detector.student):
+        raise CheckpointError(
+            f"--from is {config.load_from}, of which not all fits the student and its classes (see the lines above); "
+            "expected all of it with --quantize int8: the student of the same config, trained on the same classes"
+        )
+    return {"load_from": config.load_from}
+
+
+def local_checkpoint(teacher: Any, config_path: str) -> str:
+    """The path of the teacher's weights, which are fetched if the config names an address or none at all."""
+    from crosskd.download import local_weights
+
+    named, given = teacher.get("checkpoint") or "published", teacher.get("config", "")
+    if named == "published" and given:
+        given = published_name(load_config(path_beside(given, config_path)), given)
     # Here, and not as it is read, so that the sidecar has the hash of a file.
-    return str(fetched_checkpoint(named)) if named.startswith(("http://", "https://")) else named
+    return local_weights(named, given)
 
 
 if __name__ == "__main__":

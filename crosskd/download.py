@@ -13,6 +13,39 @@ from pathlib import Path
 from deploy.errors import CheckpointError, ConfigError
 from deploy.files import check_writable, sha256_of, user_cache
 
+HASHED = re.compile(r"-([0-9a-f]{8,})\.pth$")
+"""The end of an address whose file can be checked: the beginning of its SHA-256."""
+
+
+def local_weights(named: str, config_name: str = "", only_with_hash: bool = False) -> str:
+    """
+    The file of weights that a user or a config names; fetched if it is not on this machine yet.
+
+    Args:
+        named: a file; an address, or one of mmengine's short ones (torchvision://resnet18); `mmdet::FAMILY/NAME.py` for
+            what mmdet publishes for that config; `published` for what it publishes for `config_name`.
+        only_with_hash: addresses whose names have no hash come back as they are.
+
+    Raises:
+        ConfigError: as `published_url`, or mmengine has no such short address.
+        CheckpointError: as `fetched_checkpoint`.
+    """
+    if named == "published" or named.startswith("mmdet::"):
+        return str(published_checkpoint(config_name if named == "published" else named))
+    scheme, is_address, name = named.partition("://")
+    if not is_address:
+        return named
+    if scheme in ("torchvision", "open-mmlab", "openmmlab"):
+        from mmengine.runner.checkpoint import get_external_models, get_torchvision_models
+
+        known = get_torchvision_models() if scheme == "torchvision" else get_external_models()
+        if known.get(name) is None:
+            raise ConfigError(f"there are no weights {named}; expected one of {', '.join(filter(known.get, known))}")
+        named = str(known[name])
+    if only_with_hash and not HASHED.search(named):
+        return named
+    return str(fetched_checkpoint(named))
+
 
 def published_checkpoint(config_name: str) -> Path:
     """
@@ -47,14 +80,15 @@ def published_url(config_name: str) -> str:
     if url is None:
         raise ConfigError(
             f"mmdet publishes no weights for {config_name}; give --teacher-checkpoint, the weights of a teacher that "
-            "you have or train (crosskd.train)"
+            "you have or train (crosskd.train), or mmdet::FAMILY/NAME.py in place of `published`: one of mmdet's own "
+            "configs, of the same network, that has weights"
         )
     return str(url)
 
 
 def fetched_checkpoint(url: str) -> Path:
     """
-    The file at `url`, downloaded once into the cache ($CROSSKD_CACHE, else ~/.cache/crosskd).
+    The file at `url`, downloaded once into the cache ($CROSSKD_CACHE, else ~/.cache/crosskd) unless torch's has it.
 
     Its name must end in the first eight digits of its SHA-256, as those of mmdet's checkpoints do. It is checked each
     time, also when it is in the cache.
@@ -63,16 +97,19 @@ def fetched_checkpoint(url: str) -> Path:
         CheckpointError: it cannot be downloaded, has another hash than its name says, or has none in its name.
         PipelineError: the cache cannot be written.
     """
-    from torch.hub import download_url_to_file
+    from torch.hub import download_url_to_file, get_dir
 
     name = url.rsplit("/", 1)[-1]
-    match = re.search(r"-([0-9a-f]{8})\.pth$", name)
+    match = HASHED.search(name)
     if match is None:
         raise CheckpointError(
             f"{url} cannot be checked: expected a name that ends in -<first 8 digits of the SHA-256>.pth. Download it "
-            "yourself and give --teacher-checkpoint."
+            "yourself and give the file in place of the address."
         )
     path = cache_dir() / name
+    of_torch = Path(get_dir()) / "checkpoints" / name
+    if not path.is_file() and of_torch.is_file():
+        path = of_torch
     if path.is_file():
         digest = sha256_of(path)
         if not digest.startswith(match[1]):
@@ -93,7 +130,7 @@ def fetched_checkpoint(url: str) -> Path:
     except (OSError, HTTPException) as error:
         raise CheckpointError(
             f"cannot download {url} ({getattr(error, 'reason', None) or error}). Without a network: fetch it elsewhere "
-            f"and put it at {path}, or give --teacher-checkpoint."
+            f"and put it at {path}, or give a file of weights in its place."
         ) from error
     return path
 

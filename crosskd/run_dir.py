@@ -88,7 +88,7 @@ def check_resumed(record: dict[str, Any], run_dir: Path) -> None:
     if not path.is_file():
         return
     started = read_checked(path, RECORD_KINDS, ConfigError, "the start of a run")
-    advice = "Resume it with what it was started with, or start a new run; load_from starts one from trained weights."
+    advice = "Resume it with what it was started with, or start a new run; --from starts one from trained weights."
     if started["class_names"] != record["class_names"]:
         raise ConfigError(
             f"the run in {run_dir} was started with the classes {started['class_names']}, the data have "

@@ -12,13 +12,15 @@ import sys
 
 from crosskd.config import load_config, set_classes
 from crosskd.data import TrainingData, data_from_arguments
-from crosskd.loop.distributed import is_first_process, joined_processes
+from crosskd.loop.distributed import first_of_each_machine_first, is_first_process, joined_processes
 from crosskd.settings import check_settings
 from crosskd.training import (
     TrainingOptions,
     add_training_arguments,
     run_training,
     seed_everything,
+    set_starting_weights,
+    start_detector,
     training_options_from_arguments,
 )
 from deploy.errors import ConfigError, command
@@ -61,7 +63,11 @@ def train(config_path: str, data: TrainingData, options: TrainingOptions) -> Non
     from crosskd.models.detector import detector_from_config
 
     seed_everything(options.seed)
-    run_training(config, detector_from_config(config), data, options, "detector.pth", inputs={})
+    detector = detector_from_config(config)
+    with first_of_each_machine_first():  # weights may have to be downloaded
+        set_starting_weights(config, config_path, options)
+        inputs = start_detector(config, detector, data, options)
+    run_training(config, detector, data, options, "detector.pth", inputs)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from crosskd.config import add_override_argument, overrides_from_arguments
+from crosskd.config import add_override_argument, overrides_from_arguments, published_name
 from crosskd.data import TrainingData, add_data_arguments, set_data, write_annotations
 from crosskd.loop.distributed import is_first_process, local_rank, process_count, wait_for_all
 from crosskd.run_dir import check_resumed, save_run, set_run_dir, start_run, training_record
@@ -32,6 +32,8 @@ class TrainingOptions:
     """Where everything is written."""
     overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Dotted key of the config -> value, of --epochs and --set."""
+    start: str | None = None
+    """The weights to start from, as `crosskd.download.local_weights` takes them; None: the config's load_from."""
     resume: bool = False
     """Whether to go on from the last checkpoint in `run_dir`."""
     seed: int = 0
@@ -70,6 +72,14 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         "-o", "--output", metavar="RUN_DIR", help="folder of the run (default: runs/<name of the config>)"
     )
     add_data_arguments(parser)
+    parser.add_argument(
+        "--from",
+        dest="start",
+        metavar="WEIGHTS",
+        help="weights to start from: a file, an address, 'published' for those that mmdet publishes for CONFIG, or "
+        "mmdet::FAMILY/NAME.py for those of that config, or, under a teacher, 'teacher' for what fits of its neck and "
+        "head; what does not fit starts anew (default: load_from of the config, else what it initialises each part with)",
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in RUN_DIR")
     parser.add_argument("--seed", type=int, default=0, help="of initial weights and data order (default: 0)")
     parser.add_argument(
@@ -129,6 +139,7 @@ def training_options_from_arguments(arguments: argparse.Namespace) -> TrainingOp
     return TrainingOptions(
         run_dir=Path(arguments.output or f"runs/{Path(arguments.config).stem}"),
         overrides={**epochs, **overrides_from_arguments(arguments)},
+        start=arguments.start,
         resume=arguments.resume,
         seed=arguments.seed,
         precision=arguments.precision,
@@ -139,6 +150,48 @@ def training_options_from_arguments(arguments: argparse.Namespace) -> TrainingOp
         patience=arguments.patience,
         log_to=tuple(arguments.log_to),
     )
+
+
+def set_starting_weights(config: Any, config_name: str, options: TrainingOptions) -> None:
+    """
+    Makes `load_from` of the config the local file of the weights to start from: those of --from, else the config's own.
+
+    Raises:
+        ConfigError, CheckpointError: as `crosskd.download.local_weights`.
+    """
+    from crosskd.download import local_weights
+
+    given = config.get("load_from") or None
+    if options.start and given:
+        print(f"starting from --from {options.start}, and not from load_from of the config, {given}")
+    named = options.start or given
+    config.load_from = local_weights(named, published_name(config, config_name)) if named else None
+
+
+def start_detector(config: Any, detector: Any, data: TrainingData, options: TrainingOptions) -> dict[str, str]:
+    """
+    Gives a detector, or the student that it owns, the weights of `load_from`, if any; says where each part starts from.
+    A run that is resumed has its weights already.
+
+    Returns:
+        Name -> file of the weights, for the sidecar.
+
+    Raises:
+        CheckpointError: as `start_from_checkpoint` and `pretrained_parts`.
+    """
+    from crosskd.models.starting_weights import pretrained_parts, start_from_checkpoint
+
+    student = getattr(detector, "student", detector)
+    if config.load_from:
+        if not options.resume:
+            start_from_checkpoint(student, config.load_from, data.class_names)
+            detector.has_weights = True
+        return {"load_from": config.load_from}
+    named = pretrained_parts(student)
+    if not options.resume:
+        parts = [name for name, part in student.named_children() if any(True for _ in part.parameters())]
+        print("starting " + ", ".join(f"{name} from {named.get(name, 'random numbers')}" for name in parts))
+    return {f"pretrained_{name}": source for name, source in named.items() if Path(source).is_file()}
 
 
 def run_training(
@@ -172,7 +225,6 @@ def run_training(
     from crosskd.loop.hooks import FirstStepHook, errors_of_training
     from crosskd.loop.runner import TrainingRunner
     from crosskd.loop.teacher import check_teacher
-    from crosskd.models.starting_weights import start_from_checkpoint
 
     set_precision(config, detector, options.precision, "cuda" if torch.cuda.is_available() else "cpu")
     set_optimisation(config, options)
@@ -182,12 +234,6 @@ def run_training(
     set_reproducible(config, options.seed)
     set_data(config, data, options.run_dir)
     student = getattr(detector, "student", detector)
-    load_from = config.get("load_from")
-    if load_from and not options.resume:
-        start_from_checkpoint(student, load_from, data.class_names)
-        detector.has_weights = True
-    if load_from and Path(load_from).is_file():
-        inputs = {**inputs, "load_from": load_from}
     record = training_record(config, data, inputs)
     if options.resume:
         check_resumed(record, options.run_dir)

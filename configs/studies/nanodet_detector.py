@@ -23,6 +23,7 @@ from deploy.errors import command
 from deploy.files import replacing
 
 from mmcv.cnn import DepthwiseSeparableConvModule  # isort: skip  after crosskd, which serves what it asks for
+from mmdet.datasets import CocoDataset  # isort: skip
 from mmdet.models.dense_heads import GFLHead  # isort: skip
 from mmdet.registry import MODELS  # isort: skip
 from mmengine.model import BaseModule  # isort: skip
@@ -109,9 +110,12 @@ class NanoDetHead(GFLHead):
 
 @register_family("NanoDetHead")
 class NanoDetFamily(GFLFamily):
-    """As GFL, with one tower."""
+    """As GFL, with one tower, whose predictor gives classes and then the distributions of the sides."""
 
     towers = ("cls_convs",)
+
+    def other_rows(self, head: Any) -> int:
+        return int(head.channels[1])
 
 
 @command
@@ -124,7 +128,9 @@ def main(argv: list[str] | None = None) -> int:
     for old, new in KEYS.items():
         state = {key.replace(old, new): value for key, value in state.items()}
     with replacing(arguments.output) as temporary:
-        torch.save({"state_dict": state}, temporary)
+        torch.save(
+            {"state_dict": state, "meta": {"dataset_meta": {"classes": CocoDataset.METAINFO["classes"]}}}, temporary
+        )
     return 0
 
 

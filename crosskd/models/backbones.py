@@ -116,11 +116,18 @@ class TimmBackbone(BaseModule):
                     "backbone.pretrained to a file of them, or to False."
                 ) from error
         else:
-            source = self._features_from_file(self.pretrained)
+            source = self.features_from_file(self.pretrained)
         self.model.load_state_dict(source.state_dict())
 
-    def _features_from_file(self, path: str) -> nn.Module:
-        """timm drops what does not fit without a word, so every tensor is looked up in the file first."""
+    def features_from_file(self, path: str) -> nn.Module:
+        """
+        The feature extractor with the weights of a file of this timm model, whatever classes its classifier has.
+
+        timm drops what does not fit without a word, so every tensor is looked up in the file first.
+
+        Raises:
+            CheckpointError: as `state_of_file`, or they are of another model.
+        """
         keys = [key for key in self.model.state_dict() if not key.endswith("num_batches_tracked")]
         needed = {_flat(key.removeprefix("model.")) for key in keys}  # a ViT's have that prefix
         state = state_of_file(path, [name for name in self._names_of_whole_model() if _flat(name) in needed])

@@ -29,10 +29,13 @@ OPTIONAL = "integral.project"
 """The end of a name: a constant that mmdet registers as a buffer in some versions and not in others."""
 EMA_PREFIX = "ema_"
 """Before the names of averages, which mmdet 2 keeps beside the weights."""
-START_FROM = (
-    "To start a training from such weights, give load_from='FILE' in the config: all but what belongs to other classes "
-    "is taken."
-)
+START_FROM = "To start a training from such weights, give --from FILE: all but what belongs to other classes is taken."
+
+
+class OtherClassesError(CheckpointError):
+    """The weights of a detector do not know all the classes; as a start for a training of these they may do."""
+
+
 DTYPES = (
     torch.float16, torch.bfloat16, torch.float32, torch.float64,
     torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool,
@@ -321,7 +324,7 @@ def load_detector_weights(
     if predictor and class_names and known and tuple(class_names) != known:
         missing_classes = [name for name in class_names if name not in known]
         if missing_classes and not allow_missing_classes:
-            raise CheckpointError(
+            raise OtherClassesError(
                 f"{path} does not know the classes {missing_classes}; it knows {list(known)}. Give a checkpoint that "
                 "knows them all, or set model.distill.allow_missing_classes=True to do without."
             )
@@ -338,7 +341,7 @@ def load_detector_weights(
             class_count = (
                 len(state[key]) * head.num_classes // len(wanted[key])
             )  # several anchors a point have a class each
-            raise CheckpointError(
+            raise OtherClassesError(
                 f"{path} was trained with {class_count} classes ({key}), the data has {head.num_classes}. Give "
                 f"a checkpoint that was trained on these classes. {START_FROM}"
             )

@@ -19,7 +19,6 @@ from crosskd.models.heads import HeadFamily, HeadPass, LossCall, family_of
 from crosskd.models.methods import TapPlaces, loss_weights, methods_of_settings
 from crosskd.models.ops import register_mmcv_ops
 from deploy.errors import ConfigError, PipelineError
-from deploy.files import AnyPath
 
 register_mmcv_ops()  # before mmdet is imported, which asks for them then
 from mmcv.cnn.utils import fuse_conv_bn  # noqa: E402
@@ -110,16 +109,6 @@ class CrossKDDetector(BaseDetector):
         """Initialises the student only, unless it starts from weights: the teacher's weights come from its file."""
         if not self.has_weights:
             self.student.init_weights()
-
-    def start_from(self, weights: AnyPath, class_names: Sequence[str]) -> None:
-        """
-        Gives the student trained weights to start from.
-
-        Raises:
-            CheckpointError: as `load_detector_weights`.
-        """
-        load_detector_weights(self.student, weights, class_names)
-        self.has_weights = True
 
     def prepare_teacher(self, dtype: torch.dtype | None = None) -> None:
         """

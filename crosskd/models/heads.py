@@ -106,6 +106,10 @@ class HeadFamily:
             for handle in handles:
                 handle.remove()
 
+    def other_rows(self, head: DenseHead) -> int:
+        """How many output channels of the predictor follow those of classes, and belong to none."""
+        return 0
+
     def tap_layers(self, head: DenseHead, split: int) -> list[list[nn.Module]]:
         """Per tower, the layers whose outputs are tap `split`: one, or one for each level."""
         towers = (getattr(head, tower) for tower in self.towers)

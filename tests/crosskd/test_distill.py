@@ -13,7 +13,7 @@ import torch
 from mmdet.registry import MODELS
 from mmengine.runner import EpochBasedTrainLoop, Runner
 
-from crosskd import distill, train
+from crosskd import distill, download, train
 from crosskd.config import load_config, set_classes
 from crosskd.data import TrainingData, set_data, write_annotations
 from crosskd.training import seed_everything
@@ -152,3 +152,45 @@ def test_no_distillation_is_plain_mmdet_training_weight_for_weight(
     assert found.keys() == expected.keys()
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-6, msg=lambda m, k=key: f"{k}: {m}")
+
+
+@pytest.mark.parametrize(
+    ("start", "more", "named"),
+    [
+        ("nope.pth", [], "no such checkpoint: nope.pth"),
+        ("published", [], "mmdet publishes no weights for "),
+        ("mmdet::gfl/gfl_r50_fpn_1x_coco.py", [], "cannot download https://example.invalid/w-01234567.pth "),
+        ("detector.pth", [], "detector.pth is of another network: 0% of the backbone's parameters fit this GFL"),
+        ("teacher", ["model.distill.method=none"], "--from teacher is given with model.distill.method=none"),
+    ],
+)
+def test_bad_weights_to_start_from_leave_nothing_behind(
+    start: str, more: list[str], named: str, configs: Path, shapes_dir: Path, teacher_run: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    known = {"mmdet::gfl/gfl_r50_fpn_1x_coco.py": "https://example.invalid/w-01234567.pth"}
+    published_url = download.published_url
+    monkeypatch.setattr(download, "published_url", lambda name: known.get(name) or published_url(name))
+    monkeypatch.setenv("CROSSKD_CACHE", str(tmp_path / "cache"))
+    start = str(teacher_run / start) if start == "detector.pth" else start
+    words = [*_words(configs, shapes_dir, teacher_run, tmp_path / "run"), "--from", start]
+    assert distill.main([*words, *(["--set", *more] if more else [])]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ")
+    assert named in error
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_student_starts_from_its_teachers_head(
+    configs: Path, shapes_dir: Path, teacher_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*_words(configs, shapes_dir, teacher_run, tmp_path / "run"), "--from", "teacher"]
+    still = ["--set", "optim_wrapper.optimizer.lr=0.0", "param_scheduler=[]"]
+    assert distill.main([*words, "--teacher-images", "0", *still]) == 0
+    assert "starting from the teacher:\n  backbone: 0 of 100 tensors" in capsys.readouterr().out
+    student, teacher = (
+        torch.load(path, weights_only=True)["state_dict"]
+        for path in (tmp_path / "run" / "student.pth", teacher_run / "detector.pth")
+    )
+    for key in ("bbox_head.gfl_cls.weight", "neck.fpn_convs.0.conv.weight"):
+        assert torch.equal(student[key], teacher[key])

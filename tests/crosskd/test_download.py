@@ -9,7 +9,7 @@ import mmdet
 import pytest
 import yaml
 
-from crosskd.download import fetched_checkpoint, published_checkpoint, published_url
+from crosskd.download import fetched_checkpoint, local_weights, published_checkpoint, published_url
 from deploy.errors import CheckpointError, ConfigError
 from deploy.files import sha256_of
 
@@ -100,3 +100,32 @@ def test_a_name_without_a_hash_is_refused() -> None:
         CheckpointError, match=r"ddq_detr_swinl_30e.pth cannot be checked: expected a name that ends in"
     ):
         fetched_checkpoint("https://download.openmmlab.com/mmdetection/v3.0/ddq/ddq_detr_swinl_30e.pth")
+
+
+def test_weights_are_named_by_a_file_an_address_a_config_or_as_published(
+    served: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("crosskd.download.published_url", lambda name: asked.append(name) or served.as_uri())
+    assert local_weights("runs/teacher/detector.pth") == "runs/teacher/detector.pth"
+    assert local_weights(served.as_uri()) == str(cache / served.name)
+    assert local_weights("published", "mmdet::gfl/a.py") == local_weights("mmdet::gfl/b.py", "c.py")
+    assert asked == ["mmdet::gfl/a.py", "mmdet::gfl/b.py"]
+    assert local_weights("https://example.com/any.pth", only_with_hash=True) == "https://example.com/any.pth"
+
+
+def test_a_short_address_is_one_that_mmengine_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("crosskd.download.fetched_checkpoint", lambda url: url)
+    assert local_weights("torchvision://resnet18") == "https://download.pytorch.org/models/resnet18-f37072fd.pth"
+    with pytest.raises(ConfigError, match=r"there are no weights torchvision://resnet17; expected one of .*resnet18"):
+        local_weights("torchvision://resnet17")
+
+
+def test_what_torch_has_downloaded_already_is_taken(
+    served: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    (tmp_path / "torch" / "hub" / "checkpoints").mkdir(parents=True)
+    kept = served.rename(tmp_path / "torch" / "hub" / "checkpoints" / served.name)
+    assert fetched_checkpoint(f"https://example.com/{served.name}") == kept
+    assert not cache.exists()

@@ -90,7 +90,7 @@ def test_load_from_is_what_a_training_starts_with_and_the_sidecar_names_it(
     words = [str(configs / "gfl_tiny_teacher.py"), "--data", str(shapes_dir), "-o", str(tmp_path / "run")]
     still = ["--set", f"load_from={weights}", "optim_wrapper.optimizer.lr=0.0", "param_scheduler=[]"]
     assert train.main([*words, *still]) == 0
-    assert f"starting from {weights}: all of it" in capsys.readouterr().out
+    assert f"starting from {weights}:\n  backbone: 100 of 100 tensors" in capsys.readouterr().out
     assert read_sidecar(tmp_path / "run" / "detector.pth")["inputs"]["load_from"]["sha256"] == sha256_of(weights)
     before, after = (
         torch.load(path, weights_only=True)["state_dict"] for path in (weights, tmp_path / "run/detector.pth")

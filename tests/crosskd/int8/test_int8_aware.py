@@ -20,6 +20,7 @@ from crosskd.int8 import int8_aware
 from crosskd.models.checkpoint import read_checkpoint
 from crosskd.models.deployed import example_input
 from crosskd.models.detector import detector_from_config
+from crosskd.models.starting_weights import start_from_checkpoint
 from crosskd.run_dir import load_run
 from crosskd.training import TrainingOptions
 from deploy.contract import load_contract, read_sidecar, write_sidecar
@@ -76,7 +77,7 @@ def test_the_int8_file_is_the_same_graph_with_the_trained_ranges(run_dir: Path) 
 def test_the_student_is_a_plain_one_that_learnt(run_dir: Path, student_run: Path) -> None:
     _, student, sidecar = load_run(run_dir)
     _, before, _ = load_run(student_run)
-    assert sidecar["inputs"]["start"]["sha256"] == sha256_of(student_run / "student.pth")
+    assert sidecar["inputs"]["load_from"]["sha256"] == sha256_of(student_run / "student.pth")
     assert sidecar["inputs"]["calibrated"]["sha256"] == sha256_of(run_dir / int8_aware.START)
     assert sidecar["details"]["precision"] == "OptimWrapper"  # float32
     state, old = student.state_dict(), before.state_dict()
@@ -101,7 +102,7 @@ def test_a_run_goes_on_with_the_ranges_that_it_was_started_with(
     with pytest.raises(ConfigError, match="other ranges of INT8, or one of the two is without INT8"):
         detector.load_state_dict(state)
     weights = student_run / "student.pth"
-    detector.start_from(weights, class_names)
+    start_from_checkpoint(detector.student, weights, class_names)
     detector.quantization = int8_aware.fake_quantization_of(detector.student, run_dir / int8_aware.START, weights)
     detector.load_state_dict(state)
     assert torch.equal(detector.quantization.offsets, state["quantization.offsets"])

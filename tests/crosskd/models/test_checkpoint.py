@@ -169,7 +169,7 @@ def test_weights_of_another_detector_are_refused(build: Callable[..., Any], save
 
 
 def test_weights_for_other_classes_are_refused_with_both_counts(build: Callable[..., Any], saved: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"trained with 80 classes .* the data has 6.*load_from="):
+    with pytest.raises(CheckpointError, match=r"trained with 80 classes .* the data has 6.*--from FILE"):
         load_detector_weights(build("gfl_tiny.py", {"model.bbox_head.num_classes": 6}), saved)
 
 
