@@ -17,9 +17,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from crosskd.config import load_config, path_beside, set_classes
+from crosskd.config import load_config, path_beside, published_name, set_classes
 from crosskd.data import add_training_data_arguments, load_splits
 from crosskd.disk_space import bytes_of_models, bytes_of_training, check_disk_space
+from crosskd.download import local_weights
 from crosskd.settings import check_settings
 from deploy.commands import command_line, run_captured, run_status
 from deploy.data_arguments import add_data_argument
@@ -87,15 +88,16 @@ def main(argv: list[str] | None = None) -> int:
     with locked(options.output):
         config = load_config(options.config)
         stages = planned_stages(options, config)
-        check_before_work(options, config, stages)
+        class_names = check_before_work(options, config, stages)
+        stages[0] = with_classes_taught(stages[0], config, class_names, options.seed)
         status = run_stages(stages)
     print(f"report: {options.output / 'report.html'}")
     return status
 
 
-def check_before_work(options: PipelineOptions, config: Any, stages: list[Stage]) -> None:
+def check_before_work(options: PipelineOptions, config: Any, stages: list[Stage]) -> tuple[str, ...]:
     """
-    Asks now for all that would else come out in a later stage, after hours of training.
+    Asks now for all that would else come out in a later stage, after hours of training. Returns the data's classes.
 
     Raises:
         PipelineError: an output cannot be written, a package is missing, the data, the model or the limits will not
@@ -117,6 +119,35 @@ def check_before_work(options: PipelineOptions, config: Any, stages: list[Stage]
     if len(splits) < len(SPLITS):
         print(f"{options.data} has no test split: measured on val, which the trainings are watched on, too")
     check_space(options, config, stages, list(sets.values()))
+    return next(iter(sets.values())).class_names
+
+
+def with_classes_taught(stage: Stage, config: Any, class_names: tuple[str, ...], seed: int) -> Stage:
+    """
+    The teacher's stage; where it takes in weights that do not know all the classes, they are fine-tuned on the data in
+    its place: a teacher of other classes is never distilled from.
+
+    Args:
+        config: of the distillation, with the number of these classes.
+
+    Raises:
+        ConfigError, CheckpointError: the weights cannot be had, or are of another detector.
+    """
+    if stage.words[0] != "crosskd.adopt":
+        return stage
+    from mmdet.registry import MODELS
+
+    from crosskd.models.checkpoint import OtherClassesError, load_detector_weights
+
+    *words, flag, checkpoint = stage.words[1:]
+    assert flag == "--checkpoint", "as teacher_stage writes it"
+    path = local_weights(checkpoint, published_name(load_config(words[0]), words[0]))
+    try:
+        load_detector_weights(MODELS.build(config.model.teacher.model), path, class_names)
+    except OtherClassesError as error:
+        print(f"the teacher is fine-tuned on the data first: {str(error).split('. ')[0]}")
+        return Stage(stage.name, ["crosskd.train", *words, "--from", checkpoint, "--seed", str(seed)], stage.artefact)
+    return stage
 
 
 def check_output(output: Path, artefact: Path) -> None:
@@ -174,7 +205,12 @@ def command_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "-o", "--output", required=True, type=Path, metavar="DIR", help="folder for everything that is made"
     )
-    parser.add_argument("--teacher-checkpoint", metavar="FILE", help="weights of a teacher that is already trained")
+    parser.add_argument(
+        "--teacher-checkpoint",
+        metavar="FILE",
+        help="weights of a teacher that is already trained: a "
+        "file, an address, or 'published' for those of mmdet; fine-tuned first if they do not know all the classes",
+    )
     parser.add_argument(
         "--target",
         choices=QUANTISED_FOR,

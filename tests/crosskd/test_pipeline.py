@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mmdet.registry import MODELS
 
 from crosskd import pipeline
-from crosskd.config import load_config
+from crosskd.config import load_config, set_classes
 from crosskd.disk_space import bytes_of_training
+from crosskd.models.checkpoint import save_detector_weights
 from crosskd.pipeline import (
     PipelineOptions,
     Stage,
@@ -27,11 +29,12 @@ from crosskd.pipeline import (
     planned_stages,
     run_stages,
     start_of,
+    with_classes_taught,
 )
 from deploy.commands import run_captured
 from deploy.contract import read_sidecar, sidecar_path
 from deploy.dataset import load_coco
-from deploy.errors import ConfigError, PipelineError
+from deploy.errors import CheckpointError, ConfigError, PipelineError
 from deploy.files import read_json, sha256_of, write_json
 from deploy.freshness import write_start
 from deploy.layouts import SPLITS, split_paths
@@ -115,6 +118,35 @@ def test_a_trained_teacher_is_taken_in_instead_of_trained(configs: Path) -> None
     published = _command(_planned(ROOT / "configs" / "crosskd_gfl_r50_r101_1x_coco.py"), "teacher")
     assert published.startswith("crosskd.adopt mmdet::gfl/gfl_r101_fpn_ms-2x_coco.py")
     assert "--checkpoint https://" in published
+
+
+def test_a_teacher_of_other_classes_is_fine_tuned_before_it_teaches(
+    configs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = load_config(configs / "crosskd_tiny.py")
+    teacher = MODELS.build(config.model.teacher.model)  # of 80 classes
+    names = tuple(f"class {number}" for number in range(teacher.bbox_head.num_classes))
+    save_detector_weights(teacher, tmp_path / "t.pth", {"dataset_meta": {"classes": names}})
+    monkeypatch.setattr("crosskd.download.published_checkpoint", lambda _name: tmp_path / "t.pth")
+
+    def taught(checkpoint: str, wanted: tuple[str, ...]) -> str:
+        set_classes(config, wanted)
+        stage = _planned(configs / "crosskd_tiny.py", "--teacher-checkpoint", checkpoint)[0]
+        return " ".join(with_classes_taught(stage, config, wanted, 3).words)
+
+    common = f"{configs}/gfl_tiny_teacher.py --data D -o O/teacher"
+    assert taught("published", names[5:7]) == f"crosskd.adopt {common} --checkpoint published"
+    assert taught("published", ("class 5", "cell")) == f"crosskd.train {common} --from published --seed 3"
+    assert capsys.readouterr().out == (
+        f"the teacher is fine-tuned on the data first: {tmp_path}/t.pth does not know the classes ['cell']; it knows "
+        f"{list(names)}\n"
+    )
+    save_detector_weights(teacher, tmp_path / "t.pth", {})  # without names
+    assert taught(str(tmp_path / "t.pth"), ("cell",)).endswith(f" --from {tmp_path}/t.pth --seed 3")
+    whole = (tmp_path / "t.pth").read_bytes()
+    (tmp_path / "t.pth").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match=r"cannot read the checkpoint .*t\.pth .*truncated"):
+        taught("published", ("cell",))
 
 
 def test_a_config_without_a_teacher_is_refused(configs: Path) -> None:
