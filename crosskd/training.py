@@ -78,7 +78,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="WEIGHTS",
         help="weights to start from: a file, an address, 'published' for those that mmdet publishes for CONFIG, or "
         "mmdet::FAMILY/NAME.py for those of that config, or, under a teacher, 'teacher' for what fits of its neck and "
-        "head; what does not fit starts anew (default: load_from of the config, else what it initialises each part with)",
+        "head; what does not fit starts anew (default: load_from of the config, else what that initialises with)",
     )
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in RUN_DIR")
     parser.add_argument("--seed", type=int, default=0, help="of initial weights and data order (default: 0)")
