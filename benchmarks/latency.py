@@ -9,7 +9,7 @@ the device and back, inference, post-processing. Reading the image file is timed
 runs are excluded and every sample is kept. torch, ONNX Runtime, OpenVINO and TensorRT go through one loop with the same
 images.
 
-What speaks against comparing a result with others is said in it: runs that scatter, clocks that move, a device that
+What speaks against comparing a result with others is said in it: runs of one image that scatter, clocks that move, a device that
 throttled, a machine that others kept busy before it began.
 
 An ONNX file needs onnx and onnxruntime, or openvino with --runtime openvino; an engine TensorRT; a run directory the
@@ -20,13 +20,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import statistics
 import sys
 from typing import Any, Dict, List, Mapping, Optional
 
 import cv2
 
 from benchmarks.measuring.detection import open_detection
-from benchmarks.measuring.result import STAGES, STATISTICS, summarize, write_result
+from benchmarks.measuring.result import STAGES, STATISTICS, samples_by_image, summarize, write_result
 from benchmarks.measuring.subject import (
     SPLIT,
     Subject,
@@ -100,13 +101,19 @@ def _measure(subject: Subject, data: CocoSet, options: LatencyOptions) -> Dict[s
     return numbers
 
 
-def _print(role: str, numbers: Mapping[str, Any], runs: int) -> None:
+def _print(role: str, numbers: Mapping[str, Any], images: int) -> None:
+    totals = numbers["samples_ms"]["total"]
     pace = "" if numbers["fps"] is None else f" at {numbers['fps']:g} frames/s, {numbers['late_frames']} late"
-    print(f"{role}, {numbers['description']}, {runs} runs{pace} after {numbers['warmup_runs']} of warm-up")
+    print(f"{role}, {numbers['description']}, {len(totals)} runs{pace} after {numbers['warmup_runs']} of warm-up")
     for stage in STAGES:
         summary = numbers["summary_ms"][stage]
         if summary is not None:
             print(f"{stage:>14}: " + ", ".join(f"{name} {summary[name]:.2f}" for name in STATISTICS) + " ms")
+    medians = [statistics.median(own) for own in samples_by_image(totals, images)]
+    print(
+        f"{'by image':>14}: median {min(medians):.2f} to {max(medians):.2f} ms; runs of the same image scatter by "
+        f"{100 * numbers['spread']:.0f} %"
+    )
     memory = [f"{part[:-5]} {mib:.0f} MiB" for part, mib in numbers["memory_mib"].items() if mib is not None]
     if memory:
         print(f"{'peak memory':>14}: " + ", ".join(memory))
@@ -141,7 +148,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     result = begin_result("latency", subject, data, role, min(IMAGES, len(data.images)))
     result["numbers"] = numbers = _measure(subject, data, options)
     write_result(arguments.output, result, subject.inputs(data))
-    _print(role, numbers, options.runs)
+    _print(role, numbers, result["data"]["images"])
     return 0
 
 

@@ -26,6 +26,7 @@ from benchmarks.reporting.document import (
     group_results,
     report_from_results,
     role_to_ship,
+    teacher_of_accuracy,
 )
 from benchmarks.reporting.figures import distribution_from_samples
 from benchmarks.reporting.junit import junit_from_limits
@@ -126,7 +127,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     read = [(path, read_result(path)) for path in arguments.results]
     groups = group_results(read)
     ship = role_to_ship(list(groups), arguments.ship)
-    detections = detections_of_roles(read, ["teacher", ship, "student", *SHIPPED_FORMS])
+    detections = detections_of_roles(read, [teacher_of_accuracy(groups), ship, "student", *SHIPPED_FORMS])
     report = report_from_results(arguments.results, groups, detections, ship, allowed)
     data = report["data"]
     pictures, notes = gallery_from_report(
@@ -143,7 +144,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         distribution=distribution_from_samples(
             {title: result["numbers"]["samples_ms"]["total"] for title, result in timed.items()}
         ),
-        curves=curves_from_groups(groups, ship),
+        curves=curves_from_groups(groups, report["teacher"], ship),
         gallery=pictures,
     )
     for path, text in ((html, page), (markdown, render(report, "report.md.jinja"))):

@@ -57,6 +57,8 @@ class PipelineOptions:
     """Refuse annotations with any box of no use."""
     drop_empty_classes: bool = False
     """Leave out the classes that have no box in any split."""
+    no_teacher_export: bool = False
+    """Measure the teacher in torch alone: then no speed-up can be told."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,6 +189,8 @@ def check_space(options: PipelineOptions, config: Any, stages: list[Stage], sets
     annotation_bytes = sum(Path(one.annotations_path).stat().st_size for one in sets[:2])
     measured = sum(stage.words[0] == "benchmarks.accuracy" for stage in stages)
     needed = [bytes_of_models(student, measured, len(sets[-1].images))]
+    if not options.no_teacher_export:
+        needed.append(bytes_of_models(teacher, 0, 0))
     for stage in stages:
         if stage.is_training:
             is_teacher = stage.name == "teacher"
@@ -220,6 +224,8 @@ def command_parser() -> argparse.ArgumentParser:
     parser.add_argument("--limits", metavar="FILE", help="TOML file of limits for the verdict, see benchmarks.report "
                         "(default: the config's report_limits)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of the trainings (%(default)s)")
+    parser.add_argument("--no-teacher-export", action="store_true", help="for a teacher that cannot be exported: "
+                        "measure it in torch alone, so that no speed-up is told")  # fmt: skip
     return parser
 
 
@@ -228,19 +234,15 @@ def planned_stages(options: PipelineOptions, config: Any) -> list[Stage]:
     The stages in order.
 
     Raises:
-        ConfigError: the config is no distillation, or its student cannot be exported.
+        ConfigError: the config is no distillation, or its student or its teacher cannot be exported.
     """
-    import crosskd.models.families  # noqa: F401  registers them
-    from crosskd.models.heads import heads_with_decoder
-
     if config.model.type != "CrossKDDetector":
         raise ConfigError(f"{options.config}: model.type is {config.model.type}; expected CrossKDDetector")
-    head = config.model.student.bbox_head.type
-    if head not in heads_with_decoder():  # said before hours of training
-        raise ConfigError(
-            f"{options.config}: the student's head is a {head}, which cannot be exported; expected "
-            f"one of {', '.join(heads_with_decoder())}. To train it, run crosskd.distill."
-        )
+    check_head(options.config, "student", config.model.student.bbox_head.type, "To train it, run crosskd.distill")
+    teacher_model = config.model.teacher.get("model", {})
+    if teacher_model and not options.no_teacher_export:
+        head = teacher_model.get("bbox_head", {}).get("type", "two-stage one")
+        check_head(options.config, "teacher", head, "Without it, and without a speed-up: --no-teacher-export")
     out, data, seed = options.output, options.data, str(options.seed)
     strict = ["--strict"] if options.strict else []
     measured = ["--data", data, *strict]
@@ -253,6 +255,15 @@ def planned_stages(options: PipelineOptions, config: Any) -> list[Stage]:
         stages.append(Stage(name, [str(word) for word in words], artefact))
         return artefact
 
+    teacher_forms: dict[str, Path] = {}
+    if not options.no_teacher_export:  # before hours of training, since it may fail
+        teacher_onnx = add("export teacher", out / "teacher.onnx", "deploy.export", teacher, "-o", out / "teacher.onnx")
+        if options.target == "tensorrt":
+            engine = out / "teacher-engine-fp16.engine"
+            words = ("deploy.build_trt", teacher_onnx, "--fp16", "-o", engine)
+            teacher_forms["teacher-engine-fp16"] = add("build teacher-engine-fp16", engine, *words)
+        else:
+            teacher_forms["teacher-onnx-fp32"] = teacher_onnx
     training = (*data_words(options), "--seed", seed)
     add("baseline", baseline / "detector.pth", "crosskd.train", options.config, *training, "-o", baseline)
     add(
@@ -264,7 +275,8 @@ def planned_stages(options: PipelineOptions, config: Any) -> list[Stage]:
         "quantise", out / "student.int8.onnx", "calibration.quantize", onnx, "--data", data,
         *strict, "--target", options.target, "-o", out / "student.int8.onnx",
     )  # fmt: skip
-    models = {"teacher": teacher, "baseline": baseline, "student": student, "onnx-fp32": onnx, "onnx-int8": int8}
+    models = {"teacher": teacher, **teacher_forms, "baseline": baseline, "student": student}
+    models.update({"onnx-fp32": onnx, "onnx-int8": int8})
     if options.target == "tensorrt":
         for role, source, flag in (("engine-fp16", onnx, "--fp16"), ("engine-int8", int8, "--int8")):
             models[role] = add(
@@ -286,6 +298,18 @@ def planned_stages(options: PipelineOptions, config: Any) -> list[Stage]:
     )
     add("report", out / "report.json", "benchmarks.report", *results, *limits, "-o", out / "report.html")
     return stages
+
+
+def check_head(config: str, role: str, head: str, remedy: str) -> None:
+    """Raises ConfigError, before hours of training, for a detector that cannot be exported."""
+    import crosskd.models.families  # noqa: F401  registers them
+    from crosskd.models.heads import heads_with_decoder
+
+    if head not in heads_with_decoder():
+        raise ConfigError(
+            f"{config}: the {role}'s head is a {head}, which cannot be exported; expected one of "
+            f"{', '.join(heads_with_decoder())}. {remedy}"
+        )
 
 
 def data_words(options: PipelineOptions) -> list[str]:

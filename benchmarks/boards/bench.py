@@ -15,7 +15,7 @@ import hashlib
 import json
 import time
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Sequence
 
 import numpy as np
 
@@ -63,9 +63,7 @@ def bench(folder: Path, words: Optional[List[str]] = None) -> int:
             for golden in bundle.golden_inputs()
         ]
         samples = samples_from_session(session, inputs, arguments.runs, arguments.warmup)
-        numbers = numbers_of_bench(
-            samples, session.description, threads, model.target.on_gpu, arguments.warmup, len(inputs[0])
-        )
+        numbers = numbers_of_bench(samples, session.description, threads, model.target.on_gpu, arguments.warmup, inputs)
     result = {
         "kind": "latency",
         "role": arguments.role or model.role,
@@ -129,19 +127,24 @@ def samples_from_session(session: Session, inputs: List[np.ndarray], runs: int, 
 
 
 def numbers_of_bench(
-    samples: Samples, description: str, threads: Optional[int], on_gpu: bool, warmup: int, images: int
+    samples: Samples,
+    description: str,
+    threads: Optional[int],
+    on_gpu: bool,
+    warmup: int,
+    inputs: Sequence[np.ndarray],
 ) -> Dict[str, Any]:
     """
     The `numbers` of a result file (`benchmarks.measuring.result`, kind latency). What was not measured is None.
 
     Args:
         threads: of the CPU; None for what runs on a GPU.
-        images: in each run.
+        inputs: which took turns.
     """
-    numbers = numbers_from_samples(samples, description, threads)
+    numbers = numbers_from_samples(samples, description, threads, len(inputs))
     reasons = [NETWORK_ALONE, *(Reason("clocks", text) for text in clock_reasons(on_gpu))]
-    if images != 1:
-        reasons.append(Reason("batch", f"each run takes {images} images"))
+    if len(inputs[0]) != 1:
+        reasons.append(Reason("batch", f"each run takes {len(inputs[0])} images"))
     return {
         **numbers,
         **numbers_from_reasons(reasons + reasons_from_spread(numbers["spread"])),

@@ -100,19 +100,24 @@ def bounds_of_draws(values: np.ndarray, confidence: float = 0.95) -> Tuple[float
     return float(values[0]), float(low), float(high)
 
 
-def resampled_percentile(samples: Sequence[float], percentile: float, seed: int, resamples: int = 1000) -> np.ndarray:
+def resampled_percentile(
+    groups: Sequence[np.ndarray], percentile: float, seed: int, resamples: int = 1000
+) -> np.ndarray:
     """
-    (1 + resamples,), float64: a percentile of the samples as they are, then of each draw of as many with replacement.
+    (1 + resamples,), float64: a percentile of all samples as they are, then of each draw of as many with replacement.
 
     Runs are drawn as if each stood alone; where the load drifts, the truth is less sure than these draws say.
+
+    Args:
+        groups: samples of each image; a draw has as many of each, since the images are those that were chosen.
     """
-    values = np.asarray(samples, np.float64)
     generator = np.random.default_rng(seed)
-    drawn = [
-        np.percentile(generator.choice(values, (min(CHUNK, resamples - start), len(values))), percentile, axis=1)
-        for start in range(0, resamples, CHUNK)
-    ]
-    return np.concatenate([[np.percentile(values, percentile)], *drawn])
+    drawn = []
+    for start in range(0, resamples, CHUNK):
+        count = min(CHUNK, resamples - start)
+        draw = np.concatenate([generator.choice(own, (count, len(own))) for own in groups], axis=1)
+        drawn.append(np.percentile(draw, percentile, axis=1))
+    return np.concatenate([[np.percentile(np.concatenate(groups), percentile)], *drawn])
 
 
 @dataclasses.dataclass(frozen=True)

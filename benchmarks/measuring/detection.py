@@ -34,10 +34,12 @@ class Detection:
     Attributes:
         description: what runs it where, in words.
         on_gpu: whether the network runs on a GPU.
+        images: how many images take turns.
     """
 
     description: str
     on_gpu: bool
+    images: int
 
     def run(self, number: int) -> Times:
         """The milliseconds of each stage, and in `total` from the decoded image to its detections."""
@@ -54,7 +56,7 @@ class SessionDetection(Detection):
     def __init__(
         self, session: Session, pixels: Sequence[np.ndarray], on_gpu: bool, before_mib: Optional[float]
     ) -> None:
-        self.description, self.on_gpu = session.description, on_gpu
+        self.description, self.on_gpu, self.images = session.description, on_gpu, len(pixels)
         self._session, self._pixels, self._before_mib = session, pixels, before_mib
 
     def run(self, number: int) -> Times:
@@ -90,6 +92,7 @@ class TorchDetection(Detection):
     def __init__(self, run_dir: Path, images: Sequence[Path], threads: Optional[int]) -> None:
         words = [str(run_dir), *map(str, images)] + (["--threads", str(threads)] if threads is not None else [])
         self._message = ""
+        self.images = len(images)
         self._process: Any = start(
             process_words("crosskd.workers.time_detector", *words),
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace",

@@ -8,7 +8,8 @@ Versioned result files: what was measured, of which file, on which images, where
    result that holds them, in place of `samples`; `numbers` also has `best_f1`, `best_f1_per_class`, `found_scores`,
    `pr_curves`, `bootstrap` and `against`. Latency: the stages `read`, `host_to_device` and `device_to_host`, null where
    a runtime has none; the statistics `p95` and `max`; whether runs compare, memory, power, throughput.
-   Later files of it have `comparable_codes` beside `comparable_reasons`.
+   Later files of it have `comparable_codes` beside `comparable_reasons`; their `spread` is that of the repetitions of
+   each image, where it was that of all runs.
 """
 
 from __future__ import annotations
@@ -27,10 +28,14 @@ STAGES = ("read", "preprocess", "host_to_device", "inference", "device_to_host",
 """Of a detection. `total` is all of it but for `read`, from the decoded image to the detections."""
 STATISTICS = ("median", "mean", "p90", "p95", "p99", "max")
 LEAST_RUNS = 10
+LEAST_REPETITIONS = 5
+"""Runs of an image for it to be looked at by itself."""
 UNSTABLE = "unstable"
 """Code of a reason: runs that scatter, which the bounds of a number say already."""
 UNSTABLE_SPREAD = 0.1
-"""Interquartile range over median above which a run is called unstable (as torch.utils.benchmark does)."""
+"""Interquartile range over median above which a run is called unstable (as torch.utils.benchmark does).
+
+Of repetitions: that one image has more candidates than another, and takes longer, says nothing against the machine."""
 
 
 class Reason(NamedTuple):
@@ -176,18 +181,19 @@ def check_result(document: Any, path: AnyPath) -> None:
 
 
 def numbers_from_samples(
-    samples: Mapping[str, Sequence[float]], description: str, threads: Optional[int]
+    samples: Mapping[str, Sequence[float]], description: str, threads: Optional[int], images: int
 ) -> Dict[str, Any]:
     """
     What the `numbers` of a latency result say of its samples; a stage that has none is None.
 
     Args:
         samples: stage -> milliseconds of each run. threads: of the CPU; None for what runs on a GPU.
+        images: how many took turns in the runs.
     """
     samples_ms = {
         stage: [round(value, 4) for value in samples[stage]] if stage in samples else None for stage in STAGES
     }
-    spread_of_total = relative_spread(samples["total"])
+    spread_of_total = repetition_spread(samples["total"], images)
     return {
         "summary_ms": {stage: summarize(values) if values else None for stage, values in samples_ms.items()},
         "stable": spread_of_total <= UNSTABLE_SPREAD,
@@ -199,11 +205,11 @@ def numbers_from_samples(
 
 
 def reasons_from_spread(spread: float) -> List[Reason]:
-    """The reason against comparing runs of this `relative_spread`, if they scatter too much."""
+    """The reason against comparing runs of this `repetition_spread`, if they scatter too much."""
     if spread <= UNSTABLE_SPREAD:
         return []
     wide = f"the interquartile range is {100 * spread:.0f} % of the median, above {100 * UNSTABLE_SPREAD:.0f} %"
-    return [Reason(UNSTABLE, f"it is unstable: {wide}")]
+    return [Reason(UNSTABLE, f"it is unstable: {wide}, in runs of the same image")]
 
 
 def numbers_from_reasons(reasons: Sequence[Reason]) -> Dict[str, Any]:
@@ -256,6 +262,22 @@ def summarize(samples_ms: Sequence[float]) -> Dict[str, float]:
     """Median, mean, 90th, 95th and 99th percentile (linear between samples, numpy's default) and maximum, in ms."""
     median, p90, p95, p99 = np.percentile(samples_ms, [50, 90, 95, 99]).tolist()
     return dict(zip(STATISTICS, (median, float(np.mean(samples_ms)), p90, p95, p99, float(max(samples_ms)))))
+
+
+def samples_by_image(samples_ms: Sequence[float], images: int) -> List[np.ndarray]:
+    """
+    The samples of each image, where `images` took turns.
+
+    With fewer than LEAST_REPETITIONS of each, nothing can be said of an image alone, and all count as one.
+    """
+    values_ms = np.asarray(samples_ms, np.float64)
+    groups = images if 0 < LEAST_REPETITIONS * images <= len(values_ms) else 1
+    return [values_ms[first::groups] for first in range(groups)]
+
+
+def repetition_spread(samples_ms: Sequence[float], images: int) -> float:
+    """`relative_spread` of the repetitions of the same image: of each sample over the median of its image."""
+    return relative_spread(np.concatenate([own / np.median(own) for own in samples_by_image(samples_ms, images)]))
 
 
 def relative_spread(samples_ms: Sequence[float]) -> float:

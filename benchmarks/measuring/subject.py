@@ -18,8 +18,14 @@ from deploy.targets import SUFFIXES, TARGETS, Target, add_runtime_argument, targ
 T = TypeVar("T")
 SPLIT = "test"
 """Of a data folder, what is measured on."""
+TEACHER = "teacher"
+TEACHER_FORMS = {
+    f"{TEACHER}-{role.name}": f"Teacher, {role.title}" for target in TARGETS.values() for role in target.roles
+}
+"""Role -> title of the teacher on the runtimes that the student may run on."""
 ROLES = {
-    "teacher": "Teacher",
+    TEACHER: "Teacher",
+    **TEACHER_FORMS,
     "baseline": "Student without distillation",
     "student": "Distilled student",
     **{role.name: role.title for target in TARGETS.values() for role in target.roles},
@@ -67,8 +73,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_set_arguments(parser, SPLIT, "to measure on")
     add_runtime_argument(parser)
-    parser.add_argument("--role", help=f"what the model is in the report: {', '.join(ROLES)}, or a name of your own "
-                        "(default: the name of the file or run directory)")  # fmt: skip
+    named = [role for role in ROLES if role not in TEACHER_FORMS]
+    parser.add_argument("--role", help=f"what the model is in the report: {', '.join(named)}; {TEACHER}-{named[-1]} "
+                        "and the like for the teacher in that form; or a name of your own (default: the name of the "
+                        "file or run directory)")  # fmt: skip
     parser.add_argument("-o", "--output", required=True, metavar="FILE", help="result file to write: X.result.json")
 
 
@@ -132,7 +140,7 @@ def check_fits(contract: ModelContract, data: CocoSet, subject: Subject) -> None
 def check_role(role: str, subject: Subject) -> None:
     """Raises ConfigError if `role` is that of a file on another runtime than the one that is to run it."""
     for target in TARGETS.values():
-        of_target = role in [known.name for known in target.roles]
+        of_target = role in [prefix + known.name for known in target.roles for prefix in ("", f"{TEACHER}-")]
         if of_target and subject.target not in (None, target) and target.suffix == subject.path.suffix:
             raise ConfigError(
                 f"--role is {role}, what runs on {target.title}; {subject.path} is to run on {subject.runtime}: add "

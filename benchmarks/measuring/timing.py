@@ -43,7 +43,7 @@ from deploy.progress import progress
 
 WARMUP_WINDOW = 5
 WARMUP_AGREEMENT = 0.05
-"""Warm-up ends when the medians of its last two windows of runs differ by no more than this part."""
+"""Warm-up ends when the medians of its last two windows of runs, each of the same images, differ by no more."""
 LEAST_WARMUP_S = 1.0
 """A GPU takes this long to raise its clocks, whatever the number of runs; NVML averages its power over as long."""
 REST_S = 1.0
@@ -123,17 +123,18 @@ class Pace:
         return now_s > due_s
 
 
-def warm_up(run: Callable[[int], Times], pace: Pace, most_s: float) -> Tuple[int, bool]:
-    """(runs made, whether they became stable), after `most_s` seconds at most; see WARMUP_AGREEMENT."""
+def warm_up(run: Callable[[int], Times], pace: Pace, most_s: float, images: int) -> Tuple[int, bool]:
+    """(runs made, whether they became stable), after `most_s` seconds at most; `images` take turns."""
+    window = images * math.ceil(WARMUP_WINDOW / images)
     start = time.perf_counter()
     totals: List[float] = []
     while time.perf_counter() - start < most_s:
         pace.wait()
         totals.append(run(len(totals))["total"])
-        if len(totals) < 2 * WARMUP_WINDOW or time.perf_counter() - start < LEAST_WARMUP_S:
+        if len(totals) < 2 * window or time.perf_counter() - start < LEAST_WARMUP_S:
             continue
-        older = statistics.median(totals[-2 * WARMUP_WINDOW : -WARMUP_WINDOW])
-        newer = statistics.median(totals[-WARMUP_WINDOW:])
+        older = statistics.median(totals[-2 * window : -window])
+        newer = statistics.median(totals[-window:])
         if abs(newer - older) <= WARMUP_AGREEMENT * older:
             return len(totals), True
     return len(totals), False
@@ -221,7 +222,7 @@ def measure(detection: Detection, options: LatencyOptions, gpu_before_mib: Optio
         if watch.power is not None:
             time.sleep(IDLE_S)
         throttled, warm_up_s = throttle_count(), time.perf_counter()
-        warmup_runs, warm = warm_up(detection.run, Pace(options.fps), options.max_warmup_s)
+        warmup_runs, warm = warm_up(detection.run, Pace(options.fps), options.max_warmup_s, detection.images)
         start_s = time.perf_counter()
         samples, late = take_samples(detection.run, Pace(options.fps), options.runs)
         end_s = time.perf_counter()
@@ -233,7 +234,7 @@ def measure(detection: Detection, options: LatencyOptions, gpu_before_mib: Optio
         # With the reading behind the last run, since a short one has none of its own.
         clocks, slowdowns = (monitor.between(name, start_s, math.inf) for name in ("clock_mhz", "slowdowns"))
         used_mib = monitor.between("used_mib", warm_up_s, math.inf)
-    numbers = numbers_from_samples(samples, detection.description, options.threads)
+    numbers = numbers_from_samples(samples, detection.description, options.threads, detection.images)
     reasons = [Reason("clocks", text) for text in clock_reasons(detection.on_gpu)] + gpu_reasons(clocks, slowdowns)
 
     def add(code: str, text: str) -> None:

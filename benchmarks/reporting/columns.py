@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Callable, NamedTuple, Optional, Tuple
+from typing import Callable, NamedTuple, Optional, Sequence, Tuple
 
 from benchmarks.measuring.coco import METRICS
 from benchmarks.measuring.result import STATISTICS
 from benchmarks.reporting.verdict import ReportRow, latency_ms
 from benchmarks.reporting.wording import (
+    UNKNOWN,
     count,
     decimals,
     mib,
@@ -75,8 +76,7 @@ TABLES: Tuple[Tuple[str, str, str, Tuple[Column, ...]], ...] = (
                lambda row: _bounds(row, "median_ms", ms)),
         Column("p99, ms", lambda row: ms(_estimate(row, "p99_ms")), lambda row: _estimate(row, "p99_ms"),
                lambda row: _bounds(row, "p99_ms", ms)),
-        Column("speed-up", lambda row: times(row["speedup"]), lambda row: row["speedup"],
-               lambda row: _bounds(row, "speedup", times)),
+        Column("speed-up", lambda row: times(row["speedup"]), lambda row: row["speedup"], lambda row: _speedup_bounds(row)),
         _SIZE,
     )),
     ("accuracy", "Accuracy in detail", "measured", (
@@ -92,6 +92,7 @@ TABLES: Tuple[Tuple[str, str, str, Tuple[Column, ...]], ...] = (
     ("latency", "Latency and cost in detail", "timed", (
         *(_stage(name, "total", name) for name in STATISTICS),
         _stage("inference median", "inference", "median"),
+        Column("by image", lambda row: _range_ms(row["by_image_ms"]), lambda row: (row["by_image_ms"] or [None])[-1]),
         Column("memory, MiB", lambda row: decimals(_estimate(row, "memory_mib"), 0),
                lambda row: _estimate(row, "memory_mib")),
         Column("energy, mJ", lambda row: decimals(_estimate(row, "energy_mj"), 1),
@@ -100,6 +101,15 @@ TABLES: Tuple[Tuple[str, str, str, Tuple[Column, ...]], ...] = (
     )),
 )  # fmt: skip
 """(id, title, which rows, columns) of each table of models."""
+
+
+def _speedup_bounds(row: ReportRow) -> str:
+    bounds = _bounds(row, "speedup", times)
+    return f"{bounds}, against {row['speedup_against']}" if bounds else ""
+
+
+def _range_ms(values_ms: Optional[Sequence[float]]) -> str:
+    return UNKNOWN if values_ms is None else f"{ms(values_ms[0])} to {ms(values_ms[-1])}"
 
 
 def _best(row: ReportRow, name: str) -> Optional[float]:

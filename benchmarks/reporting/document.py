@@ -12,8 +12,8 @@ from benchmarks.measuring.bootstrap import bounds_of_draws, resampled_percentile
 from benchmarks.measuring.coco import METRICS
 from benchmarks.measuring.detections import Boxes, boxes_by_image, read_detections
 from benchmarks.measuring.environment import VARYING
-from benchmarks.measuring.result import check_same_data, reasons_from_numbers
-from benchmarks.measuring.subject import ROLES
+from benchmarks.measuring.result import UNSTABLE, check_same_data, reasons_from_numbers, samples_by_image
+from benchmarks.measuring.subject import ROLES, TEACHER, TEACHER_FORMS
 from benchmarks.reporting.ladder import RUNGS, faults, movement
 from benchmarks.reporting.operating_point import comparison
 from benchmarks.reporting.verdict import Estimate, ReportRow, judge, verdict_from_limits
@@ -25,7 +25,11 @@ from deploy.files import AnyPath
 from deploy.targets import TARGETS
 
 REPORT_VERSION = 2
-MADE_FROM = {"student": "teacher", **{role: parent for role, parent, _ in RUNGS}}
+MADE_FROM = {
+    "student": TEACHER,
+    **{role: parent for role, parent, _ in RUNGS},
+    **{f"{TEACHER}-{role}": TEACHER if parent == "student" else f"{TEACHER}-{parent}" for role, parent, _ in RUNGS},
+}
 """Role -> the role whose file it is made from."""
 SHIPPED_FORMS = tuple(role for role, _, _ in RUNGS)
 """Roles that are the distilled student in another form."""
@@ -36,6 +40,12 @@ INT8_PAIRS = tuple(
     for target in sorted(TARGETS.values(), key=lambda target: (target.signed is None, not target.on_gpu))
 )
 """What INT8 is compared with, to see whether it is worth it: the first pair that was measured."""
+MACHINE_FACTS = ("machine", "cpu", "gpu", "nvpmodel")
+CLOCK_FACTS = (
+    "cpu_governor", "cpu_clock_min_mhz", "cpu_clock_max_mhz", "cpu_turbo", "gpu_clock_min_mhz", "gpu_clock_max_mhz",
+    "gpu_power_limit_w",
+)  # fmt: skip
+"""Of a result's environment, what two latencies must share to be compared."""
 INT8_LOSS_POINTS = 1.0
 """The AP that INT8 may cost to be called worth it: a choice of this project; --max-ap-drop is the user's own."""
 
@@ -88,8 +98,7 @@ def detections_of_roles(read: Sequence[ReadResult], roles: Sequence[str]) -> Dic
 
 def rows_from_groups(groups: Mapping[str, Results]) -> List[ReportRow]:
     """One row per role. AP as fractions, latency in ms; None where a result is missing."""
-    teacher = groups.get("teacher", {})
-    rows = [_row(role, group, teacher, seed) for seed, (role, group) in enumerate(groups.items(), start=1)]
+    rows = [_row(role, groups, seed) for seed, role in enumerate(groups, start=1)]
     by_role = {row["role"]: row for row in rows}
     alone, distilled = (by_role[role]["AP"] if role in by_role else None for role in ("baseline", "student"))
     for row in rows:
@@ -100,19 +109,65 @@ def rows_from_groups(groups: Mapping[str, Results]) -> List[ReportRow]:
     return rows
 
 
-def setting_of(result: Mapping[str, Any]) -> Tuple[Any, ...]:
-    """Machine, CPU, GPU, power mode, mode and pace: what two latencies must share to be compared."""
-    facts = [result["environment"].get(key) for key in ("machine", "cpu", "gpu", "nvpmodel")]
-    return (*map(str, facts), result["numbers"]["mode"], result["numbers"]["fps"])
+def setting_of(result: Mapping[str, Any]) -> Dict[str, Any]:
+    """Fact -> value of what two latencies must share for one to be called so many times as fast as the other."""
+    model, environment, numbers = (result[key] for key in ("model", "environment", "numbers"))
+    runtime = model.get("runtime") or model["format"]
+    return {
+        "runtime": f"{runtime} {result['versions'].get(runtime, '')}".strip(),
+        **{key: environment.get(key) for key in (*MACHINE_FACTS, *CLOCK_FACTS)},
+        **{key: numbers[key] for key in ("threads", "mode", "fps")},
+    }
 
 
-def _row(role: str, group: Results, teacher: Results, seed: int) -> ReportRow:
+def teacher_of_accuracy(groups: Mapping[str, Results]) -> str:
+    """The role whose detections the others are compared with: the teacher's, or its form that was measured."""
+    forms = [role for role in (TEACHER, *TEACHER_FORMS) if "accuracy" in groups.get(role, {})]
+    return (forms or [TEACHER])[0]
+
+
+def teacher_of_latency(role: str, groups: Mapping[str, Results]) -> Tuple[Optional[str], Optional[str]]:
+    """
+    (the teacher's role that `role` is so many times as fast as, why that is in doubt or why there is none).
+
+    Of the forms that were timed in the same setting that of the same precision counts, else the first. Both are None
+    for the teacher itself, and without its latency.
+    """
+    timed = [form for form in (TEACHER, *TEACHER_FORMS) if "latency" in groups.get(form, {})]
+    if role in (TEACHER, *TEACHER_FORMS) or not timed or "latency" not in groups[role]:
+        return None, None
+    setting = setting_of(groups[role]["latency"])
+    differences = {
+        form: [key for key, value in setting_of(groups[form]["latency"]).items() if value != setting[key]]
+        for form in timed
+    }
+    same = [form for form, keys in differences.items() if not keys]
+    if not same:
+        nearest = min(timed, key=lambda form: len(differences[form]))
+        other, keys = setting_of(groups[nearest]["latency"]), differences[nearest]
+        those, these = (", ".join(f"{key} {values[key]}" for key in keys) for values in (other, setting))
+        return None, f"the teacher was timed with {those}, this model with {these}"
+    form = f"{TEACHER}-{role}" if f"{TEACHER}-{role}" in same else same[0]
+    reasons = reasons_from_numbers(groups[form]["latency"]["numbers"])
+    biased = [reason.text for reason in reasons if reason.code != UNSTABLE]
+    return form, f"the teacher's latency is not comparable: {biased[0]}" if biased else None
+
+
+def _totals_ms(result: Mapping[str, Any]) -> List[np.ndarray]:
+    """The samples of each image of a latency result."""
+    return samples_by_image(result["numbers"]["samples_ms"]["total"], result["data"]["images"])
+
+
+def _row(role: str, groups: Mapping[str, Results], seed: int) -> ReportRow:
+    group, teacher = groups[role], teacher_of_accuracy(groups)
     model = next(iter(group.values()))["model"]
     accuracy, latency = (group[kind]["numbers"] if kind in group else {} for kind in ("accuracy", "latency"))
     against: Dict[str, Any] = {}
-    if accuracy and "accuracy" in teacher and group is not teacher:
-        against = comparison(accuracy, teacher["accuracy"]["numbers"])
-    estimates = _estimates(accuracy, latency, against, teacher if group is not teacher else {}, seed)
+    if accuracy and role != teacher and "accuracy" in groups.get(teacher, {}):
+        against = comparison(accuracy, groups[teacher]["accuracy"]["numbers"])
+    slower, doubt = teacher_of_latency(role, groups)
+    estimates = _estimates(group, against, groups[slower]["latency"] if slower else None, seed)
+    medians_ms = [float(np.median(samples)) for samples in _totals_ms(group["latency"])] if latency else []
     return {
         "role": role,
         "title": ROLES.get(role, role),
@@ -126,9 +181,9 @@ def _row(role: str, group: Results, teacher: Results, seed: int) -> ReportRow:
         "best_f1": accuracy.get("best_f1"),
         **{name: against.get(name) for name in ("score_shift", "lost", "gained")},
         "speedup": estimates["speedup"].value if estimates["speedup"] else None,
-        "same_setting": "latency" not in group
-        or "latency" not in teacher
-        or setting_of(group["latency"]) == setting_of(teacher["latency"]),
+        "speedup_against": ROLES.get(slower) if slower else None,
+        "doubts": {"speedup": doubt} if doubt else {},
+        "by_image_ms": [min(medians_ms), max(medians_ms)] if len(medians_ms) > 1 else None,
         "latency_ms": latency.get("summary_ms"),
         **{
             name: latency.get(name)
@@ -148,24 +203,30 @@ def _row(role: str, group: Results, teacher: Results, seed: int) -> ReportRow:
 
 
 def _estimates(
-    accuracy: Mapping[str, Any], latency: Mapping[str, Any], against: Mapping[str, Any], teacher: Results, seed: int
+    group: Results, against: Mapping[str, Any], slower: Optional[Mapping[str, Any]], seed: int
 ) -> Dict[str, Optional[Estimate]]:
-    """What limits are set on, each with its bounds; None where it was not measured."""
+    """
+    What limits are set on, each with its bounds; None where it was not measured.
+
+    Args:
+        against: the comparison of its detections with the teacher's.
+        slower: the teacher's latency result that the speed-up is against.
+    """
     found: Dict[str, Optional[Estimate]] = dict.fromkeys(
         ("AP", "AP_gain", "median_ms", "p99_ms", "speedup", "memory_mib", "energy_mj")
     )
-    if accuracy:
-        found["AP"] = Estimate(*bounds_of_draws(np.array(accuracy["bootstrap"]["ap"], np.float64)))
+    if "accuracy" in group:
+        draws = group["accuracy"]["numbers"]["bootstrap"]["ap"]
+        found["AP"] = Estimate(*bounds_of_draws(np.array(draws, np.float64)))
     if against:
         found["AP_gain"] = Estimate(against["AP_difference"], against["low"], against["high"])
-    if latency:
-        samples = latency["samples_ms"]["total"]
+    if "latency" in group:
+        latency, samples = group["latency"]["numbers"], _totals_ms(group["latency"])
         medians = resampled_percentile(samples, 50, seed)
         found["median_ms"] = Estimate(*bounds_of_draws(medians))
         found["p99_ms"] = Estimate(*bounds_of_draws(resampled_percentile(samples, 99, seed)))
-        if "latency" in teacher:
-            slow = resampled_percentile(teacher["latency"]["numbers"]["samples_ms"]["total"], 50, 0)
-            found["speedup"] = Estimate(*bounds_of_draws(slow / medians))
+        if slower is not None:
+            found["speedup"] = Estimate(*bounds_of_draws(resampled_percentile(_totals_ms(slower), 50, 0) / medians))
         peak = latency.get("memory_mib") or {}
         memory = peak.get("host_peak") if peak.get("device_peak") is None else peak["device_peak"]
         energy = (latency.get("power") or {}).get("energy_mj_per_inference")
@@ -247,8 +308,7 @@ def int8_from_groups(groups: Mapping[str, Results]) -> Optional[Dict[str, Any]]:
     timed = "latency" in int8 and "latency" in float_
     if timed and setting_of(int8["latency"]) == setting_of(float_["latency"]):
         slow, fast = (
-            resampled_percentile(group["latency"]["numbers"]["samples_ms"]["total"], 50, seed)
-            for seed, group in enumerate((float_, int8))
+            resampled_percentile(_totals_ms(group["latency"]), 50, seed) for seed, group in enumerate((float_, int8))
         )
         speedup = Estimate(*bounds_of_draws(slow / fast))
     answer = "cannot tell"
@@ -292,18 +352,19 @@ def classes_from_groups(groups: Mapping[str, Results], ship: str) -> List[Dict[s
     accuracies = {role: group["accuracy"]["numbers"] for role, group in groups.items() if "accuracy" in group}
     if not accuracies:
         return []
-    own, teacher = accuracies.get(ship), accuracies.get("teacher")
+    teacher_role = teacher_of_accuracy(groups)
+    own, teacher = accuracies.get(ship), accuracies.get(teacher_role)
     against = comparison(own, teacher)["per_class"] if own and teacher and own is not teacher else None
     rows = []
     for name in next(iter(accuracies.values()))["per_class"]:
         ap = {role: numbers["per_class"][name] for role, numbers in accuracies.items()}
         best = own["best_f1_per_class"][name] if own else None
-        known = against is not None and ap[ship] is not None and ap["teacher"] is not None
+        known = against is not None and ap[ship] is not None and ap[teacher_role] is not None
         rows.append(
             {
                 "name": name,
                 "ap": ap,
-                "difference": ap[ship] - ap["teacher"] if known else None,
+                "difference": ap[ship] - ap[teacher_role] if known else None,
                 **(against[name] if against else {"lost": None, "gained": None}),
                 "score": best["score"] if best else None,
             }
@@ -357,16 +418,17 @@ def notes_from_groups(
             reasons.setdefault("; ".join(result["numbers"]["comparable_reasons"]), []).append(ROLES.get(role, role))
     for reason, titles in reasons.items():
         notes.append(f"Latency not comparable ({', '.join(titles)}): {reason}.".replace("..", "."))
-    for what, values in (
-        ("machines", {setting_of(one)[:4] for one in latencies.values()}),
-        (
-            "thread counts",
-            {one["numbers"]["threads"] for one in latencies.values() if one["numbers"]["threads"] is not None},
-        ),
-        ("modes", {(one["numbers"].get("mode"), one["numbers"].get("fps")) for one in latencies.values()}),
+    settings = [setting_of(result) for result in latencies.values()]
+    for what, keys in (
+        ("machines", MACHINE_FACTS),
+        ("clocks", CLOCK_FACTS),
+        ("thread counts", ("threads",)),
+        ("modes", ("mode", "fps")),
     ):
+        # What runs on a GPU has no number of threads.
+        values = {str([one[key] for key in keys]) for one in settings if keys != ("threads",) or one["threads"]}
         if len(values) > 1:
-            notes.append(f"Latencies were measured with different {what}: the speed-ups compare more than the models.")
+            notes.append(f"Latencies were measured with different {what}: no speed-up is told from one to another.")
     for role, group in groups.items():
         for kind in ("accuracy", "latency"):
             if kind not in group and group[next(iter(group))]["model"]["format"] != "detections":
@@ -417,6 +479,7 @@ def report_from_results(
     return {
         "report_version": REPORT_VERSION,
         **provenance({str(path): path for path in paths}),
+        "teacher": teacher_of_accuracy(groups),
         "verdict": verdict_from_limits(ship, limits),
         "limits": limits,
         "notes": notes_from_groups(groups, lineage, distillation),

@@ -45,8 +45,9 @@ FILTERS = (
 
 def plot_from_report(report: Mapping[str, Any], allowed: Mapping[str, float]) -> Optional[Dict[str, Any]]:
     """Speed against AP, with the region that the limits allow."""
-    teacher = {row["role"]: row for row in report["rows"]}.get("teacher", {})  # there, if a limit compares with it
-    kinds = {"teacher": "teacher", report["verdict"]["ship"]: "ship"}
+    rows = {row["role"]: row for row in report["rows"]}
+    teacher = rows.get(report["teacher"], {})  # there, if a limit compares with it
+    kinds = {report["teacher"]: "teacher", report["verdict"]["ship"]: "ship"}
     plotted = [
         {
             "title": row["title"],
@@ -58,17 +59,19 @@ def plot_from_report(report: Mapping[str, Any], allowed: Mapping[str, float]) ->
         if row["AP"] is not None and row["latency_ms"]
     ]
     given = [(kind, allowed[kind.key]) for kind in LIMITS if kind.key in allowed]
-    most_ms = [kind.most_ms(limit, teacher) for kind, limit in given if kind.most_ms]
+    ship = rows[report["verdict"]["ship"]]
+    slowest_ms = [kind.most_ms(limit, ship) for kind, limit in given if kind.most_ms]
+    most_ms = [value for value in slowest_ms if value is not None]
     least = [kind.least_ap_points(limit, teacher) for kind, limit in given if kind.least_ap_points]
     return plot_from_points(plotted, min(most_ms, default=None), max(least, default=None))
 
 
-def curves_from_groups(groups: Mapping[str, Results], ship: str) -> Dict[str, Any]:
+def curves_from_groups(groups: Mapping[str, Results], teacher: str, ship: str) -> Dict[str, Any]:
     """
     The precision-recall curves: `mean`, kind -> all models; `per_class`, class name -> the teacher and what ships.
     """
     found = {role: group["accuracy"]["numbers"]["pr_curves"] for role, group in groups.items() if "accuracy" in group}
-    pair = [role for role in dict.fromkeys(("teacher", ship)) if role in found]
+    pair = [role for role in dict.fromkeys((teacher, ship)) if role in found]
     classes = next(iter(found.values()))["AP50"]["per_class"] if found else {}
 
     def chart(kind: str, roles: Sequence[str], name: Optional[str]) -> Dict[str, Any]:
@@ -99,11 +102,11 @@ def gallery_from_report(
         MeasurementError: the annotations are others than those measured with.
     """
     rows = {row["role"]: row for row in report["rows"]}
-    ship = report["verdict"]["ship"]
-    if ship not in detections or "teacher" not in detections or ship == "teacher":
+    ship, teacher = report["verdict"]["ship"], report["teacher"]
+    if ship not in detections or teacher not in detections or ship == teacher:
         return [], []
     sides = []
-    for role in ("teacher", ship):
+    for role in (teacher, ship):
         best = rows[role]["best_f1"]
         if best is None:
             return [], [f"No gallery: {rows[role]['title']} finds nothing."]

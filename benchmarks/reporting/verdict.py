@@ -50,12 +50,6 @@ def _is_comparable(ship: ReportRow, reasons: Reasons) -> Optional[str]:
     return f"its latency is not comparable: {biased[0]}" if biased else None
 
 
-def _is_timed_as_the_teacher(ship: ReportRow, reasons: Reasons) -> Optional[str]:
-    if not ship["same_setting"]:
-        return "the teacher was timed on another machine or in another mode"
-    return _is_comparable(ship, reasons)
-
-
 def _has_a_teacher_that_finds_something(ship: ReportRow, reasons: Reasons) -> Optional[str]:
     teacher_ap = ship["AP"] - ship["AP_gain"]
     if teacher_ap < LEAST_TEACHER_AP:
@@ -93,10 +87,10 @@ class LimitKind:
     """What was expected in place of a number that this limit cannot have; None for one that it can."""
     doubt: Callable[[ReportRow, Reasons], Optional[str]] = lambda ship, reasons: None
     """Why it cannot be told whether the limit holds, whatever the number; None if it can."""
-    most_ms: Optional[Callable[[float, ReportRow], float]] = None
-    """The slowest median that it allows, from the limit and the teacher's row, for the chart of speed and AP."""
+    most_ms: Optional[Callable[[float, ReportRow], Optional[float]]] = None
+    """The slowest median that it allows, from the limit and the row that ships, for the chart of speed and AP."""
     least_ap_points: Optional[Callable[[float, ReportRow], float]] = None
-    """The lowest AP that it allows, likewise."""
+    """The lowest AP that it allows, from the limit and the teacher's row."""
 
     @property
     def flag(self) -> str:
@@ -125,13 +119,13 @@ LIMITS = (
     LimitKind(
         "max_latency_ms", "Median latency", "ms", True, "median_ms", "the latency{}",
         doubt=_is_comparable,
-        most_ms=lambda limit, teacher: limit,
+        most_ms=lambda limit, ship: limit,
     ),
     LimitKind("max_p99_ms", "p99 latency", "ms", True, "p99_ms", "the latency{}", doubt=_is_comparable),
     LimitKind(
         "min_speedup", "Speed-up against the teacher", "times", False, "speedup", _NEEDS_TEACHER.format("latency"),
-        doubt=_is_timed_as_the_teacher,
-        most_ms=lambda limit, teacher: teacher["latency_ms"]["total"]["median"] / limit,
+        doubt=_is_comparable,
+        most_ms=lambda limit, ship: ship["speedup"] and ship["speedup"] * latency_ms(ship, "total", "median") / limit,
     ),
     LimitKind("max_memory_mib", "Peak memory", "MiB", True, "memory_mib", "the latency{}, with its peak memory"),
     LimitKind(
@@ -172,8 +166,8 @@ def check_limits(allowed: Mapping[str, float]) -> None:
 
 def judge(ship: ReportRow, allowed: Mapping[str, float], reasons: Reasons = ()) -> List[Dict[str, Any]]:
     """
-    Each limit with what was measured, its bounds, and the outcome: 'pass', 'fail' or, where the limit lies between the
-    bounds or there is another reason `why`, 'cannot tell'.
+    Each limit with what was measured (None: it may not be told), its bounds, and the outcome: 'pass', 'fail' or, where
+    the limit lies between the bounds or there is another reason `why`, 'cannot tell'.
 
     Args:
         allowed: key of LIMITS -> number.
@@ -186,12 +180,13 @@ def judge(ship: ReportRow, allowed: Mapping[str, float], reasons: Reasons = ()) 
     for kind in LIMITS:
         if kind.key not in allowed:
             continue
-        known = ship["estimates"][kind.estimate]
-        if known is None:
+        known, why = ship["estimates"][kind.estimate], ship["doubts"].get(kind.estimate)
+        if known is None and why is None:
             needs = kind.needs.format(f" of {ship['role']!r}, which is to ship")
             raise MeasurementError(f"{kind.flag} cannot be judged: it needs {needs}. Give these result files too.")
-        measured = Estimate(**known).times(kind.factor)
-        why = kind.doubt(ship, reasons)
+        measured = Estimate(**known).times(kind.factor) if known is not None else None
+        why = why or kind.doubt(ship, reasons)
+        told = "cannot tell" if measured is None or why else outcome(measured, allowed[kind.key], kind.at_most)
         judged.append(
             {
                 "flag": kind.flag,
@@ -199,10 +194,10 @@ def judge(ship: ReportRow, allowed: Mapping[str, float], reasons: Reasons = ()) 
                 "unit": kind.unit,
                 "bound": kind.bound,
                 "allowed": allowed[kind.key],
-                "measured": measured.value,
-                "low": measured.low,
-                "high": measured.high,
-                "outcome": outcome(measured, allowed[kind.key], kind.at_most) if why is None else "cannot tell",
+                "measured": measured and measured.value,
+                "low": measured and measured.low,
+                "high": measured and measured.high,
+                "outcome": told,
                 "why": why,
             }
         )
@@ -218,6 +213,8 @@ def outcome(measured: Estimate, limit: float, at_most: bool) -> str:
 
 def words_of_limit(limit: Mapping[str, Any]) -> str:
     """One limit as a clause: what was measured, between which bounds, and what is allowed."""
+    if limit["measured"] is None:
+        return f"{limit['title']} is unknown: {limit['why']}"
     return (
         f"{limit['title']} is {amount(limit['measured'], limit['unit'])}{amount_between(limit)}, {limit['bound']} "
         f"{amount(limit['allowed'], limit['unit'])} is {_DEMAND[limit['bound']]}"

@@ -47,8 +47,10 @@ def percent(part: float, whole: float) -> str:
     return f"{100 * part / whole:.2f}"
 
 
-def amount(value: float, unit: str) -> str:
+def amount(value: Optional[float], unit: str) -> str:
     """A number of a limit: finer than the table's, so that a near miss shows as one."""
+    if value is None:
+        return UNKNOWN
     return times(value) if unit == "times" else f"{value:.2f} {unit}"
 
 

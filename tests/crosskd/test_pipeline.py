@@ -72,9 +72,9 @@ def _command(stages: list[Stage], name: str) -> str:
 def test_the_plan_goes_from_training_to_the_report(configs: Path) -> None:
     stages = _planned(configs / "crosskd_tiny.py", "--seed", "3")
     names = [stage.name for stage in stages]
-    assert names[:5] == ["teacher", "baseline", "student", "export", "quantise"]
+    assert names[:6] == ["teacher", "export teacher", "baseline", "student", "export", "quantise"]
     measured = [name for name in names if name.startswith(("accuracy", "latency"))]
-    roles = ["teacher", "baseline", "student", "onnx-fp32", "onnx-int8"]
+    roles = ["teacher", "teacher-onnx-fp32", "baseline", "student", "onnx-fp32", "onnx-int8"]
     assert measured == [f"{what} {role}" for role in roles for what in ("accuracy", "latency")]
     assert names[-1] == "report"
     config = configs / "crosskd_tiny.py"
@@ -87,7 +87,7 @@ def test_the_plan_goes_from_training_to_the_report(configs: Path) -> None:
     assert _command(stages, "export") == "deploy.export O/student -o O/student.onnx"
     report = _command(stages, "report")
     assert report.endswith("--max-ap-drop=5.0 -o O/report.html")
-    assert report.count(".result.json") == 10
+    assert report.count(".result.json") == 12
     limited = _planned(configs / "crosskd_tiny.py", "--limits", "limits.toml")
     assert _command(limited, "report").endswith(".result.json --limits limits.toml -o O/report.html")
 
@@ -110,6 +110,9 @@ def test_for_tensorrt_it_builds_two_engines_and_measures_them(configs: Path) -> 
         _command(stages, "build engine-int8") == "deploy.build_trt O/student.int8.onnx --int8 -o O/engine-int8.engine"
     )
     assert "accuracy engine-fp16" in [stage.name for stage in stages]
+    teacher = "deploy.build_trt O/teacher.onnx --fp16 -o O/teacher-engine-fp16.engine"
+    assert _command(stages, "build teacher-engine-fp16") == teacher
+    assert "--role teacher-engine-fp16" in _command(stages, "latency teacher-engine-fp16")
 
 
 def test_a_trained_teacher_is_taken_in_instead_of_trained(configs: Path) -> None:
@@ -163,6 +166,19 @@ model = dict(_delete_=True, type="CrossKDDetector", student={{_base_.model}}, di
     )
     with pytest.raises(ConfigError, match=r"student's head is a FoveaHead, .* be exported; expected one of .*GFLHead"):
         _planned(config)
+
+
+def test_a_teacher_that_cannot_be_exported_is_measured_in_torch_alone(configs: Path, tmp_path: Path) -> None:
+    config = tmp_path / "under_fovea.py"
+    config.write_text(
+        f"""_base_ = {str(configs / "crosskd_tiny.py")!r}
+model = dict(teacher=dict(config="mmdet::foveabox/fovea_r101_fpn_4xb4-1x_coco.py"), distill=dict(method="pkd"))"""
+    )
+    with pytest.raises(ConfigError, match=r"teacher's head is a FoveaHead, .* be exported.*: --no-teacher-export"):
+        _planned(config)
+    names = [stage.name for stage in _planned(config, "--no-teacher-export")]
+    assert "latency teacher" in names
+    assert not [name for name in names if "teacher-" in name or name == "export teacher"]
 
 
 # ---- running it
@@ -463,8 +479,8 @@ def test_from_images_to_a_verdict(
     configs: Path, shapes_dir: Path, teacher_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Each stage in torch costs the start of a process or two: the slow test runs those that are left out here.
-    left_out = ("baseline", "accuracy teacher", "accuracy baseline", "latency teacher", "latency baseline",
-                "latency student")  # fmt: skip
+    left_out = ("baseline", "export teacher", "accuracy teacher", "accuracy teacher-onnx-fp32", "accuracy baseline",
+                "latency teacher", "latency teacher-onnx-fp32", "latency baseline", "latency student")  # fmt: skip
     planned = pipeline.planned_stages
 
     def fewer(*args: Any) -> list[Stage]:

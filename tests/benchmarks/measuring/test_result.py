@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks.measuring.result import (
+    LEAST_REPETITIONS,
     STAGES,
     STATISTICS,
     Reason,
@@ -14,6 +15,8 @@ from benchmarks.measuring.result import (
     read_result,
     reasons_from_numbers,
     relative_spread,
+    repetition_spread,
+    samples_by_image,
     summarize,
 )
 from deploy.contract import RESULT_VERSION
@@ -110,7 +113,7 @@ def test_summaries_of_known_samples():
 
 
 def test_a_stage_that_a_runtime_does_not_have_is_null():
-    numbers = numbers_from_samples({"inference": [1.0, 2.0], "total": [3.0, 4.0]}, "x", None)
+    numbers = numbers_from_samples({"inference": [1.0, 2.0], "total": [3.0, 4.0]}, "x", None, 1)
     assert set(numbers["samples_ms"]) == set(numbers["summary_ms"]) == set(STAGES)
     assert {stage for stage, values in numbers["samples_ms"].items() if values} == {"inference", "total"}
     assert {stage for stage, values in numbers["summary_ms"].items() if values} == {"inference", "total"}
@@ -120,6 +123,23 @@ def test_a_stage_that_a_runtime_does_not_have_is_null():
 @pytest.mark.parametrize(("width", "stable"), [(0.09, True), (0.11, False)])
 def test_an_interquartile_range_above_a_tenth_of_the_median_is_unstable(width, stable):
     total = (100 * (1 + width * np.linspace(-1, 1, 101))).tolist()  # interquartile range: `width` of the median
-    numbers = numbers_from_samples({"total": total}, "x", None)
+    numbers = numbers_from_samples({"total": total}, "x", None, 1)
     assert numbers["spread"] == pytest.approx(width)
     assert numbers["stable"] is stable
+
+
+def test_images_that_differ_are_no_spread_and_a_restless_machine_is_one():
+    per_image = np.array([5.0, 6.0, 9.0])
+    quiet = np.tile(per_image, LEAST_REPETITIONS).tolist()
+    assert relative_spread(quiet) > 0.5
+    assert repetition_spread(quiet, 3) == 0.0
+    drifting = (np.tile(per_image, LEAST_REPETITIONS) * np.linspace(1, 2, 3 * LEAST_REPETITIONS)).tolist()
+    assert repetition_spread(drifting, 3) > 0.2
+    assert [own.tolist() for own in samples_by_image(quiet, 3)] == [[value] * LEAST_REPETITIONS for value in per_image]
+
+
+@pytest.mark.parametrize("images", [0, 4, 1000])
+def test_an_image_of_few_runs_is_not_looked_at_by_itself(images):
+    samples = np.tile([1.0, 2.0, 4.0, 8.0], LEAST_REPETITIONS - 1).tolist()
+    assert len(samples_by_image(samples, images)) == 1
+    assert repetition_spread(samples, images) == relative_spread(np.divide(samples, np.median(samples)))

@@ -63,7 +63,7 @@ def runs_of(clock, totals_s):
 
 def test_warm_up_ends_when_two_windows_agree(clock):
     one, seen = runs_of(clock, [1.0 - 0.1 * step for step in range(8)] + [0.3])
-    assert timing.warm_up(one, timing.Pace(None), most_s=60.0) == (len(seen), True)
+    assert timing.warm_up(one, timing.Pace(None), most_s=60.0, images=1) == (len(seen), True)
     last = seen[-1] + 1
     older, newer = ([max(1.0 - 0.1 * step, 0.3) for step in range(last - back, last - back + 5)] for back in (10, 5))
     assert np.median(newer) == pytest.approx(np.median(older), rel=timing.WARMUP_AGREEMENT)
@@ -72,13 +72,21 @@ def test_warm_up_ends_when_two_windows_agree(clock):
 
 def test_warm_up_takes_a_second_however_short_the_runs(clock):
     one, seen = runs_of(clock, [0.001])
-    assert timing.warm_up(one, timing.Pace(None), most_s=60.0)[1]
+    assert timing.warm_up(one, timing.Pace(None), most_s=60.0, images=1)[1]
     assert len(seen) == pytest.approx(1000, abs=2)
+
+
+@pytest.mark.parametrize("images", [2, 3, 8])
+def test_images_that_take_longer_than_others_do_not_prolong_the_warm_up(clock, images):
+    totals_s = [0.1 + 0.1 * (number % images) for number in range(100)]
+    one, seen = runs_of(clock, totals_s)
+    assert timing.warm_up(one, timing.Pace(None), most_s=60.0, images=images) == (len(seen), True)
+    assert len(seen) <= 16
 
 
 def test_warm_up_that_never_agrees_is_bounded(clock):
     one, seen = runs_of(clock, [1.1**step for step in range(1000)])  # slower and slower
-    runs, stable = timing.warm_up(one, timing.Pace(None), most_s=50.0)
+    runs, stable = timing.warm_up(one, timing.Pace(None), most_s=50.0, images=1)
     assert not stable
     assert runs == len(seen)
     assert 50.0 <= clock.now < 70.0
@@ -86,7 +94,7 @@ def test_warm_up_that_never_agrees_is_bounded(clock):
 
 def test_no_warm_up(clock):
     one, seen = runs_of(clock, [1.0])
-    assert timing.warm_up(one, timing.Pace(None), most_s=0.0) == (0, False)
+    assert timing.warm_up(one, timing.Pace(None), most_s=0.0, images=1) == (0, False)
     assert not seen
 
 
@@ -163,7 +171,7 @@ class FakeGpu:
 class FakeDetection(Detection):
     """Takes 100 ms; lets the monitor read once per run, as its thread would ten times a second."""
 
-    description, on_gpu = "a stand-in", True
+    description, on_gpu, images = "a stand-in", True, 1
 
     def __init__(self, clock, monitors, scatter=0.0):
         self._clock, self._monitors, self._scatter = clock, monitors, scatter
@@ -220,7 +228,7 @@ def measured(clock, monkeypatch):
 
     monkeypatch.setattr(clock, "sleep", sleep)
 
-    def make(gpu=QUIET, source=None, others=0.0, throttled=(0, 0), scatter=0.0, max_warmup_s=30.0):
+    def make(gpu=QUIET, source=None, others=0.0, throttled=(0, 0), scatter=0.0, max_warmup_s=30.0, images=1, runs=20):
         def busy(seconds):
             sleep(seconds)
             return others
@@ -231,10 +239,19 @@ def measured(clock, monkeypatch):
         monkeypatch.setattr(timing, "open_gpu", (lambda: gpu) if gpu is not None else not_here)
         if source is not None:
             monkeypatch.setattr(timing, "open_power", lambda on_gpu: source)
-        options = timing.LatencyOptions(runs=20, max_warmup_s=max_warmup_s)
-        return timing.measure(FakeDetection(clock, monitors, scatter), options, gpu_before_mib=100.0)
+        options = timing.LatencyOptions(runs=runs, max_warmup_s=max_warmup_s)
+        subject = FakeDetection(clock, monitors, scatter)
+        subject.images = images
+        return timing.measure(subject, options, gpu_before_mib=100.0)
 
     return make
+
+
+def test_images_that_differ_do_not_make_a_machine_unstable(measured):
+    numbers = measured(gpu=FakeGpu(), scatter=0.5, images=4, runs=40)
+    assert (numbers["comparable_reasons"], numbers["stable"], numbers["spread"]) == ([], True, pytest.approx(0))
+    few = measured(gpu=FakeGpu(), scatter=0.5, images=4, runs=19)  # too few of each to tell image from machine
+    assert few["comparable_codes"] == ["unstable"]
 
 
 def test_a_quiet_measurement_compares(measured):

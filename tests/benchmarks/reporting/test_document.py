@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
+from benchmarks.measuring.result import STAGES
 from deploy.contract import sealed
 
 
@@ -37,6 +39,69 @@ def test_one_role_on_two_runtimes_is_refused(result, run_report):
     assert document is None
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"numbers__threads": 4}, "the teacher was timed with threads 4, this model with threads 2"),
+        ({"model__runtime": "torch"}, "the teacher was timed with runtime torch"),
+        ({"environment__cpu": "another processor"}, "cpu another processor"),
+        ({"environment__cpu_clock_max_mhz": 2000.0}, "cpu_clock_max_mhz 2000.0"),
+        ({"environment__nvpmodel": "MAXN"}, "nvpmodel MAXN"),
+        ({"numbers__mode": "paced", "numbers__fps": 30.0}, "mode paced, fps 30.0"),
+    ],
+)
+def test_a_speed_up_is_told_between_like_and_like_alone(result, run_report, tmp_path, changes, words):
+    paths = [result("teacher", ms=200.0, **changes), result("onnx-int8", ms=10.0, made_from="x")]
+    status, _, document = run_report(paths, "--min-speedup", 2)
+    assert status == 1
+    (limit,) = document["limits"]
+    assert (limit["outcome"], limit["measured"]) == ("cannot tell", None)
+    assert words in limit["why"]
+    assert [row["speedup"] for row in document["rows"]] == [None, None]
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "20.00" not in text.split("## All models")[1].split("##")[0]
+
+
+def test_the_teacher_in_the_students_runtime_is_what_a_speed_up_is_against(result, run_report, tmp_path):
+    torch = result("teacher", ms=400.0, model__runtime="torch", model__format="torch")
+    ours = [result("onnx-int8", ms=10.0, model__runtime="onnxruntime"), result("onnx-int8", ap=0.4)]
+    in_float = result("teacher-onnx-fp32", ms=100.0, model__runtime="onnxruntime")
+    status, _, document = run_report([torch, *ours, in_float], "--min-speedup", 5)
+    assert (status, document["verdict"]["ship"]) == (0, "onnx-int8")
+    rows = {row["role"]: row for row in document["rows"]}
+    assert list(rows) == ["teacher", "teacher-onnx-fp32", "onnx-int8"]
+    assert rows["onnx-int8"]["speedup"] == pytest.approx(10.0)
+    assert rows["teacher-onnx-fp32"]["speedup"] is None  # torch's time is there, for information
+    assert rows["teacher"]["latency_ms"]["total"]["median"] == pytest.approx(400.0)
+    assert "against Teacher, ONNX FP32" in (tmp_path / "out" / "report.html").read_text()
+    like = result("teacher-onnx-int8", ms=40.0, model__runtime="onnxruntime")
+    document = run_report([torch, *ours, in_float, like])[2]
+    assert document["rows"][-1]["speedup"] == pytest.approx(4.0)  # that of the same precision, where it was measured
+
+
+def test_a_teacher_that_was_disturbed_makes_no_speed_up_certain(result, run_report):
+    busy = {"numbers__comparable": False, "numbers__comparable_reasons": ["others kept the machine busy"]}
+    paths = [result("teacher", ms=200.0, **busy), result("onnx-int8", ms=10.0)]
+    (limit,) = run_report(paths, "--min-speedup", 2)[2]["limits"]
+    assert limit["outcome"] == "cannot tell"
+    assert limit["why"] == "the teacher's latency is not comparable: others kept the machine busy"
+
+
+def test_accuracy_is_compared_with_a_form_of_the_teacher_where_torch_was_not_measured(data_dir, result, run_report):
+    document = run_report([result("teacher-engine-fp16", ap=0.52), result("engine-int8", ap=0.5)])[2]
+    assert document["teacher"] == "teacher-engine-fp16"
+    assert document["rows"][-1]["AP_gain"] == pytest.approx(-0.02)
+
+
+def test_latencies_of_single_images_are_told_apart_from_scatter(result, run_report, tmp_path):
+    totals = (10.0 * (1 + 0.5 * (np.arange(100) % 5))).tolist()  # five images in turn
+    path = result("student", ms=20.0, numbers__samples_ms={**dict.fromkeys(STAGES), "total": totals})
+    (row,) = run_report([path])[2]["rows"]
+    assert row["by_image_ms"] == [10.0, 30.0]
+    assert row["estimates"]["median_ms"] == {"value": 20.0, "low": 20.0, "high": 20.0}
+    assert "10.0 to 30.0" in (tmp_path / "out" / "report.html").read_text()
+
+
 def test_own_roles_come_after_the_known_ones_and_do_not_ship_unasked(result, run_report):
     _, _, document = run_report([result("rival", ap=0.6), result("student", ap=0.5), result("teacher", ap=0.55)])
     assert [row["role"] for row in document["rows"]] == ["teacher", "student", "rival"]
@@ -53,7 +118,7 @@ def test_notes_tell_what_to_distrust(result, run_report):
     notes = "\n".join(run_report(paths)[2]["notes"])
     assert "Latency not comparable (ONNX INT8): it is unstable." in notes
     assert "different machines" in notes
-    assert "different thread counts" in notes
+    assert "different thread counts: no speed-up is told" in notes
     assert "Teacher: accuracy was not measured." in notes
     assert "ONNX INT8 does not come from the measured ONNX FP32" in notes
 

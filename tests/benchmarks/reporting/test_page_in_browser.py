@@ -11,7 +11,7 @@ import subprocess
 import pytest
 
 from benchmarks import report
-from benchmarks.measuring.subject import ROLES
+from benchmarks.measuring.subject import ROLES, TEACHER_FORMS
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
@@ -34,7 +34,8 @@ window.addEventListener("load", () => setTimeout(() => {
 def page(data_dir, result, tmp_path):
     """A report of 24 results: the nine roles and three others."""
     paths = []
-    for index, role in enumerate([*ROLES, "rival-1", "rival-2", "rival-3"]):
+    roles = [role for role in ROLES if role not in TEACHER_FORMS]
+    for index, role in enumerate([*roles, "rival-1", "rival-2", "rival-3"]):
         paths += [result(role, ap=0.6 - index / 50), result(role, ms=100.0 / (1 + index))]
     output = tmp_path / "out" / "report.html"
     assert report.main([*map(str, paths), "-o", str(output), "--ship", "engine-int8", "--max-ap-drop", "20"]) == 0

@@ -39,7 +39,7 @@ def row(**estimates):
         "AP": 0.47,
         "AP_gain": -0.01,
         "speedup": 4.0,
-        "same_setting": True,
+        "doubts": {},
         "comparable": True,
         "comparable_reasons": [],
         "latency_ms": {"total": {"median": 12.0, "p99": 20.0}},
@@ -208,7 +208,9 @@ def test_times_that_do_not_compare_decide_nothing():
             "cannot tell",
             "its latency is not comparable: the device throttled",
         )
-    (limit,) = judge({**row(), "same_setting": False}, {"min_speedup": 3.0})
-    assert limit["outcome"] == "cannot tell"
-    assert limit["why"] == "the teacher was timed on another machine or in another mode"
+    unlike = {**row(speedup=None), "doubts": {"speedup": "the teacher was timed with threads 4"}}
+    (limit,) = judge(unlike, {"min_speedup": 3.0})
+    assert (limit["outcome"], limit["measured"]) == ("cannot tell", None)
+    sentence = verdict_from_limits(unlike, [limit])["sentence"]
+    assert "Speed-up against the teacher is unknown: the teacher was timed with threads 4." in sentence
     assert judge(row(), {"min_ap": 40.0}, [throttled])[0]["outcome"] == "pass"
