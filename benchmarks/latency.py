@@ -9,8 +9,8 @@ the device and back, inference, post-processing. Reading the image file is timed
 runs are excluded and every sample is kept. torch, ONNX Runtime, OpenVINO and TensorRT go through one loop with the same
 images.
 
-What speaks against comparing a result with others is said in it: runs of one image that scatter, clocks that move, a device that
-throttled, a machine that others kept busy before it began.
+What speaks against comparing a result with others is said in it: runs of one image that scatter, clocks that move, a
+device that throttled, a machine that others kept busy before it began.
 
 An ONNX file needs onnx and onnxruntime, or openvino with --runtime openvino; an engine TensorRT; a run directory the
 training side (in a process of its own). GPU clocks, memory and watts need nvidia-ml-py.

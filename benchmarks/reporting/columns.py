@@ -57,6 +57,11 @@ def _bounds(row: ReportRow, name: str, words: Callable[[float], str]) -> str:
     return "" if found is None or found["low"] == found["high"] else f"{words(found['low'])} to {words(found['high'])}"
 
 
+def _speedup_bounds(row: ReportRow) -> str:
+    bounds = _bounds(row, "speedup", times)
+    return f"{bounds}, against {row['speedup_against']}" if bounds else ""
+
+
 def _estimate(row: ReportRow, name: str) -> Optional[float]:
     found = row["estimates"][name]
     return found["value"] if found else None
@@ -76,7 +81,8 @@ TABLES: Tuple[Tuple[str, str, str, Tuple[Column, ...]], ...] = (
                lambda row: _bounds(row, "median_ms", ms)),
         Column("p99, ms", lambda row: ms(_estimate(row, "p99_ms")), lambda row: _estimate(row, "p99_ms"),
                lambda row: _bounds(row, "p99_ms", ms)),
-        Column("speed-up", lambda row: times(row["speedup"]), lambda row: row["speedup"], lambda row: _speedup_bounds(row)),
+        Column("speed-up", lambda row: times(row["speedup"]), lambda row: row["speedup"],
+               _speedup_bounds),
         _SIZE,
     )),
     ("accuracy", "Accuracy in detail", "measured", (
@@ -101,11 +107,6 @@ TABLES: Tuple[Tuple[str, str, str, Tuple[Column, ...]], ...] = (
     )),
 )  # fmt: skip
 """(id, title, which rows, columns) of each table of models."""
-
-
-def _speedup_bounds(row: ReportRow) -> str:
-    bounds = _bounds(row, "speedup", times)
-    return f"{bounds}, against {row['speedup_against']}" if bounds else ""
 
 
 def _range_ms(values_ms: Optional[Sequence[float]]) -> str:
