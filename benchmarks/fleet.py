@@ -25,13 +25,13 @@ from pathlib import Path
 from typing import List, Optional, Sequence, Tuple
 
 from benchmarks.boards.list import Board, boards_from_file
-from benchmarks.boards.ssh import check_asyncssh, printable
+from benchmarks.boards.ssh import check_asyncssh
 from benchmarks.boards.visit import Job, Outcome, visit
 from benchmarks.reporting.wording import UNKNOWN, ms
 from deploy.board.archive import SUFFIX, unpack
 from deploy.board.commands import Bundle
 from deploy.contract import provenance
-from deploy.errors import ConfigError, MeasurementError, command
+from deploy.errors import ConfigError, MeasurementError, command, one_line
 from deploy.files import check_writable, sha256_of, write_json
 from deploy.folder_lock import locked
 
@@ -106,7 +106,7 @@ async def _visit_all(boards: Sequence[Board], job: Job, jobs: int) -> Tuple[List
                 faults.append(error)
                 for outcome in outcomes:
                     if outcome.state != "ok":
-                        outcome.reason = f"a fault of this program: {type(error).__name__}: {printable(str(error))}"
+                        outcome.reason = f"a fault of this program: {type(error).__name__}: {one_line(error)}"
             return outcomes
 
     faults: List[Exception] = []

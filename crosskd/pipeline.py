@@ -396,9 +396,6 @@ def start_of(stage: Stage, whole_config: bool = False) -> dict[str, Any]:
     """What a run directory is made from: command, files with their hashes, the values of the config."""
     data = Path(stage.words[stage.words.index("--data") + 1])
     annotations = [str(annotations_path(data, split)) for split in ("train", "val")]
-    return start_from(stage.words, [*stage.words[2:], *annotations], config_sha256=config_sha256(stage))
-
-    annotations = [str(data / "annotations" / f"instances_{split}.json") for split in ("train", "val")]
     return start_from(stage.words, [*stage.words[2:], *annotations], config_sha256=config_sha256(stage, whole_config))
 
 

@@ -22,13 +22,23 @@ import cv2
 import numpy as np
 
 from deploy.errors import ConfigError, command
-from deploy.files import read_json, write_json
+from deploy.files import write_json
 from deploy.layouts import SPLITS
 from deploy.progress import progress
+from deploy.schema import Choice, read_checked
 
 VERSION = 1
 """To be raised with any change of what is drawn: folders of other versions are then not up to date."""
 MARKER = "shapes.json"
+MARKER_KINDS = {
+    "made_by": Choice(("crosskd.shapes",)),
+    "version": int,
+    "images": int,
+    "size_px": int,
+    "seed": int,
+    "held_out": float,
+}
+"""Table of that file, which says what was drawn."""
 SMALLEST_PX = 12
 """The diameter before stretching: the smallest boxes are about 8 pixels wide."""
 LARGEST_SHARE = 0.6
@@ -163,10 +173,11 @@ def _is_up_to_date(folder: Path, parameters: dict[str, Any]) -> bool:
     marker = folder / MARKER
     if not marker.is_file():
         raise ConfigError(f"{folder} is not empty and was not made by this command. Give another folder, or empty it")
-    found = read_json(marker, ConfigError, "what crosskd.shapes wrote")
+    found = read_checked(marker, MARKER_KINDS, ConfigError, "what crosskd.shapes wrote")
     if found != parameters:
+        held = {key: found[key] for key in MARKER_KINDS}
         raise ConfigError(
-            f"{folder} holds another set: {found}; asked for {parameters}. Give another folder, or delete it"
+            f"{folder} holds another set: {held}; asked for {parameters}. Give another folder, or delete it"
         )
     if sum(1 for _ in (folder / "images").glob("*.jpg")) != parameters["images"]:
         raise ConfigError(f"{folder} has lost images since it was made. Delete it and run this command again")

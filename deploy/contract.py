@@ -66,6 +66,7 @@ CONTRACT: Dict[Any, Any] = {
     "resize_wh_px": (Items(int, 2, 2), None),
 }
 """Table of a model contract, but for what its values say of each other."""
+_STRING_OR_NULL = (str, None)
 DETAILS: Dict[Any, Any] = {
     "class_names": [str],
     "category_ids": [int],
@@ -82,6 +83,12 @@ DETAILS: Dict[Any, Any] = {
     "cuda_driver": str,
     "dla_core": (Whole(0, 63), None),
     "version_compatible": bool,
+    "hardware_compatible": bool,
+    "keep_differing": bool,
+    "board": _STRING_OR_NULL,
+    "power_mode": _STRING_OR_NULL,
+    "coverage": {"layers": ({"int8": {"count": Whole(0)}}, None)},
+    "golden": ({"compared": Number(0), "matched": Number(0, 1 + 1e-9), "agrees": Maybe(bool)}, None),
 }
 """Table of those of a sidecar's details that programs read; each is of the kinds of artefact that have it."""
 SIDECAR: Dict[Any, Any] = {

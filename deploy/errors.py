@@ -22,6 +22,7 @@ import contextlib
 import errno
 import functools
 import os
+import re
 import signal
 import sys
 import sysconfig
@@ -37,6 +38,10 @@ PARENT_VARIABLE = "CROSSKD_PARENT"
 """In the environment of a command that a command of ours started: the starter's process id."""
 MOST_LETTERS, MOST_LINES = 4000, 20
 """Of a message: letters of a line, lines."""
+NOT_ASCII = re.compile(r"[^\n\x20-\x7e]")
+"""What may have to be spelled out."""
+OF_BARS = re.compile(r"(^\r|\t|\x1b\[K|\x1b\[(?:[0145]|3[0-7])?(?:;(?:[0145]|3[0-7]))*m)")
+"""What progress bars and loggers tell a terminal: to begin the line anew, to end it here, colours."""
 FAULTS_OF_STORAGE = {
     errno.ENOSPC: "Is the disk full? Free some space, or choose another.",
     errno.EDQUOT: "Your share of the disk is full: free some space, or choose another.",
@@ -118,21 +123,33 @@ class Ended(KeyboardInterrupt):
 
 def printable(text: str) -> str:
     """`text` as a terminal may show it: what it would obey, such as the start of an escape sequence, is spelled out."""
-    return "".join(
-        letter if letter.isprintable() or letter == "\n" else letter.encode("unicode_escape").decode()
-        for letter in text
-    )
+    return NOT_ASCII.sub(lambda letter: letter[0] if letter[0].isprintable() else _spelled_out(letter[0]), text)
+
+
+def _spelled_out(letter: str) -> str:
+    return letter.encode("unicode_escape").decode()
+
+
+def one_line(text: object, most: int = 500) -> str:
+    """What somebody else wrote, such as a board, as a part of a line that no terminal obeys; cut to `most` letters."""
+    return printable(" ".join(str(text).split()))[:most]
 
 
 class _Output:
-    """A standard stream whose reader may go away, or whose disk may be full, while the work goes on."""
+    """
+    A standard stream whose reader may go away, or whose disk may be full, while the work goes on.
+
+    Names and texts of files that are printed cannot make a terminal do anything.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self.fault: Optional[OSError] = None
 
     def write(self, text: str) -> int:
-        self._attempt(lambda: self._stream.write(text))
+        parts = OF_BARS.split(text)  # what it splits by is at odd places
+        parts[::2] = map(printable, parts[::2])
+        self._attempt(lambda: self._stream.write("".join(parts)))
         return len(text)
 
     def flush(self) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Tuple, Type
 
 from deploy.contract import this_command
-from deploy.errors import PipelineError, is_first_process, printable
+from deploy.errors import PipelineError, is_first_process, one_line
 from deploy.files import AnyPath, lock, unlock
 
 LOCK = ".lock"
@@ -133,7 +133,8 @@ def _message(folder: Path, holder: Dict[str, Any]) -> str:
     who = "another process"
     if holder:
         pid, host = holder.get("pid"), holder.get("host")
-        who = f"{printable(str(holder.get('command')))[:200]} (process {pid} on {host}, since {holder.get('since')})"
+        where = f"process {one_line(pid, 20)} on {one_line(host, 80)}, since {one_line(holder.get('since'), 40)}"
+        who = f"{one_line(holder.get('command'), 200)} ({where})"
         if host == socket.gethostname() and not _is_running(pid):
             who = f"a process that was started by {who}, which has ended,"
     return f"{who} is writing into {folder}. Wait for it, end it, or give another folder."

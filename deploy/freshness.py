@@ -9,12 +9,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence
 
-from deploy.contract import RESULT_VERSION, check_seal, read_sidecar
+from deploy.contract import INPUTS, RESULT_VERSION, check_seal, read_sidecar
 from deploy.errors import MeasurementError, PipelineError
-from deploy.files import AnyPath, read_json, sha256_of, write_json
+from deploy.files import AnyPath, sha256_of, write_json
+from deploy.schema import read_checked
 
 STARTED = "started.json"
 """In a run directory: what the training there was started from, written before its first step."""
+STARTED_KINDS = {"command": [str], "files": {str: str}}
+"""Table of that file, but for what else a training depends on."""
+RECORD = {"command": [str], "inputs": INPUTS}
+"""Table of what is read here of a result file or report."""
 
 
 def read_record(artefact: AnyPath) -> Dict[str, Any]:
@@ -26,9 +31,7 @@ def read_record(artefact: AnyPath) -> Dict[str, Any]:
     """
     if Path(artefact).suffix != ".json":
         return read_sidecar(artefact)
-    record = read_json(artefact, MeasurementError, "a result file")
-    if not isinstance(record, dict):
-        raise MeasurementError(f"{artefact} is not a JSON object; expected a result file")
+    record: Dict[str, Any] = read_checked(artefact, RECORD, MeasurementError, "a result file")
     if "result_version" in record or "report_version" in record:
         check_seal(record, artefact)
     return record
@@ -95,8 +98,8 @@ def write_start(run_dir: AnyPath, start: Mapping[str, Any]) -> None:
 def read_start(run_dir: AnyPath) -> Dict[str, Any]:
     """What `write_start` noted; empty for a run that was started by hand, or where the note is damaged."""
     try:
-        return dict(read_json(Path(run_dir) / STARTED, PipelineError, "the start of a run"))
-    except (PipelineError, TypeError, ValueError):
+        return dict(read_checked(Path(run_dir) / STARTED, STARTED_KINDS, PipelineError, "the start of a run"))
+    except PipelineError:
         return {}
 
 

@@ -6,12 +6,13 @@ Our own, not jsonschema: a board has numpy alone, and a table says in a line wha
 - `str`, `bool`, `int` (of 64 bits), `float` (a finite number, whole or not), `dict`, `list`, `object` (anything); None.
 - `[kind]`: a list of such. `{str: kind}`: an object with any names. `{"name": kind}`: an object with these keys; others
   may be there. `(kind, other)`: one of them, most often `(kind, None)`.
-- `Maybe`, `Number`, `Whole`, `Choice`, `Items`, `FileName`: as below.
+- `Maybe`, `Number`, `Whole`, `Choice`, `Items`, `FileName`, `Matching`: as below.
 """
 
 from __future__ import annotations
 
 import math
+import re
 import reprlib
 import sys
 from pathlib import Path
@@ -64,6 +65,18 @@ class Items(NamedTuple):
 
 class FileName(NamedTuple):
     """The name of a file in the folder of the one that says it: not a path."""
+
+
+class Matching(NamedTuple):
+    """A string all of which a regular expression matches."""
+
+    pattern: str
+    what: str
+    """Such a string, in words for a message."""
+
+
+LINE = Matching(r"[^\x00-\x1f\x7f-\x9f]+", "a line of text")
+"""Some text without line breaks and control characters."""
 
 
 class Fault(NamedTuple):
@@ -161,6 +174,8 @@ def _is_a(value: Any, kind: Any) -> bool:
         return _is_a(value, str) and value not in ("", ".", "..") and Path(value).name == value and "\0" not in value
     if isinstance(kind, Choice):
         return isinstance(value, str) and value in kind.names
+    if isinstance(kind, Matching):
+        return _is_a(value, str) and re.fullmatch(kind.pattern, value) is not None
     if kind is str:  # half of a surrogate pair, which JSON can hold, cannot be written again
         return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
     return isinstance(value, kind) and _is_flat(value)
@@ -199,6 +214,8 @@ def words_of(kind: Any) -> str:
         return f"one of {', '.join(kind.names)}"
     if isinstance(kind, FileName):
         return "the name of a file beside it"
+    if isinstance(kind, Matching):
+        return kind.what
     if isinstance(kind, Items):
         most = " or more" if kind.most == sys.maxsize else f" to {kind.most}" if kind.most > kind.least else ""
         count = f" of {kind.least}{most}" if kind.least else ""

@@ -17,14 +17,29 @@ from deploy.board.archive import NAME
 from deploy.board.commands import SOURCE_OF
 from deploy.errors import ConfigError
 from deploy.files import AnyPath
-from deploy.schema import Number, fault_of
+from deploy.schema import LINE, Choice, Items, Matching, Maybe, Number, Whole, check_content, short
 
-HOST = re.compile(r"[A-Za-z0-9_.:%@][A-Za-z0-9_.:%@-]*")
+HOST = r"[A-Za-z0-9_.:%@][A-Za-z0-9_.:%@-]*"
 """A host name, an address, an alias of ~/.ssh/config or a user; nothing that a ProxyCommand could misread."""
-VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+VARIABLE = r"[A-Za-z_][A-Za-z0-9_]*"
 PRECISIONS = tuple(SOURCE_OF["tensorrt"])
 """Of all runtimes: those of TensorRT are some of the others', too."""
 SECRETS = ("password", "passphrase")
+KINDS: Dict[str, Any] = {
+    "name": Matching(NAME.pattern, "letters, digits, '.', '_' and '-': it becomes a folder"),
+    "host": Matching(HOST, "a host name, an address or an alias of ~/.ssh/config"),
+    "port": Maybe(Whole(1, 65535)),
+    "user": Maybe(Matching(HOST, "a user on the board")),
+    "key": Maybe(LINE),
+    "known_hosts": Maybe(LINE),
+    "folder": Maybe(Matching(f"~?/{LINE.pattern}", "a path on the board that starts with / or ~/")),
+    "python": Maybe(LINE),
+    "runtime": Maybe(Choice(tuple(SOURCE_OF))),
+    "precisions": Maybe(Items(Choice(PRECISIONS), 1, len(PRECISIONS))),
+    "timeout_s": Maybe(Number(0.001, 1e7)),
+    "environment": Maybe({str: (LINE, Matching("", "an empty string"))}),
+}
+"""Table of a [[board]], but for what its values say of each other."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,22 +95,21 @@ def _board(path: AnyPath, number: int, entry: Mapping[str, Any]) -> Board:
                 "the board (ssh-copy-id), and load a key that has a passphrase into the agent (ssh-add)"
             )
     for key in entry:
-        if key not in CHECKS:
-            raise ConfigError(f"{where}: unknown key {key!r:.60}; expected some of {', '.join(CHECKS)}")
-    for key in ("name", "host"):
-        if key not in entry:
-            raise ConfigError(f"{where} has no {key}; every board needs a name and a host")
-    for key, value in entry.items():
-        check, expected = CHECKS[key]
-        if not check(value):
-            raise ConfigError(f"{where}: {key} is {value!r:.80}; expected {expected}")
+        if key not in KINDS:
+            raise ConfigError(f"{where}: unknown key {key!r:.60}; expected some of {', '.join(KINDS)}")
+    check_content(entry, KINDS, where, ConfigError)
+    for name in entry.get("environment", {}):
+        if not re.fullmatch(VARIABLE, name):
+            raise ConfigError(f"{where}: environment has {name!r:.60}; expected the name of a variable")
     fields = dict(entry)
     for key in ("key", "known_hosts"):
         if key in entry:
             fields[key] = Path(path).parent / os.path.expanduser(entry[key])
             if not fields[key].is_file():
-                raise ConfigError(f"{where}: {key} is {entry[key]}, and {fields[key]} is no file")
+                raise ConfigError(f"{where}: {key} is {short(entry[key])}, and {short(str(fields[key]))} is no file")
     if "precisions" in entry:
+        if len(set(entry["precisions"])) < len(entry["precisions"]):
+            raise ConfigError(f"{where}: precisions is {entry['precisions']}; expected each once")
         fields["precisions"] = tuple(entry["precisions"])
     board = Board(**fields)
     unknown = set(board.precisions) - set(SOURCE_OF[board.runtime])
@@ -116,45 +130,3 @@ def _check_distinct(path: AnyPath, boards: List[Board], what: str, value: Callab
                 f"{path}: {other.name} and {board.name} have the same {what}; expected each board once, since results "
                 "lie by name and one board measures one engine at a time"
             )
-
-
-def _is_number(value: Any) -> bool:
-    return fault_of(value, Number(0)) is None and value > 0
-
-
-def _is_word(pattern: re.Pattern[str]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, str) and pattern.fullmatch(value) is not None
-
-
-def _is_line(value: Any) -> bool:
-    return isinstance(value, str) and value != "" and value.isprintable()
-
-
-def _is_list_of_precisions(value: Any) -> bool:
-    known = isinstance(value, list) and all(
-        isinstance(precision, str) and precision in PRECISIONS for precision in value
-    )
-    return known and 0 < len(value) == len(set(value))
-
-
-def _is_environment(value: Any) -> bool:
-    return isinstance(value, dict) and all(
-        VARIABLE.fullmatch(name) and (text == "" or _is_line(text)) for name, text in value.items()
-    )
-
-
-CHECKS: Dict[str, Tuple[Callable[[Any], bool], str]] = {
-    "name": (_is_word(NAME), "letters, digits, '.', '_' and '-': it becomes a folder"),
-    "host": (_is_word(HOST), "a host name, an address or an alias of ~/.ssh/config"),
-    "port": (lambda value: type(value) is int and 0 < value < 1 << 16, "a number from 1 to 65535"),
-    "user": (_is_word(HOST), "a user on the board"),
-    "key": (_is_line, "a file with a private key"),
-    "known_hosts": (_is_line, "a file with host keys, as ssh keeps in ~/.ssh/known_hosts"),
-    "folder": (lambda value: _is_line(value) and value.startswith(("/", "~/")), "a path that starts with / or ~/"),
-    "python": (_is_line, "a command or a path on the board"),
-    "runtime": (lambda value: isinstance(value, str) and value in SOURCE_OF, f"one of {', '.join(SOURCE_OF)}"),
-    "precisions": (_is_list_of_precisions, f"a list of some of {', '.join(PRECISIONS)}"),
-    "timeout_s": (_is_number, "a positive number of seconds"),
-    "environment": (_is_environment, "a table of names and strings"),
-}
-"""Key of a [[board]] -> whether a value will do, and what is expected."""

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, AsyncIterator, Awaitable, List, Mapping, Optional, TypeVar
 
 from benchmarks.boards.list import Board
-from deploy.errors import MeasurementError, MissingDependencyError
+from deploy.errors import MeasurementError, MissingDependencyError, one_line
 
 CONNECT_S = 30.0
 KEEPALIVE_S = 15.0
@@ -114,7 +114,7 @@ async def _connect(board: Board) -> Any:
         return await _within(CONNECT_S, f"no connection to {board.host}", connecting)
     except ValueError as error:  # a key that cannot be read, or ~/.ssh/config
         raise BoardError(
-            f"no connection to {board.host}: {printable(str(error))}. See {board.key or '~/.ssh/config'}; a key that "
+            f"no connection to {board.host}: {one_line(error)}. See {board.key or '~/.ssh/config'}; a key that "
             "has a passphrase goes into the agent (ssh-add), and `key` is left out"
         ) from error
     except BoardError as error:
@@ -199,13 +199,13 @@ class Remote:
             answer = await _within(CONNECT_S, "it cannot be locked", process.stdout.readline())
             if answer.startswith(b"busy: "):
                 raise BoardError(
-                    f"another fleet is at it ({printable(answer[6:].decode(errors='replace'))}); wait for it, and run "
+                    f"another fleet is at it ({one_line(answer[6:].decode(errors='replace'))}); wait for it, and run "
                     "this command again"
                 )
             if answer.strip() != b"held":
                 answer += await _within(CONNECT_S, "it cannot be locked", process.stdout.read())
                 last = (answer.decode(errors="replace").strip() or "no answer").splitlines()[-1]
-                raise BoardError(f"it cannot be locked: {printable(last)}")
+                raise BoardError(f"it cannot be locked: {one_line(last)}")
             yield
         finally:
             process.close()
@@ -275,7 +275,7 @@ class Remote:
         if process.exit_status in ENDED_LATE and time.monotonic() - start >= limit_s:
             raise CommandError(f"not done after {limit_s:g} s (timeout_s), so it was ended")
         if process.exit_signal:
-            signal = printable(process.exit_signal[0])
+            signal = one_line(process.exit_signal[0])
             raise CommandError(f"ended by the signal {signal}" + (": out of memory?" if signal == "KILL" else ""))
         if process.exit_status != 0:
             raise CommandError(_reason(output, process.exit_status, folder))
@@ -315,15 +315,10 @@ def _reason(output: bytearray, status: int, folder: str) -> str:
     """Why a command failed: its own last error, or its last line."""
     lines = [line for line in output.decode(errors="replace").splitlines() if line.strip()]
     errors = [line[len("error: ") :] for line in lines if line.startswith("error: ")]
-    reason = printable((errors or lines or [f"ended with status {status}, without a word"])[-1])
+    reason = one_line((errors or lines or [f"ended with status {status}, without a word"])[-1])
     if "Unpack the bundle again" in reason:
         reason += f" (remove {folder} on the board, and run this command again)"
     return reason
-
-
-def printable(text: str) -> str:
-    """What a board sent, in one line that no terminal obeys."""
-    return "".join(letter if letter.isprintable() else " " for letter in text)[:500].strip()
 
 
 async def _within(seconds: float, what: str, work: Awaitable[T]) -> T:
@@ -335,4 +330,4 @@ async def _within(seconds: float, what: str, work: Awaitable[T]) -> T:
     except asyncio.TimeoutError as error:  # an OSError from Python 3.11 on
         raise BoardError(f"{what}: no answer within {seconds:g} s") from error
     except (asyncssh.Error, OSError) as error:
-        raise BoardError(f"{what}: {printable(str(error)) or type(error).__name__}") from error
+        raise BoardError(f"{what}: {one_line(error) or type(error).__name__}") from error

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, Dict, Optional, Sequence
 
 from benchmarks.boards.list import Board
-from benchmarks.boards.ssh import BoardError, CommandError, Remote, connected, printable
+from benchmarks.boards.ssh import BoardError, CommandError, Remote, connected
 from benchmarks.measuring.result import check_written_result
 from deploy.board.commands import Bundle
-from deploy.errors import MeasurementError
+from deploy.errors import MeasurementError, one_line
 from deploy.files import replacing
 
 MOST_JSON = 16 << 20
@@ -173,8 +173,8 @@ class Visit:
         sidecar = _document(await self._remote.read(path, MOST_JSON + 1) or b"", path)
         try:
             details = sidecar["details"]
-            self._outcome.device = printable(str(details["device"]))
-            self._outcome.runtime = f"TensorRT {printable(str(details['tensorrt']))}"
+            self._outcome.device = one_line(details["device"])
+            self._outcome.runtime = f"TensorRT {one_line(details['tensorrt'])}"
             return str(sidecar["artefact"]["sha256"])
         except (KeyError, TypeError) as error:
             raise CommandError(f"{path} is not the sidecar of an engine: it has no {error}") from error
@@ -189,7 +189,7 @@ class Visit:
             document = _document(content, path)
             check_written_result(document, path)
         except MeasurementError as error:
-            _tell(self._remote.board, f"not used: {printable(str(error))}")
+            _tell(self._remote.board, f"not used: {one_line(error)}")
             return None
         return content if document["kind"] == "latency" and document["model"]["sha256"] == sha256 else None
 
@@ -209,7 +209,7 @@ class Visit:
 
 
 def _line(text: Optional[str]) -> Optional[str]:
-    return None if text is None else printable(text)
+    return None if text is None else one_line(text)
 
 
 def _document(content: bytes, path: str) -> Dict[str, Any]:

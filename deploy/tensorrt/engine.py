@@ -19,11 +19,12 @@ from typing import Any, Dict, Mapping, NamedTuple, Optional, Sequence
 
 from deploy.contract import ModelContract, sidecar_path, write_sidecar
 from deploy.errors import ConfigError
-from deploy.files import AnyPath, check_writable, read_json, replacing, user_cache, write_json
+from deploy.files import AnyPath, check_writable, replacing, user_cache, write_json
 from deploy.int8_format import FloatReason
 from deploy.jetpack import unknown_jetpack
 from deploy.runtime.golden import Tolerance, check_agreement, measure_agreement, words_of_agreement
 from deploy.runtime.session import Session
+from deploy.schema import read_checked, short
 from deploy.tensorrt.bindings import load_tensorrt
 from deploy.tensorrt.builder import build_plan
 from deploy.tensorrt.coverage import check_precision, coverage
@@ -210,12 +211,12 @@ def _check_timing_cache(path: Path, here: Mapping[str, Optional[str]]) -> None:
     """
     if not (path.is_file() and _measured_on(path).is_file()):
         return
-    measured_on = read_json(_measured_on(path), ConfigError, "what a build writes beside its timing cache: remove both")
-    measured_on = measured_on if isinstance(measured_on, dict) else {}
+    what = "what a build writes beside its timing cache: remove both"
+    measured_on = read_checked(_measured_on(path), dict.fromkeys(TIMED_ON, (str, None)), ConfigError, what)
     for key in TIMED_ON:
-        if measured_on.get(key) != here[key]:
+        if measured_on[key] != here[key]:
             raise ConfigError(
-                f"the timing cache {path} was measured with {key} {measured_on.get(key)!r}; here it is {here[key]!r}. "
+                f"the timing cache {path} was measured with {key} {short(measured_on[key])}; here it is {here[key]!r}. "
                 "Give another file, leave --timing-cache out for the one of this machine, or measure anew with "
                 "--no-timing-cache."
             )
