@@ -5,13 +5,14 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-bindings check docs bench-bccd clean
+.PHONY: help setup demo test test-slow test-bindings test-faults check docs bench-bccd clean
 
 help:
 	@echo "make demo        train, distil, export, quantise, measure and report on drawn images (6 to 8 minutes on 2 cores)"
 	@echo "make test        the tests that need minutes, not hours; no network, no GPU"
 	@echo "make test-slow   the long ones"
 	@echo "make test-bindings   builder and runtime against TensorRT's real bindings (downloads 6 MB once; needs g++)"
+	@echo "make test-faults damaged inputs, kills, full disks, signals (minutes; FAULTS=\"--inputs 25000 --kills 50\" for more)"
 	@echo "make check       formatting, lint, types, import rules"
 	@echo "make docs        docs/commands.md, from what the commands say to --help"
 	@echo "make bench-bccd  the same job on real images: ../shared/data/bccd"
@@ -40,6 +41,9 @@ test-slow: $(READY)
 
 test-bindings: $(READY)
 	$(BIN)/python -m pytest -m slow tests/deploy/tensorrt/test_bindings.py
+
+test-faults: $(READY)
+	$(BIN)/python -m tests.faults $(FAULTS) -o benchmarks/results/faults
 
 check: $(READY)
 	$(BIN)/ruff format --check

@@ -107,10 +107,9 @@ def read(name: str, reader: Callable[[], Any], verdict: bool, limit_s: float = L
     kept, streams = signal.signal(signal.SIGALRM, over), (sys.stdout, sys.stderr)
     sys.stdout, sys.stderr = output, errors = io.StringIO(), io.StringIO()
     start, status = time.perf_counter(), None
-    faulthandler.dump_traceback_later(
-        4 * limit_s, exit=True, file=OWN_ERRORS
-    )  # where it hangs in code that hears no signals
-    signal.setitimer(signal.ITIMER_REAL, limit_s + 1)
+    # Where it hangs in code that hears no signals.
+    faulthandler.dump_traceback_later(4 * limit_s, exit=True, file=OWN_ERRORS)
+    signal.setitimer(signal.ITIMER_REAL, 1.1 * limit_s)
     try:
         status = command(lambda _argv: reader() or 0)([])
     except SystemExit as end:  # argparse
@@ -184,7 +183,7 @@ class Fuzzer:
             touched.update(kind.settle(name) if kind.settle is not None else ())
             ours = {path: files_of(Path(path).parent)[Path(path).name] for path in touched}
             for reader in kind.readers:
-                label = getattr(reader, "__qualname__", str(reader)).split(".<locals>")[0].lstrip("_")
+                label = reader.__qualname__.replace(".<locals>.read", "").rpartition(".")[2].lstrip("_")
                 yield read(label, reader, verdict=False)
             if kind.commands:
                 words = rng.choice(kind.commands)
