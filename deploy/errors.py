@@ -30,7 +30,7 @@ import tempfile
 import threading
 import traceback
 from types import FrameType
-from typing import Any, Callable, Iterator, List, Optional, TextIO
+from typing import Any, Callable, Dict, Iterator, List, Optional, TextIO
 
 from deploy.machine import VENV, is_externally_managed
 
@@ -226,6 +226,38 @@ def _ended_by_signals() -> Iterator[None]:
         yield
     finally:
         for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Interruption:
+    """
+    Notes Ctrl-C, SIGTERM and SIGHUP in its block in place of raising them, so that work can end where it is whole.
+
+    What is ignored (nohup) stays so. Outside of the main thread, which alone hears signals, nothing is noted.
+    """
+
+    def __init__(self) -> None:
+        self.number: Optional[int] = None
+        """The last signal that came, or None."""
+        self._before: Dict[int, Any] = {}
+
+    def check(self) -> None:
+        """Raises Ended if a signal came."""
+        if self.number is not None:
+            raise Ended(self.number)
+
+    def __enter__(self) -> Interruption:
+        def note(number: int, _frame: Optional[FrameType]) -> None:
+            self.number = number
+
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                    self._before[number] = signal.signal(number, note)
+        return self
+
+    def __exit__(self, *_error: Any) -> None:
+        for number, handler in self._before.items():
             signal.signal(number, handler)
 
 

@@ -27,8 +27,13 @@ TAIL_BYTES = 4096
 """The end of an image file is looked for in this many last bytes, so that checking a file costs two small reads."""
 FRAME_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 """Second bytes of the JPEG markers that a picture's size follows."""
-EXIF_ORIENTATION, TIFF_WIDTH, TIFF_HEIGHT, TIFF_BITS = 0x112, 0x100, 0x101, 0x102
+EXIF_ORIENTATION, TIFF_WIDTH, TIFF_HEIGHT, TIFF_BITS, TIFF_COLOURS, TIFF_NUMBERS = (
+    0x112, 0x100, 0x101, 0x102, 0x106, 0x153
+)  # fmt: skip
 """Tags of a TIFF directory, which EXIF is too (TIFF 6.0; CIPA DC-008, 4.6.4)."""
+TIFF_LOGARITHMS = (32844, 32845)
+"""Of floating-point values, as OpenCV, too, writes those in colour (SGI LogLuv)."""
+NO_SCALE = "of which nothing says which value is white; expected 8 or 16 bits. Write them anew as PNG"
 QUARTER_TURNS = (5, 6, 7, 8)
 """EXIF orientations that exchange width and height."""
 ALWAYS_TURNED = ("JPEG", "TIFF")
@@ -139,6 +144,11 @@ def read_image(path: AnyPath) -> np.ndarray:
     if header.bits == 16 and cv2 is not None:
         _tell_of_empty_bits(str(path), used_bits(path))
     return image
+
+
+def moves(path: AnyPath) -> bool:
+    """Whether a picture, such as a GIF, has several frames, or this OpenCV cannot tell."""
+    return not hasattr(cv2, "imcount") or cv2.imcount(str(path)) != 1
 
 
 def used_bits(path: AnyPath) -> int:
@@ -271,9 +281,10 @@ def _tiff(content: _Bytes) -> ImageHeader:
     directory = _directory(content, 0)
     fault = "" if directory else "a truncated TIFF (its directory is missing)"
     width, height = directory.get(TIFF_WIDTH, 0), directory.get(TIFF_HEIGHT, 0)
-    return ImageHeader(
-        "TIFF", width, height, directory.get(TIFF_BITS, 8), _orientation(directory.get(EXIF_ORIENTATION, 1)), fault
-    )
+    bits = directory.get(TIFF_BITS, 8)
+    if bits > 16 or directory.get(TIFF_NUMBERS) == 3 or directory.get(TIFF_COLOURS) in TIFF_LOGARITHMS:
+        fault = f"a TIFF of floating-point values or more than 16 bits, {NO_SCALE}"
+    return ImageHeader("TIFF", width, height, bits, _orientation(directory.get(EXIF_ORIENTATION, 1)), fault)
 
 
 def _jpeg2000(content: _Bytes) -> ImageHeader:
@@ -320,6 +331,8 @@ PARSERS: Dict[bytes, Callable[[_Bytes], ImageHeader]] = {
 
 def _other_header(path: AnyPath, content: _Bytes) -> ImageHeader:
     """Of a format that is not known here: by decoding it, as it is shown."""
+    if content.head[:3] in (b"PF\n", b"Pf\n"):
+        return ImageHeader("", fault=f"a PFM of floating-point values, {NO_SCALE}")
     if not getattr(cv2, "haveImageReader", bool)(str(path)):  # asks OpenCV's decoders for their first bytes
         return ImageHeader("", fault=_not_an_image(content))
     try:

@@ -337,8 +337,8 @@ def detect(folder: Path, words: Optional[List[str]] = None) -> int:
     """Draws what an engine of the bundle sees."""
     parser = argparse.ArgumentParser(
         prog="python3 run.py detect",
-        description="Draw what an engine sees in images, folders of them, videos or a camera (its number). Needs "
-        "OpenCV, which the other commands do not.",
+        description="Draw what an engine sees in images, folders of them, videos, a camera (its number) or a stream. "
+        "Needs OpenCV, which the other commands do not.",
     )
     add_engine_argument(parser)
     add_picture_arguments(parser)

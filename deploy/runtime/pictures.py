@@ -1,173 +1,259 @@
-"""What a detector sees in images and videos: drawn, and as COCO results. numpy and OpenCV."""
+"""What a detector sees in images, videos and streams: drawn, and as COCO results. numpy and OpenCV."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import itertools
 import json
+import signal
 import sys
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Tuple
+from typing import Any, Callable, Dict, Iterable, List, Optional
 
 import cv2
 import numpy as np
 
 from deploy.contract import ModelContract
-from deploy.errors import ContractError, DataError, PipelineError
+from deploy.errors import ContractError, DataError, Ended, Interruption, PipelineError, fault_of_storage
 from deploy.files import replacing
 from deploy.images import read_image
 from deploy.progress import progress
 from deploy.runtime.draw import draw
 from deploy.runtime.postprocess import Detections
-from deploy.runtime.sources import IMAGE_SUFFIXES, PictureOptions, PictureSource
+from deploy.runtime.sources import PictureOptions, PictureSource
+from deploy.runtime.video import (
+    FrameClock,
+    VideoFile,
+    fault_of_frame,
+    fault_of_silence,
+    frames_from,
+    open_capture,
+    read_frame,
+)
 
 Detect = Callable[[np.ndarray], Detections]
 """(height, width, 3) uint8, blue-green-red -> what is in it."""
-CODEC = int.from_bytes(b"mp4v", "little")
-"""MPEG-4, which OpenCV's own FFmpeg can always write; its H.264 is not in the wheels of PyPI."""
-FRAMES_PER_S = 30.0
-"""Of the video that is written, where a camera or a file does not say its own."""
 COUNT_TOLERANCE = 0.02
 """Containers without an index estimate their number of frames: so much less is no fault."""
 NAMED = 5
 """Sources named in the message at the end."""
+PRESENT = {"camera": "plugged in", "stream": "sent", "pipeline": "running"}
+"""Kind of a source that has no end -> what it may be no longer."""
 
 
-@dataclasses.dataclass
-class Seen:
-    """What came out so far."""
+class ResultsFile:
+    """
+    COCO results in a file that is whole JSON after each picture, so that none of them is kept in memory.
 
-    results: List[Dict[str, Any]] = dataclasses.field(default_factory=list)
-    pictures: int = 0
-    faults: List[str] = dataclasses.field(default_factory=list)
-    """One sentence for each source that could not be read, or not to its end."""
+    A context manager.
+
+    Args:
+        path: what is written.
+        target: what it is called in messages.
+    """
+
+    def __init__(self, path: Path, target: Path) -> None:
+        self._target = target
+        self._file = path.open("wb", buffering=0)
+        self._file.write(b"[]\n")
+        self._length = 1
+        self.pictures = self.count = 0
+        """How many pictures and detections there are so far."""
+
+    def add(self, rows: List[Dict[str, Any]]) -> None:
+        """
+        Adds the rows of one picture.
+
+        Raises:
+            PipelineError: the disk is full. The file is as it was before.
+        """
+        if rows:
+            text = f"{',' if self.count else ''}\n{json.dumps(rows, allow_nan=False)[1:-1]}".encode()
+            try:
+                self._end_with(text)
+            except OSError as error:
+                self._file.truncate(self._length)
+                self._end_with(b"")
+                raise PipelineError(f"cannot write {self._target}: {fault_of_storage(error) or error}") from error
+            self._length += len(text)
+        self.pictures += 1
+        self.count += len(rows)
+
+    def _end_with(self, content: bytes) -> None:
+        self._file.seek(self._length)
+        content += b"\n]\n"
+        while content:
+            content = content[self._file.write(content) :]
+
+    def __enter__(self) -> ResultsFile:
+        return self
+
+    def __exit__(self, *_error: Any) -> None:
+        self._file.close()
+
+
+class _NothingSeen(Exception):
+    pass
 
 
 def detect_in_pictures(detect: Detect, contract: ModelContract, options: PictureOptions) -> None:
     """
     Draws what is seen in each source, writes the results, and prints how many there are.
 
+    Ctrl-C ends a camera or a stream; elsewhere, and with SIGTERM, it ends all. What was seen up to then is kept.
+
     Args:
         detect: already drops what is below the score threshold.
 
     Raises:
         DataError: a source cannot be read, or not to its end; everything else is kept.
+        ContractError: what the model gave for a picture cannot be detections; what came before is kept.
         PipelineError: a file cannot be written.
+        Ended: by a signal.
     """
-    images = [source for source in options.sources if source.is_image]
-    seen = Seen()
-    for source in progress(images, len(images), "images"):
-        _detect_image(detect, contract, source, seen)
-    for source in options.sources:
-        if not source.is_image:
-            _detect_video(detect, contract, source, seen)
-    if seen.pictures:
-        with replacing(options.results_path) as temporary:
-            temporary.write_text(json.dumps(seen.results, allow_nan=False), encoding="utf-8")
+    ended: Optional[BaseException] = None
+    faults: List[str] = []
+    with contextlib.suppress(_NothingSeen), Interruption() as interruption:
+        with replacing(options.results_path) as temporary, ResultsFile(temporary, options.results_path) as results:
+            try:
+                _Work(detect, contract, results, interruption, faults).look_at(options.sources)
+            except (PipelineError, Ended) as error:
+                ended = error
+            if not results.pictures:
+                raise _NothingSeen
         print(
-            f"{len(seen.results)} detections in {seen.pictures} pictures, drawn in {options.output}; results in "
-            f"{options.results_path}"
+            f"{results.count} detections in {results.pictures} pictures, drawn in {options.output}; results in "
+            f"{options.results_path}{'' if ended is None else ', of what was seen before the end'}"
         )
-    if seen.faults:
-        more = f"; and {len(seen.faults) - NAMED} more" if len(seen.faults) > NAMED else ""
-        raise DataError(
-            f"of {len(options.sources)} sources {len(seen.faults)} could not be read to the end: "
-            f"{'; '.join(seen.faults[:NAMED])}{more}"
-        )
+    more = f"; and {len(faults) - NAMED} more" if len(faults) > NAMED else ""
+    unread = (
+        f"of {len(options.sources)} sources {len(faults)} could not be read to the end: "
+        f"{'; '.join(faults[:NAMED])}{more}"
+    )
+    if faults and ended is None:
+        raise DataError(unread)
+    if faults:
+        print(f"warning: {unread}", file=sys.stderr)
+    if ended is not None:
+        raise ended
 
 
-def _detect_image(detect: Detect, contract: ModelContract, source: PictureSource, seen: Seen) -> None:
-    try:
-        image = read_image(str(source.opened_as))
-    except DataError as error:
-        seen.faults.append(str(error))
-        return
-    encoded, content = cv2.imencode(source.target.suffix, _drawn(detect, contract, image, seen, file_name=source.name))
-    if not encoded:
-        raise PipelineError(f"OpenCV cannot write {source.target}")
-    with replacing(source.target) as temporary:
-        temporary.write_bytes(content.tobytes())
+@dataclasses.dataclass
+class _Work:
+    """One run over all sources."""
 
+    detect: Detect
+    contract: ModelContract
+    results: ResultsFile
+    interruption: Interruption
+    faults: List[str]
+    """One sentence for each source that could not be read, or not to its end."""
 
-def _detect_video(detect: Detect, contract: ModelContract, source: PictureSource, seen: Seen) -> None:
-    is_camera = isinstance(source.opened_as, int)
-    capture = cv2.VideoCapture(source.opened_as if isinstance(source.opened_as, int) else str(source.opened_as))
-    try:
-        there, first = capture.read()
-        if not there:
-            expected = "a camera, see /dev/video*" if is_camera else f"a video, or {', '.join(IMAGE_SUFFIXES)}"
-            seen.faults.append(f"{source.name}: OpenCV reads no frame from it; expected {expected}")
+    def look_at(self, sources: Iterable[PictureSource]) -> None:
+        """Images first. Raises PipelineError and Ended when it ends before the last."""
+        images = [source for source in sources if source.kind == "image"]
+        for source in progress(images, len(images), "images"):
+            self._look_at_image(source)
+            self.interruption.check()
+        for source in sources:
+            if source.kind != "image":
+                self._look_at_video(source)
+                self.interruption.check()
+
+    def _look_at_image(self, source: PictureSource) -> None:
+        try:
+            image = read_image(str(source.opened_as))
+        except DataError as error:
+            self.faults.append(str(error))
             return
+        drawn = self._drawn(image, file_name=source.name)
+        try:
+            encoded, content = cv2.imencode(source.target.suffix, drawn)
+        except cv2.error:
+            encoded = False
+        if not encoded:
+            height, width = image.shape[:2]
+            raise PipelineError(f"OpenCV cannot write {source.target} of {width} x {height} pixels; give it as PNG")
+        with replacing(source.target) as temporary:
+            temporary.write_bytes(content.tobytes())
+
+    def _look_at_video(self, source: PictureSource) -> None:
+        capture = open_capture(source)
+        try:
+            first = read_frame(capture)
+            fault = fault_of_silence(source) if first is None else fault_of_frame(first, first)
+            if first is None or fault:
+                self.faults.append(f"{source.name}: {fault}")
+            else:
+                self._look_at_frames(source, capture, first)
+        finally:
+            capture.release()
+
+    def _look_at_frames(self, source: PictureSource, capture: cv2.VideoCapture, first: np.ndarray) -> None:
         total = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))  # 0 or less where it is not known
-        frames: Iterable[np.ndarray] = _frames(capture, first)
-        if is_camera:
+        is_endless = source.kind != "video" and total <= 0
+        clock = FrameClock(capture, is_endless)
+        frames: Iterable[np.ndarray] = frames_from(capture, first)
+        if is_endless:
             print(f"{source.name}: Ctrl-C ends it", file=sys.stderr)
         elif total > 0:
             frames = progress(frames, total, source.name)
-        drawn = (
-            _drawn(detect, contract, frame, seen, file_name=source.name, frame=index)
-            for index, frame in enumerate(frames)
-        )
+        started, fault, ended = datetime.now(timezone.utc), "", None
         with replacing(source.target) as temporary:
-            count, stopped = _write_video(temporary, drawn, capture.get(cv2.CAP_PROP_FPS), may_be_stopped=is_camera)
-            _check_frames(temporary, count, source.target)
-    finally:
-        capture.release()
-    if is_camera and not stopped:
-        seen.faults.append(f"{source.name} gave no more after {count} frames; is it still plugged in?")
-    elif count < total * (1 - COUNT_TOLERANCE):
-        seen.faults.append(f"{source.name} ends after {count} of {total} frames: bring the file again")
+            video = VideoFile(temporary, source.target, first.shape[1], first.shape[0], clock.rate)
+            try:
+                for index, frame in enumerate(frames):
+                    fault = fault_of_frame(frame, first)
+                    if fault:
+                        break
+                    time_s = clock.time_s()
+                    drawn = self._drawn(frame, file_name=source.name, frame=index, time_s=round(time_s, 4))
+                    video.write(drawn, time_s)
+                    if self.interruption.number is not None:
+                        break
+            except PipelineError as error:
+                ended = error
+            if not video.frames and ended is not None:
+                raise ended
+            video.close()
+        if is_endless:
+            print(f"{source.name}: {video.frames} frames in {clock.last_s:.1f} s, from {started:%Y-%m-%dT%H:%M:%SZ} on")
+        if clock.note():
+            print(f"note: {source.name}: {clock.note()}", file=sys.stderr)
+        if ended is not None:
+            raise ended
+        if fault:
+            self.faults.append(f"{source.name} ends after {video.frames} frames: {fault}")
+        elif self.interruption.number is not None:
+            if is_endless and self.interruption.number == signal.SIGINT:
+                self.interruption.number = None
+        elif is_endless:
+            self.faults.append(
+                f"{source.name} gave no more after {video.frames} frames: is it still {PRESENT[source.kind]}?"
+            )
+        elif video.frames < total * (1 - COUNT_TOLERANCE):
+            self.faults.append(f"{source.name} ends after {video.frames} of {total} frames: bring the file again")
 
-
-def _write_video(path: Path, pictures: Iterator[np.ndarray], rate: float, may_be_stopped: bool) -> Tuple[int, bool]:
-    """How many pictures it took, of which there is one at least, and whether Ctrl-C ended it."""
-    first = next(pictures)
-    rate = rate if 1 <= rate <= 1000 else FRAMES_PER_S  # where it is not known it is 0 or not a number
-    size = first.shape[1], first.shape[0]
-    writer = cv2.VideoWriter(str(path), CODEC, rate, size)
-    count = 0
-    try:
-        for picture in itertools.chain([first], pictures):
-            writer.write(picture)
-            count += 1
-    except KeyboardInterrupt:
-        if not may_be_stopped:
-            raise
-        return count, True
-    finally:
-        writer.release()
-    return count, False
-
-
-def _frames(capture: cv2.VideoCapture, first: np.ndarray) -> Iterator[np.ndarray]:
-    there, frame = True, first
-    while there:
-        yield frame
-        there, frame = capture.read()
-
-
-def _drawn(detect: Detect, contract: ModelContract, image: np.ndarray, seen: Seen, **where: Any) -> np.ndarray:
-    """The image with what is in it, which is also noted in `seen` under `where`."""
-    try:
-        found = detect(image)
-    except ContractError as error:
-        raise ContractError(f"{', '.join(f'{name} {value}' for name, value in where.items())}: {error}") from error
-    seen.pictures += 1
-    boxes_xywh = found.boxes_xyxy.astype(float)
-    boxes_xywh[:, 2:] -= boxes_xywh[:, :2]
-    for box, score, label in zip(boxes_xywh.tolist(), found.scores.tolist(), found.labels.tolist()):
-        category = contract.category_ids[label]
-        seen.results.append({"image_id": seen.pictures, **where, "category_id": category, "bbox": box, "score": score})
-    return draw(image, found, contract.class_names)
-
-
-def _check_frames(path: Path, count: int, target: Path) -> None:
-    """Raises PipelineError unless the video at `path` has `count` frames: OpenCV's writer says nothing of failures."""
-    capture = cv2.VideoCapture(str(path))
-    found = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)) if capture.isOpened() else 0
-    capture.release()
-    if found != count:
-        raise PipelineError(
-            f"cannot write {target}: {found} of its {count} frames are there. Is the disk full? (Sides below 2 pixels "
-            "cannot be written at all.)"
+    def _drawn(self, image: np.ndarray, **where: Any) -> np.ndarray:
+        """The image with what is in it, which is also noted in the results under `where`."""
+        try:
+            found = self.detect(image)
+        except ContractError as error:
+            raise ContractError(f"{', '.join(f'{name} {value}' for name, value in where.items())}: {error}") from error
+        boxes_xywh = found.boxes_xyxy.astype(float)
+        boxes_xywh[:, 2:] -= boxes_xywh[:, :2]
+        image_id = self.results.pictures + 1
+        self.results.add(
+            [
+                {
+                    "image_id": image_id,
+                    **where,
+                    "category_id": self.contract.category_ids[label],
+                    "bbox": box,
+                    "score": score,
+                }
+                for box, score, label in zip(boxes_xywh.tolist(), found.scores.tolist(), found.labels.tolist())
+            ]
         )
+        return draw(image, found, self.contract.class_names)
