@@ -6,7 +6,7 @@ only those that follow it:
 
 - workers: commands that `benchmarks` starts, not people: the time of a detection in torch, and of a training step.
 - int8: the rounding of a student's INT8 graph while it trains, and the two INT8 files of such a training.
-- loop: what stands beside the steps: runner, hooks, skipped batches, bf16, processes, the check of the teacher.
+- loop: what stands beside the steps: runner, hooks, skipped batches, precision, processes, the check of the teacher.
 - models: the detector of student and teacher, methods of distillation, families of heads, losses, backbones, weights.
 
 What commands and workers share of int8, loop and models stands above these three: training, run_dir, and config, which

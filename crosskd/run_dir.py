@@ -9,6 +9,7 @@ from typing import Any
 
 from crosskd.config import load_config
 from crosskd.data import TrainingData
+from crosskd.loop.precision import precision_of_wrapper
 from crosskd.settings import datasets_of
 from deploy.contract import read_sidecar, weights_of_run, write_sidecar
 from deploy.dataset import CocoSet
@@ -112,6 +113,16 @@ def check_resumed(record: dict[str, Any], run_dir: Path) -> None:
                 f"the run in {run_dir} was started with another {what}: {name} was {_shown(before, name)}, now it is "
                 f"{_shown(now, name)}{more}. {advice}"
             )
+
+
+def precision_of_run(run_dir: Path) -> str | None:
+    """The precision that a run was started in, as `precision_of_wrapper`; None: a run of an earlier version."""
+    path = run_dir / RECORD
+    if not path.is_file():
+        return None
+    started = read_checked(path, RECORD_KINDS, ConfigError, "the start of a run")
+    kind = started["settings"].get("optim_wrapper.type")
+    return None if kind is None else precision_of_wrapper(str(kind))
 
 
 def _shown(values: dict[str, Any], name: str) -> str:

@@ -13,13 +13,12 @@ from typing import Any
 from crosskd.config import add_override_argument, overrides_from_arguments, published_name
 from crosskd.data import TrainingData, add_data_arguments, set_data, write_annotations
 from crosskd.loop.distributed import is_first_process, local_rank, process_count, wait_for_all
-from crosskd.run_dir import check_resumed, save_run, set_run_dir, start_run, training_record
+from crosskd.loop.precision import WRAPPERS, fastest_precision, precision_asked_for, set_precision
+from crosskd.run_dir import check_resumed, precision_of_run, save_run, set_run_dir, start_run, training_record
 from crosskd.schedule import say_long_warm_ups
 from crosskd.settings import EVALUATORS, metrics_of
 from deploy.errors import ConfigError, MissingDependencyError
 
-WRAPPERS = {"fp32": "OptimWrapper", "bf16": "Bf16OptimWrapper", "fp16": "AmpOptimWrapper"}
-"""--precision -> mmengine's optimiser wrapper."""
 LOG_BACKENDS = {"tensorboard": "TensorboardVisBackend", "wandb": "WandbVisBackend", "mlflow": "MLflowVisBackend"}
 """Package -> mmengine's back-end that writes to it."""
 
@@ -39,7 +38,7 @@ class TrainingOptions:
     seed: int = 0
     """Of the initial weights and the order of the images."""
     precision: str | None = None
-    """A key of WRAPPERS; None: the config's, or what is fastest on this device."""
+    """A key of WRAPPERS; None: the config's, or what is measured the fastest."""
     accumulate: int | None = None
     """Batches to a step of the optimiser; None: the config's."""
     clip_grad: float | None = None
@@ -84,8 +83,10 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of initial weights and data order (default: 0)")
     parser.add_argument(
         "--precision",
-        choices=tuple(WRAPPERS),
-        help="of the forward pass (default: the config's, or bf16 where the machine computes in it; fp16 needs a GPU)",
+        choices=("auto", *WRAPPERS),
+        default="auto",
+        help="of the forward pass; auto: the config's, or the one in which a few steps are measured the fastest; fp16 "
+        "needs a GPU (default: auto)",
     )
     parser.add_argument(
         "--epochs", type=int, help="length of the training; the schedule is stretched to it (default: the config's)"
@@ -142,7 +143,7 @@ def training_options_from_arguments(arguments: argparse.Namespace) -> TrainingOp
         start=arguments.start,
         resume=arguments.resume,
         seed=arguments.seed,
-        precision=arguments.precision,
+        precision=None if arguments.precision == "auto" else arguments.precision,
         accumulate=arguments.accumulate,
         clip_grad=arguments.clip_grad,
         ema=arguments.ema,
@@ -226,7 +227,8 @@ def run_training(
     from crosskd.loop.runner import TrainingRunner
     from crosskd.loop.teacher import check_teacher
 
-    set_precision(config, detector, options.precision, "cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    precision = precision_asked_for(config, detector, options.precision, device)
     set_optimisation(config, options)
     set_log_backends(config, options.log_to)
     set_hooks(config, options.ema)
@@ -234,6 +236,12 @@ def run_training(
     set_reproducible(config, options.seed)
     set_data(config, data, options.run_dir)
     student = getattr(detector, "student", detector)
+    step_times_s: dict[str, float] = {}
+    if precision is None and options.resume:  # as it was started, also on another machine
+        precision = precision_of_run(options.run_dir)
+    if precision is None:
+        precision, step_times_s = fastest_precision(config, data, device)
+    set_precision(config, detector, precision)
     record = training_record(config, data, inputs)
     if options.resume:
         check_resumed(record, options.run_dir)
@@ -267,6 +275,7 @@ def run_training(
         "skipped_batches": runner.message_hub.get_info("skipped_batches", 0),
         "processes": process_count(),
         "precision": config.optim_wrapper.type,
+        "step_times_s": step_times_s,
         "device": next(student.parameters()).device.type,
     }
     weights = options.run_dir / weights_name
@@ -385,42 +394,6 @@ def set_reproducible(config: Any, seed: int) -> None:
     loader = config.train_dataloader
     loader.setdefault("worker_init_fn", dict(type="seed_worker"))
     loader.persistent_workers = False  # a worker that lives on has a random state that nothing restores
-
-
-def set_precision(config: Any, detector: Any, precision: str | None, device: str) -> None:
-    """
-    Sets the type of the config's optimiser wrapper, keeps the losses in float32 and prepares the teacher.
-
-    Args:
-        precision: a key of WRAPPERS, or None: what the config asks for; where it asks for nothing, bf16 if the device
-            computes in it.
-        device: "cpu" or "cuda".
-
-    Raises:
-        ConfigError: fp16 without a GPU, or a two-stage detector in another precision than fp32.
-    """
-    import torch
-
-    from crosskd.loop.amp import computes_in_bf16, keep_losses_in_float32
-
-    if precision == "fp16" and device != "cuda":
-        raise ConfigError("--precision fp16 needs a GPU (its loss scaling does); use bf16 on a CPU")
-    student = getattr(detector, "student", detector)
-    if not hasattr(student, "bbox_head"):
-        if precision not in (None, "fp32"):
-            raise ConfigError(f"--precision {precision}: a {type(student).__name__}, of two stages, trains in fp32")
-        precision = "fp32"
-        print(f"precision: fp32, as a {type(student).__name__}, of two stages, trains in no other")
-    if precision is None and config.optim_wrapper.get("type", "OptimWrapper") == "OptimWrapper":
-        precision = "bf16" if computes_in_bf16(device) else "fp32"
-        print(f"precision: {precision}, the fastest on this {device}; --precision fp32 or bf16 to choose")
-    if precision is not None:
-        config.optim_wrapper.type = WRAPPERS[precision]
-    dtype = {WRAPPERS["bf16"]: torch.bfloat16, WRAPPERS["fp16"]: torch.float16}.get(config.optim_wrapper.type)
-    if dtype is not None:
-        keep_losses_in_float32(student.bbox_head)
-    if hasattr(detector, "prepare_teacher"):
-        detector.prepare_teacher(dtype)
 
 
 def seed_everything(seed: int) -> None:

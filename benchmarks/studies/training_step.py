@@ -32,18 +32,24 @@ from deploy.progress import progress
 DEFAULT_CONFIG = "configs/crosskd_gfl_r18_r50_1x_coco.py"
 VARIANTS = {
     "student": "student alone, float32",
-    "student-fast": "student alone, fast form",
+    "student-fast": "student alone, fast form, bf16",
+    "student-fast-fp32": "student alone, fast form, float32",
     "distill": "distillation, float32",
-    "distill-fast": "distillation, fast form",
-    "teacher-forward": "teacher's forward pass, fast form",
+    "distill-fast": "distillation, fast form, bf16",
+    "distill-fast-fp32": "distillation, fast form, float32",
+    "teacher-forward": "teacher's forward pass, bf16",
+    "teacher-forward-fp32": "teacher's forward pass, float32",
 }
 """Variant of `crosskd.workers.time_training` -> title, in the order of the table. It says there what each is."""
 RATIOS = (
     ("distill-fast", "student"),
     ("distill-fast", "student-fast"),
     ("distill-fast", "distill"),
+    ("distill-fast-fp32", "distill"),
+    ("distill-fast-fp32", "student-fast-fp32"),
     ("distill", "student"),
     ("teacher-forward", "student-fast"),
+    ("teacher-forward-fp32", "student-fast-fp32"),
 )
 
 Times = Mapping[str, Any]
@@ -146,10 +152,10 @@ def lines_from_numbers(numbers: Mapping[str, Any]) -> List[str]:
         quartiles = " to ".join(f"{value:.3f}" for value in row["quartiles_s"])
         lines.append(f"{row['title']:<36} {row['median_s']:>9.3f} {quartiles:>17} {row['peak_mib']:>9.0f}  "
                      f"{row['precision']}")  # fmt: skip
-    lines += ["", f"{'ratio':<62} {'median':>6}  over the rounds"]
+    lines += ["", f"{'ratio':<70} {'median':>6}  over the rounds"]
     for row in numbers["ratios"]:
         title = f"{variants[row['over']]['title']} / {variants[row['under']]['title']}"
-        lines.append(f"{title:<62} {row['median']:>6.2f}  {row['lowest']:.2f} to {row['highest']:.2f}")
+        lines.append(f"{title:<70} {row['median']:>6.2f}  {row['lowest']:.2f} to {row['highest']:.2f}")
     return lines
 
 

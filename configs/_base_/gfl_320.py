@@ -48,7 +48,7 @@ val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")
 optim_wrapper = dict(
     _delete_=True,
-    type="Bf16OptimWrapper",
+    type="OptimWrapper",  # its precision is measured: see --precision
     optimizer=dict(type="AdamW", lr=1.5e-3, weight_decay=0.05),
     paramwise_cfg=dict(norm_decay_mult=0, bias_decay_mult=0),
     clip_grad=dict(max_norm=10),

@@ -6,25 +6,22 @@ import contextlib
 import dataclasses
 import io
 import json
-import logging
-import random
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from mmdet.evaluation import CocoMetric
 from mmdet.registry import TRANSFORMS
 from mmengine.dataset import Compose, pseudo_collate
 from mmengine.dist import broadcast_object_list, is_main_process
-from mmengine.logging import MMLogger
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from crosskd.data import DETECTIONS_COUNTED, TrainingData
+from crosskd.loop.aside import quiet_logger, random_states_kept
 from deploy.dataset import CocoSet, coco_document, renumbered
 from deploy.errors import ConfigError
 from deploy.progress import progress
@@ -56,7 +53,7 @@ def check_teacher(
     points: list[Any] = [None]
     if is_main_process():
         chosen = [data.val.images[number * count // images] for number in range(images)]
-        with _random_states_kept():
+        with random_states_kept():
             points[0] = _points_of_teacher(config, detector, dataclasses.replace(data.val, images=chosen))
     broadcast_object_list(points)
     ap, ap50 = points[0]
@@ -88,7 +85,7 @@ def _points_of_teacher(config: Any, detector: Any, coco: CocoSet) -> tuple[float
     with (
         tempfile.TemporaryDirectory() as folder,
         contextlib.redirect_stdout(io.StringIO()),  # pycocotools tells how long each part took
-        _quiet_logger(),
+        quiet_logger(),
     ):
         annotations = Path(folder) / "annotations.json"
         annotations.write_text(json.dumps(coco_document(renumbered(coco))))
@@ -127,26 +124,3 @@ def _detected(config: Any, detector: Any, coco: CocoSet) -> Iterator[dict[str, A
             (instances,) = head.predict_by_feat(*outputs, batch_img_metas=[sample.metainfo], rescale=True)
         sample.pred_instances = instances
         yield sample.to_dict()
-
-
-@contextlib.contextmanager
-def _random_states_kept() -> Iterator[None]:
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    gpus = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    try:
-        with torch.random.fork_rng(gpus):
-            yield
-    finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
-
-
-@contextlib.contextmanager
-def _quiet_logger() -> Iterator[None]:
-    logger = MMLogger.get_current_instance()
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

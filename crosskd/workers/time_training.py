@@ -17,16 +17,20 @@ from collections.abc import Callable
 from typing import Any
 
 from crosskd.config import load_config
-from crosskd.training import WRAPPERS, seed_everything, set_precision
+from crosskd.loop.precision import WRAPPERS, precision_of_wrapper, set_precision
+from crosskd.training import seed_everything
 from deploy.errors import ConfigError, MeasurementError, command
 from deploy.files import check_writable, write_json
 
 VARIANTS = {
     "student": "the student without a teacher, in float32",
-    "student-fast": "the same as crosskd.train does it: bf16 where the hardware has it, channels_last",
+    "student-fast": "the same as crosskd.train does it in bf16, with channels_last",
+    "student-fast-fp32": "the same as crosskd.train does it in float32, with channels_last",
     "distill": "distillation in float32, the teacher as it comes",
-    "distill-fast": "the same as crosskd.distill does it: also with the teacher prepared once",
-    "teacher-forward": "the forward pass of the prepared teacher alone",
+    "distill-fast": "the same as crosskd.distill does it in bf16: also with the teacher prepared once",
+    "distill-fast-fp32": "the same as crosskd.distill does it in float32",
+    "teacher-forward": "the forward pass of the prepared teacher alone, in bf16",
+    "teacher-forward-fp32": "the same in float32",
 }
 SEED = 0
 PROFILED_STEPS = 5
@@ -55,7 +59,7 @@ def prepared_run(config: Any, variant: str, device: str) -> tuple[Any, Any]:
     if variant in ("student", "distill"):
         config.optim_wrapper.type = WRAPPERS["fp32"]
     else:
-        set_precision(config, detector, None, device)
+        set_precision(config, detector, "fp32" if variant.endswith("fp32") else "bf16")
         use_channels_last(detector, device)
     detector.to(device)
     return detector, build_optim_wrapper(detector, config.optim_wrapper)
@@ -94,7 +98,7 @@ def step_of(detector: Any, wrapper: Any, data: dict[str, list[Any]], variant: st
     """What is timed, as a function; it returns the named losses (of `teacher-forward`: nothing)."""
     import torch
 
-    if variant != "teacher-forward":
+    if not variant.startswith("teacher-forward"):
         return lambda: detector.train_step(data, wrapper)
     images = detector.data_preprocessor(data, True)["inputs"]
 
@@ -152,10 +156,9 @@ def times_of_training(
     named = {name: value.item() for name, value in losses.items()}
     if not all(map(math.isfinite, named.values())):
         raise MeasurementError(f"the losses of {variant} are {named}; expected finite ones. Is the size too small?")
-    kind = config.optim_wrapper.type
     document = {
         "variant": variant,
-        "precision": {value: key for key, value in WRAPPERS.items()}.get(kind, kind),
+        "precision": precision_of_wrapper(config.optim_wrapper.type),
         "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,7 +15,6 @@ from crosskd.training import (
     set_hooks,
     set_log_backends,
     set_optimisation,
-    set_precision,
     set_processes,
     set_reproducible,
     training_options_from_arguments,
@@ -39,25 +36,6 @@ def test_the_run_directory_is_named_after_the_config() -> None:
 def test_set_wins_over_epochs() -> None:
     assert _options("c.py", "--epochs", "3", "--set", "a=1").overrides == {"max_epochs": 3, "a": 1}
     assert _options("c.py").overrides == {}
-
-
-@pytest.mark.parametrize(
-    ("precision", "wrapper"),
-    [("fp32", "OptimWrapper"), ("bf16", "Bf16OptimWrapper"), ("fp16", "AmpOptimWrapper"), (None, "Bf16OptimWrapper")],
-)
-def test_the_precision_chooses_the_wrapper_and_keeps_the_losses_in_float32(
-    configs: Path, build: Callable[..., Any], precision: str | None, wrapper: str
-) -> None:
-    config, detector = load_config(configs / "crosskd_tiny.py"), build()
-    set_precision(config, detector, precision, device="cuda")
-    assert config.optim_wrapper.type == wrapper
-    assert ("loss_by_feat" in vars(detector.student.bbox_head)) == (precision != "fp32")
-
-
-def test_fp16_without_a_gpu_is_refused(configs: Path, build: Callable[..., Any]) -> None:
-    config = load_config(configs / "gfl_tiny.py")
-    with pytest.raises(ConfigError, match=r"fp16 needs a GPU .*; use bf16 on a CPU"):
-        set_precision(config, build("gfl_tiny.py"), "fp16", device="cpu")
 
 
 def test_accumulation_and_clipping_take_the_place_of_the_configs_own(configs: Path) -> None:

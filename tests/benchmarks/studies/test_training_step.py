@@ -63,8 +63,8 @@ def test_the_tables_line_up():
     gap = lines.index("")
     for table, rows in ((lines[:gap], len(VARIANTS)), (lines[gap + 1 :], len(RATIOS))):
         assert len(table) == 1 + rows
-    (row,) = (line for line in lines[1:gap] if line.startswith("distillation, fast form"))
-    assert row.split()[3:] == ["1.500", "1.250", "to", "12.000", "100", "fp32"]
+    (row,) = (line for line in lines[1:gap] if line.startswith("distillation, fast form, bf16"))
+    assert row.split()[4:] == ["1.500", "1.250", "to", "12.000", "100", "fp32"]
     assert {line.index("fp32") for line in lines[1:gap]} == {lines[0].index("precision")}
 
 

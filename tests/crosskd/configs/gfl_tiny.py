@@ -27,5 +27,6 @@ train_dataloader = dict(batch_size=4, dataset=dict(pipeline=train_pipeline))
 val_dataloader = dict(dataset=dict(pipeline=test_pipeline))
 test_dataloader = val_dataloader
 
+optim_wrapper = dict(type="Bf16OptimWrapper")  # named, so that no test waits for a measurement
 max_epochs = 1
 train_cfg = dict(val_interval=1)

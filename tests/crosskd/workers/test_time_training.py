@@ -64,10 +64,13 @@ def test_every_variant_is_timed_step_by_step(time_variant: Callable[..., dict[st
         assert times["threads"] == 1
     assert {variant: times["precision"] for variant, times in all_times.items()} == {
         "student": "fp32",
-        "student-fast": "bf16",  # which this config asks for
+        "student-fast": "bf16",
+        "student-fast-fp32": "fp32",
         "distill": "fp32",
         "distill-fast": "bf16",
+        "distill-fast-fp32": "fp32",
         "teacher-forward": "bf16",
+        "teacher-forward-fp32": "fp32",
     }
     losses = {variant: times["losses"] for variant, times in all_times.items()}
     assert losses["teacher-forward"] == {}
@@ -77,6 +80,8 @@ def test_every_variant_is_timed_step_by_step(time_variant: Callable[..., dict[st
         assert losses["distill"][key] == pytest.approx(losses["student"][key], rel=1e-5)
         assert losses["distill-fast"][key] == pytest.approx(losses["student-fast"][key], rel=1e-5)
         assert losses["student-fast"][key] == pytest.approx(losses["student"][key], rel=0.05)
+    for key in losses["distill"]:
+        assert losses["distill-fast-fp32"][key] == pytest.approx(losses["distill"][key], rel=1e-3)
 
 
 @pytest.mark.parametrize("variant", ["student", "distill-fast"])
