@@ -1,17 +1,25 @@
-"""Network outputs -> detections in the image, as the model contract says. numpy and OpenCV only."""
+"""Network outputs -> detections in the image, as the model contract says. numpy only."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Mapping
+import sys
+from typing import List, Mapping
 
-import cv2
 import numpy as np
 
 from deploy.contract import ModelContract
 from deploy.errors import ContractError
 from deploy.files import AnyPath
 from deploy.runtime.preprocess import Prepared
+
+BLOCK = 128
+"""Candidates that are compared with each other at a time."""
+PAIRS = 16_000
+"""Pairs of boxes at a time: so few that the arrays stay in the caches, and in memory that the process keeps."""
+MARGIN = 1e-5
+"""Part by which float32 may be wrong about a shared area: IoUs so near to the threshold are taken in float64."""
+UPPER = np.float32((1 + MARGIN) / (1 - MARGIN))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,31 +61,31 @@ def postprocess(
         boxes, scores, labels = (values[images == index] for values in rows)
     else:
         boxes, scores, labels = (outputs[name][index] for name in contract.output_names)
-    kept = scores > contract.score_threshold
-    _check_values(boxes[kept], scores, labels[kept], contract, image)
+    kept = np.flatnonzero(scores > contract.score_threshold)
+    unknown = np.isnan(scores).any()  # of the rows below the threshold, too, which may be padding but for that
     boxes, scores, labels = (
-        boxes[kept].astype(np.float32),
-        scores[kept].astype(np.float32),
-        labels[kept].astype(np.int64),
+        values[kept].astype(dtype, copy=False)
+        for values, dtype in ((boxes, np.float32), (scores, np.float32), (labels, np.int64))
     )
-    width, height = prepared.resized_wh_px
-    boxes = np.clip(boxes, 0, np.array([width, height, width, height], np.float32))
-    boxes /= np.array([*prepared.scale_xy, *prepared.scale_xy], np.float32)
-    solid = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)  # what lay outside the image was clipped to nothing
-    boxes, scores, labels = boxes[solid], scores[solid], labels[solid]
+    _check_values(boxes, labels, contract, image, unknown)
+    np.maximum(boxes, 0, out=boxes)
+    np.minimum(boxes, np.array(2 * prepared.resized_wh_px, np.float32), out=boxes)
+    boxes /= np.array(2 * prepared.scale_xy, np.float32)
+    solid = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+    if not solid.all():  # what lay outside the image was clipped to nothing
+        boxes, scores, labels = boxes[solid], scores[solid], labels[solid]
     if contract.outputs == "nms":
-        chosen = np.argsort(-scores, kind="stable")
+        chosen = np.argsort(-scores, kind="stable")[: contract.max_detections]
     else:
-        chosen = suppress(boxes, scores, labels, contract.nms_iou_threshold)
-    chosen = chosen[: contract.max_detections]
+        chosen = suppress(boxes, scores, labels, contract.nms_iou_threshold, contract.max_detections)
     return Detections(boxes[chosen], scores[chosen], labels[chosen])
 
 
 def _check_values(
-    boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, contract: ModelContract, image: AnyPath
+    boxes: np.ndarray, labels: np.ndarray, contract: ModelContract, image: AnyPath, unknown_score: bool
 ) -> None:
-    """Of all scores, and of the boxes and labels that count; rows below the threshold may be padding."""
-    if np.isnan(scores).any() or not np.isfinite(boxes).all():
+    """Of the boxes and labels that count."""
+    if unknown_score or not np.isfinite(boxes).all():
         raise ContractError(
             f"{image}: the model gave values that are not numbers; expected boxes and scores. A lower precision may "
             "have overflowed: build it anew with FP32, and compare; or the model is damaged"
@@ -90,21 +98,86 @@ def _check_values(
         )
 
 
-def suppress(boxes_xyxy: np.ndarray, scores: np.ndarray, labels: np.ndarray, iou_threshold: float) -> np.ndarray:
+def suppress(
+    boxes_xyxy: np.ndarray, scores: np.ndarray, labels: np.ndarray, iou_threshold: float, most: int = sys.maxsize
+) -> np.ndarray:
     """
-    Indices of the boxes that non-maximum suppression per class keeps, the best score first.
+    Indices of the boxes that non-maximum suppression per class keeps, the best score first, `most` of them at most.
 
-    Boxes of different classes are moved apart, so that one call of OpenCV serves all classes.
+    The best BLOCK boxes are compared with each other, and those of them that stay with all others; then the best of
+    what is left, until there are enough. What stays is what OpenCV's `dnn.NMSBoxes` keeps of each class.
 
     Args:
-        boxes_xyxy: (n, 4). scores: (n,). labels: (n,) integer.
+        boxes_xyxy: (n, 4), float32. scores: (n,). labels: (n,) integer.
         iou_threshold: a box goes when its IoU with a better one of its class is above this.
     """
-    if len(boxes_xyxy) == 0:
+    if not len(scores):
         return np.zeros(0, np.int64)
-    moved = boxes_xyxy.astype(np.float64)
-    moved += (labels * (moved.max() + 1.0))[:, None]
-    moved[:, 2:] -= moved[:, :2]  # x y w h
-    # OpenCV drops scores <= 0 here and nothing else: the contract's threshold was applied before.
-    kept = cv2.dnn.NMSBoxes(moved, scores, 0.0, iou_threshold)  # type: ignore  # arrays are not in OpenCV's stubs
-    return np.asarray(kept, np.int64).reshape(-1)
+    order = np.argsort(-scores, kind="stable")
+    x1, y1, x2, y2 = boxes_xyxy[order].T
+    # The IoU is above t where the shared area is above t / (1 + t) of the sum of both; or nearly, see MARGIN.
+    shares = (x2 - x1) * (y2 - y1) * np.float32((1 - MARGIN) * iou_threshold / (1 + iou_threshold))
+    table = np.stack([x1, y1, x2, y2, shares, labels[order].astype(np.float32)])  # (6, n), float32
+    kept: List[np.ndarray] = []
+    missing = most
+    while True:
+        size = min(BLOCK, 2 * missing)
+        chosen = _greedy(_overlaps(table[:, :size], table[:, :size], iou_threshold))
+        kept.append(order[chosen])
+        missing -= len(chosen)
+        best, others, order = table[:, chosen], table[:, size:], order[size:]
+        if missing <= 0 or not len(order):
+            return np.concatenate(kept)[:most]
+        part = PAIRS // len(chosen)
+        parts = [others[:, start : start + part] for start in range(0, len(order), part)]
+        gone = [_overlaps(best, one, iou_threshold).any(axis=0) for one in parts]
+        stay = np.flatnonzero(~np.concatenate(gone))
+        table, order = others.take(stay, axis=1), order[stay]
+
+
+def _greedy(overlaps: np.ndarray) -> np.ndarray:
+    """Which of the boxes stay, the best first: those that overlap no better one that stays. (n, n), bool."""
+    width = -(-len(overlaps) // 8)
+    rows = np.packbits(overlaps, axis=1, bitorder="little").tobytes()
+    gone, chosen = 0, []
+    for index in range(len(overlaps)):
+        if not gone >> index & 1:
+            chosen.append(index)
+            gone |= int.from_bytes(rows[index * width : (index + 1) * width], "little")
+    return np.array(chosen, np.int64)
+
+
+def _overlaps(first: np.ndarray, second: np.ndarray, iou_threshold: float) -> np.ndarray:
+    """
+    (n, m), bool: whether two boxes are of one class and their IoU is above the threshold.
+
+    Args:
+        first, second: (6, n) and (6, m), float32: as `suppress` makes them.
+    """
+    x1, y1, x2, y2, shares, labels = first[:, :, None]
+    other_x1, other_y1, other_x2, other_y2, other_shares, other_labels = second
+    width = np.minimum(x2, other_x2)
+    width -= np.maximum(x1, other_x1)
+    shared = np.minimum(y2, other_y2)
+    shared -= np.maximum(y1, other_y1)
+    shared *= width
+    bound = shares + other_shares
+    overlap = shared > bound
+    overlap &= width > 0  # for where both sides are negative
+    overlap &= labels == other_labels
+    bound *= UPPER
+    unsure = shared <= bound
+    unsure &= overlap
+    if unsure.any():
+        rows, columns = np.nonzero(unsure)
+        overlap[rows, columns] = _iou(first[:4, rows], second[:4, columns]) > np.float32(iou_threshold)
+    return overlap
+
+
+def _iou(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """(n,), float32: of pairs of boxes, (4, n) each; in float64, and rounded as OpenCV's NMSBoxes does."""
+    one, other = first.astype(np.float64), second.astype(np.float64)
+    sides = np.minimum(one[2:], other[2:]) - np.maximum(one[:2], other[:2])
+    shared = np.maximum(sides, 0).prod(axis=0)
+    areas = [(boxes[2:] - boxes[:2]).prod(axis=0) for boxes in (one, other)]
+    return np.float32(1) - (1 - shared / (areas[0] + areas[1] - shared)).astype(np.float32)

@@ -64,6 +64,30 @@ def test_suppress_keeps_what_torchvision_keeps(iou_threshold: float, classes: in
     np.testing.assert_array_equal(kept, expected.numpy())
 
 
+def _kept_by_opencv(boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, iou_threshold: float) -> np.ndarray:
+    cv2 = pytest.importorskip("cv2")
+    moved = boxes.astype(np.float64) + (labels * (boxes.max() + 1.0))[:, None]  # classes lie apart
+    moved[:, 2:] -= moved[:, :2]
+    return np.asarray(cv2.dnn.NMSBoxes(moved, scores, 0.0, iou_threshold), np.int64).reshape(-1)
+
+
+@pytest.mark.parametrize("iou_threshold", [0.3, 0.5, 0.6, 0.65, 1.0])
+@pytest.mark.parametrize("classes", [1, 80])
+@pytest.mark.parametrize("grid_px", [0.0, 8.0])  # on a grid, many IoUs lie at the threshold itself
+def test_the_best_are_those_that_opencv_keeps(iou_threshold: float, classes: int, grid_px: float) -> None:
+    for objects in (1, 20, 300):
+        boxes = _crowded_boxes(objects, 900 // objects, 400.0)
+        if grid_px:
+            boxes = np.float32(np.round(boxes / grid_px) * grid_px)
+            boxes[:, 2:] = np.maximum(boxes[:, 2:], boxes[:, :2] + grid_px)
+        scores = np.random.randint(1, 200, len(boxes)).astype(np.float32) / 200  # and many are equal
+        labels = np.random.randint(0, classes, len(boxes))
+        expected = _kept_by_opencv(boxes, scores, labels, iou_threshold)
+        np.testing.assert_array_equal(suppress(boxes, scores, labels, iou_threshold), expected)
+        for most in (1, 30, 100):
+            np.testing.assert_array_equal(suppress(boxes, scores, labels, iou_threshold, most), expected[:most])
+
+
 def test_suppress_of_nothing_is_nothing() -> None:
     kept = suppress(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64), 0.5)
     assert kept.shape == (0,)
