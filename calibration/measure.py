@@ -94,6 +94,7 @@ class OutputError:
 
     def __init__(self, model: Path, images: Sequence[CocoImage]) -> None:
         contract = load_contract(model)
+        self._images = images
         self._prepared = [preprocess(read_image(image.path), contract) for image in images]
         self._reference = self._detections(model)
         if not any(len(detections.scores) for detections in self._reference):
@@ -113,9 +114,10 @@ class OutputError:
     def _detections(self, model: Path) -> List[Detections]:
         with OrtSession(model) as session:
             contract, detections = session.contract, []
-            for prepared in self._prepared:
+            for image, prepared in zip(self._images, self._prepared):
                 batch = np.repeat(prepared.input, max(1, contract.input_shape[0]), axis=0)
-                detections.append(postprocess(session.infer({contract.input_name: batch}), contract, prepared))
+                outputs = session.infer({contract.input_name: batch})
+                detections.append(postprocess(outputs, contract, prepared, image=image.path))
         return detections
 
 

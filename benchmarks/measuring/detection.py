@@ -54,20 +54,26 @@ class SessionDetection(Detection):
     """An ONNX file or an engine, in this process. To be opened by `open_detection`, before which memory is taken."""
 
     def __init__(
-        self, session: Session, pixels: Sequence[np.ndarray], on_gpu: bool, before_mib: Optional[float]
+        self,
+        session: Session,
+        images: Sequence[Path],
+        pixels: Sequence[np.ndarray],
+        on_gpu: bool,
+        before_mib: Optional[float],
     ) -> None:
         self.description, self.on_gpu, self.images = session.description, on_gpu, len(pixels)
-        self._session, self._pixels, self._before_mib = session, pixels, before_mib
+        self._session, self._names, self._pixels, self._before_mib = session, images, pixels, before_mib
 
     def run(self, number: int) -> Times:
-        contract, image = self._session.contract, self._pixels[number % len(self._pixels)]
+        contract, turn = self._session.contract, number % self.images
+        image, name = self._pixels[turn], self._names[turn]
         times_ms: Times = {}
         start = time.perf_counter()
         prepared = preprocess(image, contract)
         prepared_at = time.perf_counter()
         outputs = self._session.infer({contract.input_name: prepared.input}, times_ms)
         inferred_at = time.perf_counter()
-        postprocess(outputs, contract, prepared)
+        postprocess(outputs, contract, prepared, image=name)
         end = time.perf_counter()
         return {
             "preprocess": 1e3 * (prepared_at - start),
@@ -188,4 +194,4 @@ def open_detection(
                 "the others out, or export and build it for them"
             )
         on_gpu = subject.target is not None and subject.target.on_gpu
-        yield SessionDetection(session, pixels, on_gpu, memory[0] if memory else None)
+        yield SessionDetection(session, images, pixels, on_gpu, memory[0] if memory else None)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
 from benchmarks import latency
@@ -41,6 +42,12 @@ def test_an_onnx_file_is_timed_stage_by_stage(data_dir, detector, tmp_path, caps
     assert "total: median" in printed
     assert printed.count("NOT COMPARABLE: ") == len(numbers["comparable_reasons"])
     assert numbers["comparable"] is not bool(numbers["comparable_reasons"])
+
+
+def test_an_image_for_which_the_model_gives_no_numbers_is_named(data_dir, detector, tmp_path, capsys, quick):
+    model = detector(boxes=[[0.0, 0.0, np.nan, 20.0]])
+    assert run(model, "--data", data_dir, "--runs", 10, "-o", tmp_path / "x.result.json") == 2
+    assert f"{data_dir / 'images' / 'sub' / '1.png'}: the model gave values that are not" in capsys.readouterr().err
 
 
 def test_a_paced_measurement(data_dir, detector, tmp_path, capsys, quick):

@@ -8,7 +8,7 @@ from onnx import numpy_helper
 from calibration.measure import OutputError, _errors, accuracy_numbers, saved
 from calibration.placement import FloatGraph, node_name
 from deploy.contract import load_contract, write_sidecar
-from deploy.errors import CalibrationError
+from deploy.errors import CalibrationError, ContractError
 from deploy.graphs.graph import initializers
 from deploy.runtime.postprocess import Detections
 
@@ -63,6 +63,16 @@ def test_a_model_that_detects_nothing_is_an_error(model_path, images, contract):
     onnx.save(model, model_path)
     write_sidecar(model_path, {}, contract)
     with pytest.raises(CalibrationError, match="detects nothing in 8 images above"):
+        OutputError(model_path, images)
+
+
+def test_an_image_for_which_the_model_gives_no_numbers_is_named(model_path, images, contract):
+    model = onnx.load(model_path)
+    bias = initializers(model)["predictor.bias"]
+    bias.CopyFrom(numpy_helper.from_array(np.full(22, np.nan, np.float32), bias.name))
+    onnx.save(model, model_path)
+    write_sidecar(model_path, {}, contract)
+    with pytest.raises(ContractError, match=f"{images[0].path.name}: the model gave values that are not numbers"):
         OutputError(model_path, images)
 
 

@@ -132,7 +132,8 @@ def test_images_are_used_in_turn_and_the_stages_are_the_sessions_own(clock, dete
 
     pixels = [np.full((64, 96, 3), value, np.uint8) for value in (10, 20, 30)]
     with Slow(detector()) as session:
-        subject = SessionDetection(session, pixels, on_gpu=True, before_mib=None)
+        names = [Path(f"{value}.png") for value in (10, 20, 30)]
+        subject = SessionDetection(session, names, pixels, on_gpu=True, before_mib=None)
         samples, _ = timing.take_samples(subject.run, timing.Pace(None), 4)
     assert seen == [10, 20, 30, 10]
     assert samples == {
