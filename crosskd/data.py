@@ -169,13 +169,16 @@ def annotation_files(folder: Path) -> dict[str, Path]:
     return {split: folder / f"annotations_{split}.json" for split in ("train", "val")}
 
 
-def write_annotations(data: TrainingData, folder: Path) -> None:
+def write_annotations(data: TrainingData, folder: Path) -> list[Path]:
     """
     Writes annotation files for mmdet, which hold the clipped boxes, and the keys (`area`, `iscrowd`) that mmdet demands
-    and many sets leave out.
+    and many sets leave out. Returns those that were not there before.
     """
-    for split, path in annotation_files(folder).items():
+    files = annotation_files(folder)
+    new = [path for path in files.values() if not path.exists()]
+    for split, path in files.items():
         write_json(path, coco_document(renumbered(getattr(data, split))))
+    return new
 
 
 def plain_datasets(config: Config, key: str) -> list[Any]:

@@ -300,6 +300,7 @@ def check_types(config: Any) -> None:
     for hook in hooks:
         if isinstance(hook, dict) and hook.get("type") == "CheckpointHook":
             _check_checkpoint_hook(hook)
+    _check_optimizer(config.optim_wrapper.get("optimizer"), registry.OPTIMIZERS)
     constructor = config.optim_wrapper.get("constructor")
     if constructor:
         parts.append(("optim_wrapper.constructor", {"type": constructor}, registry.OPTIM_WRAPPER_CONSTRUCTORS))
@@ -330,6 +331,22 @@ def _check_checkpoint_hook(hook: Any) -> None:
     if unknown:
         close = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0)
         raise ConfigError(f"nothing reads {unknown[0]} of the CheckpointHook; did you mean {close[0]}?")
+
+
+def _check_optimizer(optimizer: Any, registry: Any) -> None:
+    """Refuses what an optimiser does not take, such as SGD's momentum that a config with Adam has inherited."""
+    kind = registry.get(optimizer["type"]) if isinstance(optimizer, dict) and "type" in optimizer else None
+    if kind is None:
+        return  # told as other types are
+    takes = inspect.signature(kind).parameters
+    unknown = [name for name in optimizer if name != "type" and name not in takes]
+    if unknown and not any(one.kind is one.VAR_KEYWORD for one in takes.values()):
+        kept = "".join(f", {name}={value!r}" for name, value in optimizer.items() if name in ("lr", "weight_decay"))
+        raise ConfigError(
+            f"optim_wrapper.optimizer is {optimizer['type']}, which has no {', '.join(unknown)}; it takes "
+            f"{', '.join(name for name in takes if name != 'params')}. Where a base config brings that, give "
+            f"optimizer=dict(_delete_=True, type={optimizer['type']!r}{kept})"
+        )
 
 
 def _names_in(registry: Any) -> set[str]:

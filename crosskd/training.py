@@ -246,8 +246,7 @@ def run_training(
     if options.resume:
         check_resumed(record, options.run_dir)
     set_run_dir(config, options.run_dir, options.resume)
-    if is_first_process():
-        write_annotations(data, options.run_dir)
+    new_files = write_annotations(data, options.run_dir) if is_first_process() else []
     wait_for_all()
 
     accept_single_values(detector)
@@ -260,7 +259,7 @@ def run_training(
             start_run(options.run_dir, record)
 
     first_step = FirstStepHook(on_start)
-    with errors_of_training(first_step, options.run_dir):
+    with errors_of_training(first_step, options.run_dir, new_files):
         runner = TrainingRunner(model=detector, cfg=config, **{name: config[name] for name in names if name in config})
         runner.register_hook(first_step)
         if teacher_check is not None:

@@ -382,9 +382,12 @@ class FirstStepHook(Hook):
 
 
 @contextlib.contextmanager
-def errors_of_training(first_step: FirstStepHook, run_dir: Path) -> Iterator[None]:
+def errors_of_training(first_step: FirstStepHook, run_dir: Path, new_files: Sequence[Path] = ()) -> Iterator[None]:
     """
     Makes an error in the block, which builds and runs a training, one message; its traceback goes into the log file.
+
+    Args:
+        new_files: written for this training, and removed where it does not take its first step.
 
     Raises:
         ConfigError: in place of what mmengine and mmdet raise of settings that they do not take.
@@ -392,9 +395,12 @@ def errors_of_training(first_step: FirstStepHook, run_dir: Path) -> Iterator[Non
     """
     try:
         yield
-    except PipelineError:
-        raise
-    except Exception as error:
+    except BaseException as error:
+        if not first_step.taken:
+            for path in new_files:
+                path.unlink(missing_ok=True)
+        if isinstance(error, PipelineError) or not isinstance(error, Exception):
+            raise
         MMLogger.get_current_instance().info("the training ends by an error", exc_info=True)
         lines = [line for line in str(error.args[0] if error.args else error).splitlines() if line.strip()] or [""]
         words = lines[-1 if "Traceback" in lines[0] or "worker process" in lines[0] else 0]

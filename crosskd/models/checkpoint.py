@@ -17,7 +17,7 @@ from crosskd.download import fetched_checkpoint
 from crosskd.models.allowed_globals import allowed_globals
 from crosskd.models.heads import FAMILIES
 from deploy.errors import CheckpointError
-from deploy.files import AnyPath, replacing
+from deploy.files import AnyPath, check_regular, replacing, stands_in_for
 from deploy.limits import LARGEST_EXPANDED_BYTES, check_zip_claims
 from deploy.schema import short
 
@@ -40,6 +40,8 @@ DTYPES = (
     torch.float16, torch.bfloat16, torch.float32, torch.float64,
     torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool,
 )  # fmt: skip
+LARGEST_SAFETENSORS_HEADER = 100_000_000
+"""Bytes of the JSON object that follows its own length: https://github.com/huggingface/safetensors, "Format"."""
 UNKNOWN_CLASS_BIAS = -20.0
 """A logit: the probability is 2e-9."""
 
@@ -55,10 +57,14 @@ def read_checkpoint(path: AnyPath) -> dict[str, Any]:
     if source.startswith(("http://", "https://")):
         source = str(fetched_checkpoint(source))
     try:
+        check_regular(source)
+        _check_format(source)
         check_zip_claims(source)
         with torch.serialization.safe_globals(allowed_globals()), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of an unusual pickle protocol, before it refuses the file
             checkpoint = torch.load(source, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
     except FileNotFoundError as error:
         raise CheckpointError(f"no such checkpoint: {source}") from error
     except pickle.UnpicklingError as error:
@@ -85,6 +91,21 @@ def read_checkpoint(path: AnyPath) -> dict[str, Any]:
         raise CheckpointError(f"{source} holds a {type(checkpoint).__name__}; expected a dict with state_dict")
     _check_tensors(source, checkpoint)
     return checkpoint
+
+
+def _check_format(path: str) -> None:
+    """Raises CheckpointError for a file of weights that other programs than torch.save write."""
+    with open(path, "rb") as file:
+        head = file.read(64)
+    length = int.from_bytes(head[:8], "little")
+    if head[8:9] == b"{" and 0 < length < LARGEST_SAFETENSORS_HEADER:
+        raise CheckpointError(
+            f"{path} is a safetensors file; expected one that torch.save wrote. Convert it: "
+            'torch.save({"state_dict": safetensors.torch.load_file(FILE)}, "weights.pth")'
+        )
+    found = "" if head.startswith(b"PK") else stands_in_for(head)  # torch.save's own files are zip archives
+    if found:
+        raise CheckpointError(f"{path} is no checkpoint: {found}; expected a file that torch.save wrote")
 
 
 def _check_tensors(path: str, checkpoint: dict[Any, Any]) -> None:
@@ -384,5 +405,12 @@ def latest_checkpoint(run_dir: AnyPath) -> Path:
     if not pointer.is_file():
         raise CheckpointError(f"nothing to resume in {run_dir}: it has no checkpoint. Start the run without --resume.")
     path = Path(run_dir) / Path(pointer.read_text(errors="replace").strip()).name
-    read_checkpoint(path)
+    try:
+        read_checkpoint(path)
+    except CheckpointError as error:
+        others = sorted(found.name for found in Path(run_dir).glob("*.pth") if found != path)
+        instead = f"write the name of an earlier one ({', '.join(others)}) into {pointer}, or " if others else ""
+        raise CheckpointError(
+            f"cannot go on from the last checkpoint: {error} Else {instead}start the run anew, without --resume."
+        ) from error
     return path

@@ -9,7 +9,6 @@ from types import ModuleType
 from typing import Any, Dict, List, Mapping, Tuple
 
 from deploy.errors import EngineBuildError
-from deploy.schema import short
 from deploy.tensorrt.bindings import logger
 from deploy.tensorrt.options import BuildOptions
 
@@ -75,7 +74,7 @@ def coverage_from_json(text: str) -> Dict[str, Any]:
             return _unknown("the inspector gives names of layers and no types")
         pairs = [_kind_and_precision(layer) if isinstance(layer, dict) else ("other", "other") for layer in layers]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        return _unknown(f"the inspector's text has an unknown form: {short(error)}")
+        return _unknown(f"the inspector's text has an unknown form: {error!r:.100}")
     kinds = [kind for kind, _ in pairs]
     if all(precision == "other" for _, precision in pairs):
         blocks = kinds.count("compiled")

@@ -102,7 +102,9 @@ def test_load_from_is_what_a_training_starts_with_and_the_sidecar_names_it(
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        (["optim_wrapper.optimizer.lrr=0.1"], "the training cannot take its first step: TypeError: .*'lrr'"),
+        (["optim_wrapper.optimizer.lrr=0.1"], "optim_wrapper.optimizer is SGD, which has no lrr; it takes lr, "),
+        (["optim_wrapper.optimizer.type=Adam"],
+         r"is Adam, which has no momentum; it takes lr, betas, .*_delete_=True, type='Adam', lr=0.0"),
         (["model.neck.in_channels=[8, 16, 32, 72]"], "cannot take its first step: RuntimeError: .*72"),
         (["model.backbone.init_cfg={'_delete_': True, 'type': 'Pretrained', 'checkpoint': '/nowhere/r18.pth'}"],
          "the initial weights cannot be read: FileNotFoundError: /nowhere/r18.pth.*init_cfg=None draws"),
@@ -121,6 +123,7 @@ def test_what_mmengine_does_not_take_is_one_message_and_keeps_an_earlier_run(
     assert re.search(f"^error: .*{named}", error)
     # A forward pass is the first that shows widths that do not fit together: the run has begun then.
     assert (run_dir / "last_checkpoint").exists() == ("in_channels" not in words[0])
+    assert not list(run_dir.glob("annotations_*"))
 
 
 def test_an_error_after_the_first_step_is_one_message_and_its_traceback_is_in_the_log(

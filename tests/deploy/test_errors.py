@@ -10,7 +10,7 @@ from typing import List, Optional, Tuple
 
 import pytest
 
-from deploy.errors import FAULTS_OF_PATHS, FAULTS_OF_STORAGE, DataError, command
+from deploy.errors import FAULTS_OF_PATHS, FAULTS_OF_STORAGE, DataError, command, one_line
 
 
 @command
@@ -21,6 +21,26 @@ def _main(argv=None):
 def test_a_message_is_never_obeyed_by_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     assert _main() == 2
     assert capsys.readouterr().err == "error: image 'a\\x1b]0;title\\x07\\x9b31m\\r\\u202eb': é, 名\nsecond line\n"
+
+
+def test_what_is_printed_is_obeyed_only_as_bars_and_colours(capsys: pytest.CaptureFixture[str]) -> None:
+    hostile = "name \x1b[2J\x1b]0;title\x07\r\x9b31m\u202e\x1b[8mgone"
+
+    @command
+    def main(argv: Optional[List[str]] = None) -> None:
+        print(hostile)
+        print(hostile, file=sys.stderr)
+        print("\r[##..] 2/4\x1b[K", end="\n")
+        print("\x1b[1m\x1b[32mINFO\x1b[0m\té 名")
+
+    assert main() == 0
+    shown = "name \\x1b[2J\\x1b]0;title\\x07\\r\\x9b31m\\u202e\\x1b[8mgone\n"
+    assert capsys.readouterr() == (f"{shown}\r[##..] 2/4\x1b[K\n\x1b[1m\x1b[32mINFO\x1b[0m\té 名\n", shown)
+
+
+def test_what_others_wrote_is_a_part_of_one_line() -> None:
+    assert one_line("a\nb\t\x1b[2J  c\r\n") == "a b \\x1b[2J c"
+    assert one_line(["x"] * 1000, 10) == "['x', 'x',"
 
 
 COMMAND = """

@@ -121,7 +121,14 @@ def test_the_start_of_a_run_is_its_command_and_its_files(tmp_path: Path, source:
     assert read_start(tmp_path) == {}
     write_start(tmp_path, start)
     assert read_start(tmp_path) == start
-    for damaged in ("{", "[1]", "3"):
+    for damaged in (
+        "{",
+        "[1]",
+        "3",
+        "[" * 100_000,
+        '{"command": 3, "files": {}}',
+        '{"command": [], "files": {"a": [1]}}',
+    ):
         (tmp_path / STARTED).write_text(damaged)
         assert read_start(tmp_path) == {}
 

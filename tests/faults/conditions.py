@@ -24,7 +24,7 @@ from deploy.commands import ERROR
 from tests.faults.fuzz import ROOT
 from tests.faults.inputs import in_folder
 
-OUT = "o"
+OUT = "made"
 COMMANDS: Dict[str, Tuple[str, ...]] = {
     "calibration.quantize": ("m.onnx", "--data", "data", "--num-images", "2", "-o", f"{OUT}/q.onnx"),
     "benchmarks.report": ("results/teacher.accuracy.result.json", "-o", f"{OUT}/r.html"),
@@ -55,6 +55,11 @@ LOCKED = ("crosskd.train",)
 FILE_LIMITS = (200, 3000, 40_000)
 """Bytes that a file may have."""
 PATIENCE_S = 300.0
+
+
+def writes(words: Sequence[str]) -> bool:
+    """Whether a command with these arguments writes a file."""
+    return any(word.startswith(f"{OUT}/") for word in words)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +148,7 @@ def _limit_files(size: int) -> Callable[[], None]:
 def full_disks(commands: Dict[str, Tuple[str, ...]]) -> Iterator[Trial]:
     """Files that cannot grow beyond a limit: what a full disk does to a write."""
     for module, words in commands.items():
-        if OUT not in " ".join(words):
+        if not writes(words):
             continue
         for size in FILE_LIMITS:
             with sound_output(module, words) as before:
@@ -164,7 +169,7 @@ def full_tmpfs(commands: Dict[str, Tuple[str, ...]]) -> Iterator[Trial]:
         return
     try:
         for module, words in commands.items():
-            if OUT in " ".join(words):
+            if writes(words):
                 for path in Path(OUT).iterdir():
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
                 Path(f"{OUT}/filling").write_bytes(bytes(40_000))
@@ -220,9 +225,9 @@ def outputs(commands: Dict[str, Tuple[str, ...]]) -> Iterator[Trial]:
 def devices(commands: Dict[str, Tuple[str, ...]]) -> Iterator[Trial]:
     """Outputs that are /dev/null, a pipe or a folder: refused, and still there."""
     for module, words in commands.items():
-        if OUT not in " ".join(words):
+        if not writes(words):
             continue
-        place = next(index for index, word in enumerate(words) if word.startswith(OUT))
+        place = next(index for index, word in enumerate(words) if word.startswith(f"{OUT}/"))
         for what in ("device", "pipe"):
             shutil.rmtree(OUT, ignore_errors=True)
             Path(OUT).mkdir()

@@ -7,6 +7,7 @@ import collections
 import datetime
 import os
 import pickle
+import re
 import subprocess
 import sys
 import types
@@ -51,6 +52,44 @@ def detector(build: Callable[..., Any]) -> Any:
 def saved(detector: Any, tmp_path: Path) -> Path:
     save_detector_weights(detector, tmp_path / "detector.pth", meta={"dataset_meta": {"classes": ("a",)}})
     return tmp_path / "detector.pth"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\x40\0\0\0\0\0\0\0" + b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'.ljust(64) + b"\0\0\0\0",
+         "is a safetensors file; expected one that torch.save wrote. Convert it: torch.save"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "is no checkpoint: it is a pointer of Git LFS: run git"),
+        (b"\x1f\x8b\x08\0", "is no checkpoint: it is packed by gzip: unpack it"),
+    ],
+)  # fmt: skip
+def test_a_file_of_another_format_is_called_by_its_name(content: bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "w.pth"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=re.escape(f"{path} {message}")):
+        read_checkpoint(path)
+
+
+def test_a_device_is_not_read() -> None:
+    with pytest.raises(CheckpointError, match=r"cannot read the checkpoint /dev/zero \(it is a folder, a device or a"):
+        read_checkpoint("/dev/zero")
+
+
+def test_a_damaged_checkpoint_to_go_on_from_names_what_else_there_is(saved: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "last_checkpoint").write_text(str(run_dir / "epoch_2.pth"))
+    (run_dir / "epoch_2.pth").write_bytes(saved.read_bytes()[:-500])
+    start = r"cannot go on from the last checkpoint: cannot read the checkpoint .*epoch_2.pth .*copy it again. Else "
+    with pytest.raises(CheckpointError, match=f"{start}start the run anew, without --resume"):
+        latest_checkpoint(run_dir)
+    (run_dir / "epoch_1.pth").write_bytes(saved.read_bytes())
+    with pytest.raises(
+        CheckpointError, match=f"{start}write the name of an earlier one .epoch_1.pth. into .*last_check"
+    ):
+        latest_checkpoint(run_dir)
+    (run_dir / "last_checkpoint").write_text("epoch_1.pth")
+    assert latest_checkpoint(run_dir) == run_dir / "epoch_1.pth"
 
 
 def test_weights_come_back(build: Callable[..., Any], detector: Any, saved: Path) -> None:
@@ -154,7 +193,7 @@ def test_what_is_no_checkpoint_is_refused(content: Any, named: str, tmp_path: Pa
 def test_a_missing_file_and_a_folder_are_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no such checkpoint: .*nope\.pth"):
         read_checkpoint(tmp_path / "nope.pth")
-    with pytest.raises(CheckpointError, match="Is a directory"):
+    with pytest.raises(CheckpointError, match="it is a folder, a device or a pipe, not a file"):
         read_checkpoint(tmp_path)
 
 

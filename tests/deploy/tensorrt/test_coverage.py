@@ -69,6 +69,8 @@ def test_types_are_read_in_every_form(split: bool) -> None:
     [
         ("", "unknown form"),
         ("[]", "unknown form"),
+        ("[" * 100_000, "unknown form: RecursionError"),
+        ('{"Layers": [{"Name": ' + "9" * 5000 + "}]}", "unknown form: ValueError"),
         ('{"Nodes": []}', "unknown form: KeyError"),
         ('{"Layers": []}', "names of layers and no types"),
         ('{"Layers": ["conv1 + relu", "conv2"], "Bindings": []}', "names of layers and no types"),
