@@ -70,7 +70,7 @@ class Job:
 
     def __init__(self, work: Path, name: str) -> None:
         self.work, self.folder = work, work / name
-        self.words = ["-m", "crosskd.pipeline", "job.py", "--data", "data", "-o", name]
+        self.words = ["-m", "tests.faults.quick_job", "job.py", "--data", "data", "-o", name]
 
     def run(self, kill_at: int = 0, kills: str = "", after_s: Optional[float] = None) -> Tuple[int, int, str]:
         """
