@@ -97,10 +97,12 @@ def read_header(path: AnyPath) -> ImageHeader:
     if not header.fault and not header.width_px * header.height_px:
         fault = f"not an image: OpenCV cannot decode it, a {header.format} without a size ({content.head[:8]!r}...)"
         return dataclasses.replace(header, fault=fault)
-    if header.width_px * header.height_px > LARGEST_IMAGE_PX:
+    most_px = LARGEST_IMAGE_PX * 8 // max(8, header.bits)
+    if header.width_px * header.height_px > most_px:
+        deep = f" of {header.bits} bits" if header.bits > 8 else ""
         fault = (
             f"the file says that it has {header.width_px} x {header.height_px} pixels; expected at most "
-            f"{LARGEST_IMAGE_PX / 1e6:.0f} megapixels. Scale it down or cut it into tiles"
+            f"{most_px / 1e6:.0f} megapixels{deep}. Scale it down or cut it into tiles"
         )
         return dataclasses.replace(header, fault=fault)
     if not header.fault and header.format not in ("JPEG", "PNG", "BMP") and not _is_built_in(header.format, path):
@@ -131,7 +133,7 @@ def read_image(path: AnyPath) -> np.ndarray:
     of 16 bits whose upper ones are empty, and which is almost black by that, is named on stderr.
 
     Raises:
-        DataError: the file is missing, truncated, not an image, or larger than LARGEST_IMAGE_PX.
+        DataError: the file is missing, truncated, not an image, or too large (LARGEST_IMAGE_PX).
     """
     try:
         header = read_header(path)
@@ -140,10 +142,9 @@ def read_image(path: AnyPath) -> np.ndarray:
         raise DataError(f"cannot read the image {path} ({error.strerror})") from error
     if header.fault:
         raise DataError(f"{path}: {header.fault}")
-    image = _decoded(path, content)
-    if header.bits == 16 and cv2 is not None:
-        _tell_of_empty_bits(str(path), used_bits(path))
-    return image
+    if header.bits == 16 and cv2 is not None and not _told_of_empty_bits:
+        _tell_of_empty_bits(str(path), used_bits(path))  # before there are other pixels in memory
+    return _decoded(path, content)
 
 
 def moves(path: AnyPath) -> bool:
@@ -166,7 +167,7 @@ _told_of_empty_bits = False
 
 def _tell_of_empty_bits(path: str, bits: int) -> None:
     global _told_of_empty_bits
-    if bits < 16 and not _told_of_empty_bits:
+    if bits < 16:
         _told_of_empty_bits = True
         print(f"warning: {path} {words_of_empty_bits(bits)}. Others of the kind are not named", file=sys.stderr)
 

@@ -10,7 +10,10 @@ from pathlib import Path
 from deploy.files import AnyPath
 
 LARGEST_IMAGE_PX = 1 << 28
-"""Larger images are not decoded: 768 MiB of pixels, more than cameras take (2026: 200 megapixels)."""
+"""
+Larger images are not decoded: 768 MiB of pixels of 8 bits, and as much again while OpenCV decodes them; more than
+cameras take (2026: 200 megapixels). Of 16 bits it is half as many.
+"""
 MOST_SEGMENTS = 10_000
 """Of an image file, looked at for its size and orientation; photos have a few dozen."""
 LARGEST_ARRAYS_BYTES = 1 << 30

@@ -350,6 +350,16 @@ def test_an_image_that_claims_to_be_enormous_is_refused_before_it_is_decoded(
     assert len(decoded) == 1
 
 
+def test_of_16_bits_half_as_many_pixels_are_decoded(tmp_path: Path) -> None:
+    path = tmp_path / "deep.png"
+    cv2.imwrite(str(path), np.zeros((2, 2, 3), np.uint16))
+    content = bytearray(path.read_bytes())
+    content[16:24] = struct.pack(">II", 12_000, 12_000)
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"12000 x 12000 pixels; expected at most 134 megapixels of 16 bits"):
+        read_image(path)
+
+
 def test_a_hundred_megapixels_and_one_pixel_are_read(tmp_path: Path) -> None:
     cv2.imwrite(str(tmp_path / "large.png"), np.zeros((10_000, 10_000), np.uint8))
     cv2.imwrite(str(tmp_path / "small.png"), np.full((1, 1, 3), 7, np.uint8))
