@@ -130,9 +130,14 @@ def _spelled_out(letter: str) -> str:
     return letter.encode("unicode_escape").decode()
 
 
-def one_line(text: object, most: int = 500) -> str:
-    """What somebody else wrote, such as a board, as a part of a line that no terminal obeys; cut to `most` letters."""
-    return printable(" ".join(str(text).split()))[:most]
+def one_line(text: object, most: Optional[int] = 500) -> str:
+    """
+    What somebody else wrote, such as a board or a file, as one line: a space for each character that does not show.
+
+    Args:
+        most: letters; the rest is cut off. None: all.
+    """
+    return "".join(letter if letter.isprintable() else " " for letter in str(text)[:most])
 
 
 class _Output:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any, Mapping, Optional
 
+from deploy.errors import one_line
+
 UNKNOWN = "\N{EN DASH}"
 MINUS = "\N{MINUS SIGN}"
 
@@ -90,24 +92,19 @@ class Markup(str):
     """Markdown that is meant to be read as such; all other text is escaped where it is shown."""
 
 
-def one_line(text: str) -> str:
-    """`text` with a space for each line break and other character that does not show."""
-    return "".join(letter if letter.isprintable() else " " for letter in text)
-
-
 def verbatim(text: str) -> Markup:
     """A line of `text` within a block of code, where Markdown means nothing."""
-    return Markup(one_line(text))
+    return Markup(one_line(text, most=None))
 
 
 def markdown(text: str) -> Markup:
     """`text` so that Markdown shows just that, in a table's cell too: names come from data and may be anybody's."""
-    return Markup(re.sub(r"[\\`*\[\]<>|&~$]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", one_line(text)))
+    return Markup(re.sub(r"[\\`*\[\]<>|&~$]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", one_line(text, most=None)))
 
 
 def code(text: str) -> Markup:
     """`text` as Markdown's code, between more backticks than it has: a file name, a hash."""
-    line = one_line(text)
+    line = one_line(text, most=None)
     fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
     space = " " if "`" in line else ""
     return Markup(f"{fence}{space}{line}{space}{fence}")

@@ -39,7 +39,7 @@ def test_what_is_printed_is_obeyed_only_as_bars_and_colours(capsys: pytest.Captu
 
 
 def test_what_others_wrote_is_a_part_of_one_line() -> None:
-    assert one_line("a\nb\t\x1b[2J  c\r\n") == "a b \\x1b[2J c"
+    assert one_line("a\nb\t\x1b[2J\u202ec\r\n") == "a b  [2J c  "
     assert one_line(["x"] * 1000, 10) == "['x', 'x',"
 
 
