@@ -10,7 +10,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
-import sys
 from pathlib import Path, PurePosixPath
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
@@ -18,6 +17,7 @@ import numpy as np
 
 from deploy.errors import DataError
 from deploy.files import AnyPath, read_json
+from deploy.limits import FURTHEST_PX
 from deploy.machine import no_garbage_collection
 from deploy.schema import short
 
@@ -347,7 +347,7 @@ def _flags(annotations: Sequence[Entry], key: str, faults: _Faults) -> np.ndarra
 
 
 def _boxes(annotations: Sequence[Entry]) -> Tuple[np.ndarray, np.ndarray]:
-    """(boxes_xywh, numeric): (n, 4), float64; (n,), bool: four finite numbers. Others are 0."""
+    """(boxes_xywh, numeric): (n, 4), float64; (n,), bool: four numbers of pixels. Others are 0."""
     values = [entry.get("bbox") for entry in annotations]
     if _only_of(values, (list,)) and set(map(len, values)) == {4}:  # type: ignore[arg-type]
         flat = list(itertools.chain.from_iterable(values))  # type: ignore[arg-type]
@@ -357,7 +357,7 @@ def _boxes(annotations: Sequence[Entry]) -> Tuple[np.ndarray, np.ndarray]:
             except OverflowError:  # an integer may be too long for a float
                 pass
             else:
-                numeric = np.asarray(np.isfinite(boxes).all(axis=1))
+                numeric = np.asarray((np.abs(boxes) <= FURTHEST_PX).all(axis=1))  # NaN is below nothing
                 boxes[~numeric] = 0
                 return boxes, numeric
     numeric = np.array([_is_box(value) for value in values])
@@ -366,11 +366,10 @@ def _boxes(annotations: Sequence[Entry]) -> Tuple[np.ndarray, np.ndarray]:
 
 
 def _is_box(value: Any) -> bool:
-    # NaN is below nothing.
     return (
         isinstance(value, list)
         and len(value) == 4
-        and all(type(v) in (int, float) and abs(v) < sys.float_info.max for v in value)
+        and all(type(v) in (int, float) and abs(v) <= FURTHEST_PX for v in value)
     )
 
 
@@ -385,7 +384,9 @@ def _areas(annotations: Sequence[Entry], boxes: np.ndarray, faults: _Faults) -> 
         )  # fmt: skip
         for row in wrong:
             values[row] = 0
-    areas = np.array([np.nan if value is None or abs(value) > 1e300 else value for value in values], np.float64)
+    areas = np.array(
+        [np.nan if value is None or abs(value) > FURTHEST_PX**2 else value for value in values], np.float64
+    )
     unknown = ~(areas > 0)
     with_size = (boxes[:, 2:] > 0).all(axis=1)  # what is said of others is enough
     given = [row for row in np.flatnonzero(unknown & with_size).tolist() if "area" in annotations[row]]

@@ -14,6 +14,8 @@ LARGEST_IMAGE_PX = 1 << 28
 Larger images are not decoded: 768 MiB of pixels of 8 bits, and as much again while OpenCV decodes them; more than
 cameras take (2026: 200 megapixels). Of 16 bits it is half as many.
 """
+FURTHEST_PX = 1e9
+"""Of a side of a box from the edge of its image: boxes of an untrained detector are far out, but not there."""
 MOST_SEGMENTS = 10_000
 """Of an image file, looked at for its size and orientation; photos have a few dozen."""
 LARGEST_ARRAYS_BYTES = 1 << 30

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional, Sequence, 
 import numpy as np
 
 from deploy.errors import MeasurementError, MissingDependencyError
+from deploy.limits import FURTHEST_PX
 from deploy.machine import no_garbage_collection
 
 if TYPE_CHECKING:
@@ -25,9 +26,6 @@ DETECTIONS_COUNTED = 100
 """Of a class in an image: more do not count in AP (cocodataset.org, Detection evaluation)."""
 RECALLS = 101
 """Points of a curve: the best precision at recall 0, 0.01 ... 1, or a higher one."""
-
-FURTHEST_PX = 1e9
-"""Of a side of a box from the edge of its image: boxes of an untrained detector are far out, but not there."""
 
 
 def evaluate(

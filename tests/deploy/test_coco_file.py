@@ -65,6 +65,8 @@ BAD_BOXES = {
     "outside": ([64, 4, 5, 6], "outside"),
     "not finite": ([3, float("nan"), 5, 6], "not_a_box"),
     "infinite": ([3, float("inf"), 5, 6], "not_a_box"),
+    "beyond any image": ([3, 3.5e38, 5, 6], "not_a_box"),
+    "of a size beyond any image": ([3, 4, 1e300, 1e300], "not_a_box"),
     "empty": ([], "not_a_box"),
     "null": (None, "not_a_box"),
 }
