@@ -21,7 +21,7 @@ import numpy as np
 
 from benchmarks.measuring.bootstrap import ap_of_draws, matches_by_class
 from benchmarks.measuring.coco import evaluate_with_curves, words_of_cap
-from benchmarks.measuring.detections import CocoResults, detections_path, load_results, write_detections
+from benchmarks.measuring.detections import CocoResults, detections_path, load_results, replacing_detections
 from benchmarks.measuring.result import check_same_data, read_result, write_result
 from benchmarks.measuring.subject import (
     SPLIT,
@@ -236,8 +236,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     if other is not None:
         numbers["against"] = {"role": other["role"], **comparison(numbers, other["numbers"])}
     result["numbers"] = numbers
-    result["detections"] = write_detections(options.output, detections)
-    write_result(options.output, result, inputs)
+    with replacing_detections(options.output, detections) as result["detections"]:
+        write_result(options.output, result, inputs)
     print(f"{options.role}, {len(data.images)} images: " + ", ".join(lines_from_numbers(numbers)))
     return 0
 

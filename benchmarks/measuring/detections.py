@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Mapping, Sequence, Tuple
 
 import numpy as np
 
@@ -28,12 +29,17 @@ def detections_path(result_path: AnyPath) -> Path:
     return path.with_name(f"{stem}.detections.json")
 
 
-def write_detections(result_path: AnyPath, results: CocoResults) -> Dict[str, Any]:
-    """Writes the detections of a result that is about to be written, and returns what that says of them."""
+@contextlib.contextmanager
+def replacing_detections(result_path: AnyPath, results: CocoResults) -> Iterator[Dict[str, Any]]:
+    """
+    Yields what a result says of its detections, for the block that writes the result; then they are in place.
+
+    Both are written before the first is renamed: a disk that is full leaves those of an earlier run.
+    """
     path = detections_path(result_path)
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(results, allow_nan=False), encoding="utf-8")
-    return {"file": path.name, "sha256": sha256_of(path), "count": len(results)}
+        yield {"file": path.name, "sha256": sha256_of(temporary), "count": len(results)}
 
 
 def read_detections(result: Mapping[str, Any], result_path: AnyPath) -> CocoResults:

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks import report
 from benchmarks.measuring.coco import METRICS
-from benchmarks.measuring.detections import write_detections
+from benchmarks.measuring.detections import replacing_detections
 from benchmarks.measuring.result import STAGES, STATISTICS, write_result
 from deploy.contract import ModelContract, write_sidecar
 from deploy.files import sha256_of
@@ -218,9 +218,11 @@ def result(tmp_path):
             part, _, name = key.partition("__")
             document[part][name] = value
         path = tmp_path / f"{role}{suffix}.{document['kind']}.result.json"
-        if ap is not None:
-            document["detections"] = write_detections(path, detections_of(role))
-        write_result(path, document, {})
+        if ap is None:
+            write_result(path, document, {})
+        else:
+            with replacing_detections(path, detections_of(role)) as document["detections"]:
+                write_result(path, document, {})
         return path
 
     return make

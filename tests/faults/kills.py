@@ -26,10 +26,10 @@ CONFIG = f"""_base_ = {str(ROOT / "tests/crosskd/configs/crosskd_tiny.py")!r}
 model = dict(teacher=dict(config={str(ROOT / "tests/crosskd/configs/gfl_tiny_teacher.py")!r}))
 max_epochs = 2
 """
-ROLES = ("teacher", "baseline", "student", "onnx-fp32", "onnx-int8")
+ROLES = ("teacher", "teacher-onnx-fp32", "baseline", "student", "onnx-fp32", "onnx-int8")
 SAME = (
     "teacher/detector.pth", "teacher/config.py", "baseline/detector.pth", "baseline/config.py", "student/student.pth",
-    "student/config.py", "student.onnx", "student.int8.onnx",
+    "student/config.py", "teacher.onnx", "student.onnx", "student.int8.onnx",
     *(f"results/{role}.accuracy.detections.json" for role in ROLES),
 )  # fmt: skip
 """What each run of the same job makes, byte for byte."""

@@ -13,7 +13,7 @@ from benchmarks.measuring.detections import (
     load_results,
     pairs,
     read_detections,
-    write_detections,
+    replacing_detections,
 )
 from deploy.errors import MeasurementError
 
@@ -36,7 +36,8 @@ def test_detections_lie_beside_their_result(result, detections):
 
 def test_what_was_written_is_read_to_the_last_digit(tmp_path):
     path = tmp_path / "x.result.json"
-    entry = write_detections(path, RESULTS)
+    with replacing_detections(path, RESULTS) as entry:
+        assert not (tmp_path / entry["file"]).exists()
     assert entry["count"] == 1
     assert read_detections({"detections": entry}, path) == RESULTS
     assert load_results(tmp_path / entry["file"]) == RESULTS
@@ -44,7 +45,8 @@ def test_what_was_written_is_read_to_the_last_digit(tmp_path):
 
 def test_missing_and_changed_detections_are_refused(tmp_path):
     path = tmp_path / "x.result.json"
-    entry = write_detections(path, RESULTS)
+    with replacing_detections(path, RESULTS) as entry:
+        assert not (tmp_path / entry["file"]).exists()
     kept = tmp_path / entry["file"]
     kept.write_text(kept.read_text().replace("0.12345", "0.92345"))
     with pytest.raises(MeasurementError, match=r"x\.detections\.json was changed"):
@@ -55,9 +57,22 @@ def test_missing_and_changed_detections_are_refused(tmp_path):
 
 
 def test_detections_that_are_not_json_numbers_are_not_written(tmp_path):
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        write_detections(tmp_path / "x.result.json", [{**RESULTS[0], "score": float("nan")}])
+    result = tmp_path / "x.result.json"
+    with (
+        pytest.raises(ValueError, match="not JSON compliant"),
+        replacing_detections(result, [{**RESULTS[0], "score": float("nan")}]),
+    ):
+        pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_detections_are_not_replaced_where_their_result_is_not_written(tmp_path):
+    kept = tmp_path / "x.detections.json"
+    kept.write_text("[]")
+    with pytest.raises(OSError, match="full"), replacing_detections(tmp_path / "x.result.json", RESULTS):
+        raise OSError("full")
+    assert kept.read_text() == "[]"
+    assert list(tmp_path.iterdir()) == [kept]
 
 
 def test_boxes_are_grouped_by_image_the_best_first():

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from benchmarks import accuracy
-from benchmarks.measuring.detections import write_detections
+from benchmarks.measuring.detections import replacing_detections
 from benchmarks.measuring.environment import read_environment
 from benchmarks.measuring.result import read_result, write_result
 from benchmarks.reporting.operating_point import comparison
@@ -131,10 +131,10 @@ class FakeCommands:
             "data": {"annotations": str(path), "annotations_sha256": sha256_of(path), "images_dir": "",
                      "images": len(annotations["images"]), "class_names": ["disc"]},
             "environment": {"cpu": read_environment()["cpu"], "cores": None, "os": None},
-            "detections": write_detections(self.output, detections),
             "command": ["python", "-m", *words],
         }  # fmt: skip
-        write_result(self.output, document, inputs)
+        with replacing_detections(self.output, detections) as document["detections"]:
+            write_result(self.output, document, inputs)
 
     def commands(self, module):
         return [words for words in self.words if words[0] == module]
