@@ -33,6 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         batch=options.batch,
         input_type=options.input_type,
         outputs=options.outputs,
+        output_names=options.output_names,
     )
     print_notes(config, detector.bbox_head, contract.resize)
     onnx_from_detector(detector, contract, options.output)

@@ -39,8 +39,12 @@ LAYOUTS = {"float32": ("N", "3", "height", "width"), "uint8": ("N", "height", "w
 """Type of the network's input -> its dimensions."""
 WHOLE = ("input_shape", "category_ids", "max_detections", "resize_wh_px")
 """Fields of whole numbers."""
-OUTPUTS = {"topk": ("boxes", "scores", "labels"), "nms": ("boxes", "scores", "labels", "images")}
-"""Kind of outputs -> what they are, in order."""
+OUTPUTS = {
+    "topk": ("boxes", "scores", "labels"),
+    "nms": ("boxes", "scores", "labels", "images"),
+    "rows": ("detections",),
+}
+"""Kind of outputs -> what they are, in order; the names that they have unless others are chosen."""
 LOCATION = b"\n\x08location\x12"
 """How the key of that name is written in an ONNX file, up to its value."""
 DYNAMIC = -1
@@ -139,6 +143,8 @@ class ModelContract:
 
     'nms': boxes (D, 4), scores (D,), labels (D,) after threshold and NMS, and images (D,) integer: the index in the
     batch that each is of. D is known only after the inference.
+
+    'rows': those of 'topk' in one tensor, detections (N, K, 6) float32: x1 y1 x2 y2 score label.
     """
     resize_wh_px: Optional[Tuple[int, int]] = None
     """Width and height that images are resized into, where the input is larger: 1333 x 800 in mmdet's 1344 x 800."""
@@ -175,6 +181,8 @@ class ModelContract:
         check(values <= LARGEST_INPUT_VALUES, "input_shape", f"at most {LARGEST_INPUT_VALUES} values")
         expected = OUTPUTS[self.outputs]
         check(len(self.output_names) == len(expected), "output_names", f"{len(expected)} names: {', '.join(expected)}")
+        names = self.output_names
+        check(len(set(names)) == len(names) and all(names), "output_names", "names that differ")
         check(len(self.class_names) > 0, "class_names", "at least one name")
         for field in ("score_threshold", "nms_iou_threshold"):
             check(isinstance(getattr(self, field), (int, float)), field, "a number")

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 from pathlib import Path
 from typing import List, Optional, Tuple
 
 from deploy.contract import DYNAMIC, LAYOUTS, OUTPUTS
 from deploy.errors import ConfigError
 from deploy.files import check_writable
+
+INPUT_NAME = "image"
+"""Of the network input of an exported detector."""
+OUTPUT_NAME = re.compile(r"(?!nms_|rows_|candidate_)[A-Za-z_][A-Za-z0-9_]{0,62}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +33,8 @@ class ExportOptions:
     """As ModelContract.input_type."""
     outputs: str
     """As ModelContract.outputs."""
+    output_names: Tuple[str, ...]
+    """As ModelContract.output_names."""
 
 
 def read_export_options(command_name: str, argv: Optional[List[str]]) -> ExportOptions:
@@ -72,12 +79,23 @@ def read_export_options(command_name: str, argv: Optional[List[str]]) -> ExportO
         "--outputs",
         choices=sorted(OUTPUTS),
         default="topk",
-        help="topk: the best candidates before NMS. nms: detections, NMS in the graph (default: topk)",
+        help="topk: boxes, scores and labels of the best candidates before NMS. rows: the same in one tensor, x1 y1 x2 "
+        "y2 score label. nms: detections, NMS in the graph (default: topk)",
+    )
+    parser.add_argument(
+        "--output-names",
+        nargs="+",
+        metavar="NAME",
+        help="what the outputs are called, in the order "
+        + "; ".join(f"{kind}: {' '.join(names)}" for kind, names in sorted(OUTPUTS.items()))
+        + " (default: so)",
     )
     arguments = parser.parse_args(argv)
     output = Path(arguments.output)
     if output.suffix != ".onnx":
         raise ConfigError(f"the output is {output}; expected a name that ends in .onnx")
+    output_names = tuple(arguments.output_names or OUTPUTS[arguments.outputs])
+    _check_output_names(output_names, arguments.outputs)
     check_writable(output)
     return ExportOptions(
         run_dir=Path(arguments.run_dir),
@@ -86,7 +104,20 @@ def read_export_options(command_name: str, argv: Optional[List[str]]) -> ExportO
         batch=arguments.batch,
         input_type=arguments.input_type,
         outputs=arguments.outputs,
+        output_names=output_names,
     )
+
+
+def _check_output_names(names: Tuple[str, ...], outputs: str) -> None:
+    """Raises ConfigError."""
+    expected = OUTPUTS[outputs]
+    wrong = [name for name in names if not OUTPUT_NAME.fullmatch(name) or name == INPUT_NAME]
+    if len(names) != len(expected) or len(set(names)) != len(names) or wrong:
+        raise ConfigError(
+            f"--output-names is {' '.join(names)}; expected {len(expected)} names that differ, for "
+            f"{', '.join(expected)}, each of letters, digits and _, and neither {INPUT_NAME!r}, which the input has, "
+            "nor with nms_, rows_ or candidate_ at the beginning"
+        )
 
 
 def batch_from_text(text: str) -> int:

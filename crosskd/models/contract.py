@@ -8,6 +8,7 @@ from typing import Any
 from crosskd.models.families import family_with_decoder
 from deploy.contract import LAYOUTS, OUTPUTS, ModelContract
 from deploy.errors import ExportError
+from deploy.export_options import INPUT_NAME
 
 
 def contract_from_config(
@@ -18,6 +19,7 @@ def contract_from_config(
     batch: int = 1,
     input_type: str = "float32",
     outputs: str = "topk",
+    output_names: Sequence[str] | None = None,
 ) -> ModelContract:
     """
     The model contract of an mmdet config: pre-processing from its test pipeline, thresholds from its test_cfg.
@@ -26,6 +28,7 @@ def contract_from_config(
         size_px: width and height of the network input; by default what the test pipeline pads to.
         batch: number of images, DYNAMIC for any.
         input_type, outputs: as in ModelContract.
+        output_names: by default those of OUTPUTS.
 
     Raises:
         ExportError: the head's boxes cannot be decoded in a graph, the pipeline does something that deployment does
@@ -67,14 +70,14 @@ def contract_from_config(
     numbers: Any = (tuple(float(value) for value in values) for values in (mean, std, pad_value))
     mean, std, pad_value = numbers
     return ModelContract(
-        input_name="image",
+        input_name=INPUT_NAME,
         input_shape=input_shape,
         channel_order="rgb" if turned else "bgr",
         mean=mean,
         std=std,
         pad_value=pad_value,
         resize="keep_ratio" if resize["type"] == "FitResize" or resize.get("keep_ratio") else "stretch",
-        output_names=OUTPUTS[outputs],
+        output_names=tuple(output_names or OUTPUTS[outputs]),
         class_names=tuple(class_names),
         category_ids=tuple(category_ids),
         # Where the graph applies mmdet's threshold, what it rejects leaves with a score of 0: see best_candidates.

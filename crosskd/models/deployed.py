@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from crosskd.models.families import family_with_decoder
 from crosskd.models.families.deform import deform_convolutions_of_standard_operators
-from deploy.contract import DYNAMIC, OUTPUTS, ModelContract
+from deploy.contract import DYNAMIC, ModelContract
 from deploy.errors import ExportError
 from deploy.files import replacing
 from deploy.graphs.cleaning import check_same_outputs, clean_graph, graph_of_any_batch, run_once
 from deploy.graphs.graph import check_graph, load_onnx, save_onnx
-from deploy.graphs.suppression import add_suppression
+from deploy.graphs.output_layout import CANDIDATES, lay_out
 
 if TYPE_CHECKING:
     import onnx
@@ -31,8 +31,6 @@ OPSET = 17
 """The highest that TensorRT 8.5 parses (docs/operators.md of github.com/onnx/onnx-tensorrt, release/8.5-GA)."""
 TOPK_LIMIT = 3839
 """From 10.1 on TensorRT's parser takes K < 3840 (docs/operators.md of github.com/onnx/onnx-tensorrt, TopK)."""
-CANDIDATE = "candidate_"
-"""Before the names of what goes into NMS, where that is in the graph."""
 
 
 def onnx_from_detector(detector: Any, contract: ModelContract, path: Path) -> None:
@@ -51,16 +49,15 @@ def onnx_from_detector(detector: Any, contract: ModelContract, path: Path) -> No
         save_onnx(graph, temporary)
         images = example_input(contract, 1)
         check_same_outputs(temporary, contract.input_name, images.numpy(), [part.numpy() for part in model(images)])
-        if contract.outputs == "nms":
-            add_suppression(graph, contract)
-            check_graph(graph)
-            save_onnx(graph, temporary)
-            run_once(temporary, {contract.input_name: images.numpy()})
+        lay_out(graph, contract)
+        check_graph(graph)
+        save_onnx(graph, temporary)
+        run_once(temporary, {contract.input_name: images.numpy()})
 
 
 def traced_graph(model: nn.Module, contract: ModelContract, images: int, scratch: Path) -> onnx.ModelProto:
     """
-    The cleaned graph of a deployed model for a number of images, with the outputs of 'topk'.
+    The cleaned graph of a deployed model for a number of images, with the outputs CANDIDATES.
 
     Args:
         scratch: a file that is overwritten.
@@ -69,7 +66,6 @@ def traced_graph(model: nn.Module, contract: ModelContract, images: int, scratch
         ExportError: as `clean_graph`.
     """
     images_in = example_input(contract, images)
-    names = [CANDIDATE + name for name in OUTPUTS["topk"]] if contract.outputs == "nms" else contract.output_names
     with warnings.catch_warnings():
         # The tracer warns of each Python number, all of which are meant to be constants.
         warnings.simplefilter("ignore")
@@ -80,7 +76,7 @@ def traced_graph(model: nn.Module, contract: ModelContract, images: int, scratch
             dynamo=False,
             opset_version=OPSET,
             input_names=[contract.input_name],
-            output_names=list(names),
+            output_names=list(CANDIDATES),
         )
     return clean_graph(load_onnx(scratch), {contract.input_name: images_in.numpy()})
 

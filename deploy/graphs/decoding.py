@@ -371,7 +371,7 @@ def add_decoding(
     from onnx import TensorProto, helper
 
     _raise_opset(model)
-    _free_names(model, contract.output_names)
+    free_names(model, contract.output_names)
     graph = model.graph
     names = [value.name for value in graph.output]
     writer = _Writer(model, contract.input_shape[0])
@@ -570,7 +570,7 @@ def _raise_opset(model: onnx.ModelProto) -> None:
         ) from error
 
 
-def _free_names(model: onnx.ModelProto, names: Sequence[str]) -> None:
+def free_names(model: onnx.ModelProto, names: Sequence[str]) -> None:
     """Renames the tensors that have the names which the outputs are to get."""
     rename_tensors(model, {name: f"{name}_as_exported" for name in names})
 

@@ -79,6 +79,11 @@ def read_adoption(path: AnyPath) -> Tuple[ModelContract, OutputLayout, Optional[
     names = rest.pop("output_names", None)
     if names is not None and not (isinstance(names, list) and names and all(isinstance(one, str) for one in names)):
         raise ContractError(f"{path}: output_names is {names!r}; expected a list of names")
+    if rest.get("outputs") == "rows":
+        raise ContractError(
+            f"{path}: outputs is 'rows'; expected 'topk' or 'nms'. Say with output_parts what is in the columns of one "
+            "output, and it is taken apart: see docs/adopt-a-detector.md"
+        )
     if rest.get("outputs") == "nms":
         if fields:
             raise ContractError(f"{path}: {sorted(fields)} are given; expected none of them with outputs 'nms'")

@@ -17,7 +17,7 @@ import numpy as np
 
 from deploy.contract import ModelContract
 from deploy.errors import EngineBuildError
-from deploy.runtime.session import Arrays, Session
+from deploy.runtime.session import Arrays, Session, candidates
 
 if TYPE_CHECKING:
     import onnx
@@ -225,11 +225,9 @@ def _candidates(
     outputs: Arrays, contract: ModelContract, images: int
 ) -> Iterator[Tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Boxes (n, 4), scores (n,) and labels (n,) of each of the first images."""
-    boxes, scores, labels, *image_of = (outputs[name] for name in contract.output_names)
-    boxes, scores = boxes.astype(np.float64), scores.astype(np.float64)
     for image in range(images):
-        mine = image if contract.outputs == "topk" else image_of[0] == image
-        yield boxes[mine], scores[mine], labels[mine]
+        boxes, scores, labels = candidates(outputs, contract, image)
+        yield boxes.astype(np.float64), scores.astype(np.float64), labels
 
 
 def _logit(score: float) -> float:

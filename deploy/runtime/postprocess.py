@@ -12,6 +12,7 @@ from deploy.contract import ModelContract
 from deploy.errors import ContractError
 from deploy.files import AnyPath
 from deploy.runtime.preprocess import Prepared
+from deploy.runtime.session import candidates
 
 BLOCK = 128
 """Candidates that are compared with each other at a time."""
@@ -56,11 +57,7 @@ def postprocess(
     Raises:
         ContractError: scores or boxes are no numbers, or a label is that of no class.
     """
-    if contract.outputs == "nms":
-        *rows, images = (outputs[name] for name in contract.output_names)
-        boxes, scores, labels = (values[images == index] for values in rows)
-    else:
-        boxes, scores, labels = (outputs[name][index] for name in contract.output_names)
+    boxes, scores, labels = candidates(outputs, contract, index)
     kept = np.flatnonzero(scores > contract.score_threshold)
     unknown = np.isnan(scores).any()  # of the rows below the threshold, too, which may be padding but for that
     boxes, scores, labels = (

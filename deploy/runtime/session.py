@@ -122,6 +122,21 @@ def open_session(
     return session
 
 
+def candidates(
+    outputs: Mapping[str, np.ndarray], contract: ModelContract, index: int
+) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Boxes (n, 4), scores (n,) and labels (n,) of the image at `index` of the batch, whatever the layout."""
+    values = [outputs[name] for name in contract.output_names]
+    if contract.outputs == "nms":
+        boxes, scores, labels = (part[values[3] == index] for part in values[:3])
+        return boxes, scores, labels
+    if contract.outputs == "rows":
+        rows = values[0][index]
+        return rows[:, :4], rows[:, 4], rows[:, 5].astype(np.int64)
+    boxes, scores, labels = (part[index] for part in values)
+    return boxes, scores, labels
+
+
 class OrtSession(Session):
     """
     An ONNX file on ONNX Runtime.

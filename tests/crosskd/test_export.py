@@ -26,7 +26,7 @@ from deploy import export as deploy_export  # noqa: E402
 from deploy.contract import load_contract, read_sidecar  # noqa: E402
 from deploy.errors import ExportError  # noqa: E402
 from deploy.graphs.graph import load_onnx  # noqa: E402
-from deploy.runtime.session import OrtSession  # noqa: E402
+from deploy.runtime.session import OrtSession, candidates  # noqa: E402
 
 TINY = Path(__file__).parent / "configs" / "gfl_tiny.py"
 
@@ -73,6 +73,22 @@ def test_flags_are_written_in_the_contract(run_dir: Path, tmp_path: Path) -> Non
     with OrtSession(output, threads=1) as session:
         images = session.infer({"image": np.random.randint(0, 256, (3, 64, 96, 3), np.uint8)})["images"]
     assert set(images) <= {0, 1, 2}
+
+
+def test_outputs_are_laid_out_and_named_as_asked(run_dir: Path, exported: Path, tmp_path: Path) -> None:
+    rows, named = tmp_path / "rows.onnx", tmp_path / "named.onnx"
+    assert export.main([str(run_dir), "-o", str(rows), "--outputs", "rows", "--output-names", "output0"]) == 0
+    assert export.main([str(run_dir), "-o", str(named), "--output-names", "where", "how_sure", "what"]) == 0
+    image = np.random.default_rng(0).normal(size=(1, 3, 64, 96)).astype(np.float32)
+    found = []
+    for path in (exported, rows, named):
+        with OrtSession(path, threads=1) as session:
+            found.append(candidates(session.infer({"image": image}), session.contract, 0))
+    assert load_contract(rows).output_names == ("output0",)
+    assert load_contract(named).output_names == ("where", "how_sure", "what")
+    for parts in zip(*found, strict=True):
+        assert np.array_equal(parts[0], parts[1])
+        assert np.array_equal(parts[0], parts[2])
 
 
 @pytest.mark.parametrize("batch", ["0", "-2", "many"])
@@ -134,6 +150,13 @@ def test_a_run_that_was_changed_is_refused(
         (["-o", "x.onnx", "--size", "100", "64"], "expected multiples of 32. Give --size WIDTH HEIGHT"),
         (["-o", "x.onnx", "--size", "0", "64"], "input_shape is (1, 3, 64, 0)"),
         (["-o", "file/x.onnx"], "cannot write file/x.onnx"),
+        (
+            ["-o", "x.onnx", "--output-names", "a", "b"],
+            "--output-names is a b; expected 3 names that differ, for boxes",
+        ),
+        (["-o", "x.onnx", "--outputs", "rows", "--output-names", "image"], "expected 1 names that differ"),
+        (["-o", "x.onnx", "--output-names", "a", "a", "b"], "expected 3 names that differ"),
+        (["-o", "x.onnx", "--output-names", "a", "b/c", "nms_d"], "each of letters, digits and _"),
     ],
 )
 def test_bad_flags_are_refused(
