@@ -30,6 +30,7 @@ from benchmarks.boards.visit import Job, Outcome, visit
 from benchmarks.reporting.wording import UNKNOWN, ms
 from deploy.board.archive import SUFFIX, unpack
 from deploy.board.commands import Bundle
+from deploy.board.signature import signer
 from deploy.contract import provenance
 from deploy.errors import ConfigError, MeasurementError, command, one_line
 from deploy.files import check_writable, sha256_of, write_json
@@ -50,13 +51,16 @@ def main(argv: Optional[List[str]] = None) -> int:
         boards = boards_from_file(arguments.boards)
         bundle = Bundle(unpack(arguments.bundle, temporary))
         boards = [_with_precisions(board, bundle) for board in boards]
+        signature = signer(bundle.folder, arguments.allowed_signers)
         check_asyncssh()
+        print(f"{arguments.bundle}: {signature}", file=sys.stderr)
         sha256 = sha256_of(arguments.bundle)
         job = Job(bundle, f"{bundle.folder.name}-{sha256[:16]}", output)
         outcomes, faults = asyncio.run(_visit_all(boards, job, arguments.jobs))
         document = {
             "fleet_version": FLEET_VERSION,
             **provenance({"boards": arguments.boards, "bundle": arguments.bundle}),
+            "signature": signature,
             "outcomes": [dataclasses.asdict(outcome) for outcome in outcomes],
         }
         write_json(output / "fleet.json", document)
@@ -75,6 +79,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help=f"archive of deploy.bundle, NAME{SUFFIX}")
     parser.add_argument(
         "-o", "--output", type=Path, metavar="DIR", help="folder for results and logs (default: NAME.fleet)"
+    )
+    parser.add_argument(
+        "--allowed-signers",
+        type=Path,
+        metavar="FILE",
+        help="refuse a bundle that none of these signed: a line each, a name and a public SSH key (default: any)",
     )
     parser.add_argument("--jobs", type=int, default=4, metavar="N", help="boards at a time (default: 4)")
     return parser

@@ -1,12 +1,12 @@
 """
 Command: one archive with all that a board needs to build, check, measure and use an engine.
 
-    python -m deploy.bundle student.int8.onnx student.onnx -o student.tar.gz
+    python -m deploy.bundle student.int8.onnx student.onnx -o student.tar.gz --sign ~/.ssh/id_ed25519
     python -m deploy.bundle student.int8.onnx student.onnx student.int8-onnxruntime.onnx -o student.tar.gz
 
     tar xzf student.tar.gz && cd student && python3 run.py build     (on the board)
 
-Needs onnx and onnxruntime. What is in it: `deploy.board.archive`.
+Needs onnx and onnxruntime, for --sign also ssh-keygen. What is in it: `deploy.board.archive`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import List, Optional
 
 from deploy.board.archive import SUFFIX, files_of_bundle, name_of_bundle, pack, sources_from_paths
+from deploy.board.run import MANIFEST
+from deploy.board.signature import SIGNATURE, UNSIGNED, check_key, sign
 from deploy.errors import command
 from deploy.files import check_writable, sha256_of
 
@@ -26,10 +28,15 @@ def main(argv: Optional[List[str]] = None) -> int:
     arguments = _parser().parse_args(argv)
     name = name_of_bundle(arguments.output)
     check_writable(arguments.output)
+    if arguments.sign is not None:
+        check_key(arguments.sign)
     files = files_of_bundle(sources_from_paths(arguments.models))
+    if arguments.sign is not None:
+        files[SIGNATURE] = sign(files[MANIFEST], arguments.sign)
     pack(name, files, arguments.output)
     size = arguments.output.stat().st_size
     print(f"{arguments.output}: {size / 2**20:.1f} MiB, {len(files)} files, SHA-256 {sha256_of(arguments.output)}")
+    print(f"signed with {arguments.sign}" if arguments.sign is not None else f"{UNSIGNED}; --sign KEY signs it")
     print(f"on the board: tar xzf {arguments.output.name} && cd {name} && python3 run.py build")
     return 0
 
@@ -50,6 +57,12 @@ def _parser() -> argparse.ArgumentParser:
         "-o", "--output", type=Path, required=True, metavar="FILE", help=f"archive to write, NAME{SUFFIX}, with one "
         "folder NAME"
     )  # fmt: skip
+    parser.add_argument(
+        "--sign",
+        type=Path,
+        metavar="KEY",
+        help="private SSH key that signs it, or a public one whose private key is in the agent (default: unsigned)",
+    )
     return parser
 
 

@@ -17,6 +17,7 @@ from benchmarks.boards.list import Board
 from benchmarks.boards.ssh import BoardError, CommandError, Remote, connected
 from benchmarks.measuring.result import check_written_result
 from deploy.board.commands import Bundle
+from deploy.board.run import MANIFEST
 from deploy.errors import MeasurementError, one_line
 from deploy.files import replacing
 
@@ -90,6 +91,13 @@ async def _upload(remote: Remote, job: Job) -> str:
     _tell(remote.board, "upload ...")
     folder = f"{remote.path(remote.board.folder)}/{job.name}"
     sent = await remote.upload(job.bundle.folder, folder)
+    for name in ("run.py", MANIFEST):  # all else run.py compares with the manifest
+        content = (job.bundle.folder / name).read_bytes()
+        if await remote.read(f"{folder}/{name}", len(content) + 1) != content:
+            raise BoardError(
+                f"{folder}/{name} is not that of the bundle: it was changed on the board. Remove {folder} there, and "
+                "run this command again"
+            )
     _tell(remote.board, f"upload: {_seconds(start)}" if sent else "upload: done before")
     return "done" if sent else "done before"
 

@@ -31,6 +31,7 @@ import numpy as np
 
 from deploy.board.commands import BUNDLE_VERSION, KINDS, golden_path
 from deploy.board.run import MANIFEST, fault_of_files
+from deploy.board.signature import SIGNATURE
 from deploy.contract import OUTPUTS, package_versions, sidecar_path
 from deploy.errors import ConfigError, ContractError, PipelineError
 from deploy.files import AnyPath, replacing
@@ -47,7 +48,8 @@ MODULES = (
     "benchmarks/measuring/__init__.py", "benchmarks/measuring/coco.py", "benchmarks/measuring/environment.py",
     "benchmarks/measuring/result.py", "deploy/__init__.py", "deploy/arrays.py", "deploy/board/__init__.py",
     "deploy/board/commands.py",
-    "deploy/board/run.py", "deploy/contract.py", "deploy/detector.py", "deploy/errors.py",
+    "deploy/board/release.py", "deploy/board/run.py", "deploy/board/signature.py", "deploy/contract.py",
+    "deploy/detector.py", "deploy/errors.py",
     "deploy/files.py", "deploy/graphs/__init__.py", "deploy/graphs/calibration_cache.py", "deploy/images.py",
     "deploy/int8_format.py", "deploy/jetpack.py", "deploy/limits.py", "deploy/machine.py", "deploy/pixels.py",
     "deploy/progress.py",
@@ -62,8 +64,11 @@ MODULES = (
     "deploy/tensorrt/cuda.py", "deploy/tensorrt/engine.py", "deploy/tensorrt/options.py", "deploy/tensorrt/session.py",
 )  # fmt: skip
 """What the commands of run.py import: Python 3.8 and numpy are enough for all but `detect`, which needs OpenCV."""
-START = "\n\nsys.exit(main(sys.argv[1:], Path(__file__).resolve().parent))\n"
-"""What makes of the module `deploy.board.run`, which others import, the script run.py."""
+START = "\n\nsys.dont_write_bytecode = True\nsys.exit(main(sys.argv[1:], Path(__file__).resolve().parent))\n"
+"""What makes of the module `deploy.board.run`, which others import, the script run.py.
+
+It leaves no bytecode behind: what `verify` finds that Python would run is of the bundle or was put there by others.
+"""
 FORMS: Dict[str, Tuple[str, ...]] = {
     "float": ("fp32", "fp16"),
     "int8": ("int8", "int8_fp32_scales", "int8_tensorrt8", "fp32"),
@@ -368,5 +373,5 @@ def _fault_of_folder(folder: Path) -> str:
     if fault:
         return fault
     listed = {MANIFEST, *json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]}
-    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - {SIGNATURE}
     return f"{sorted(found ^ listed)[0]} is in one of archive and manifest, not in both" if found != listed else ""

@@ -5,6 +5,8 @@ The runner of a bundle of deploy.bundle, for a board without anything of ours in
     python3 run.py check                              whether it still answers as ONNX Runtime did
     python3 run.py bench                              its latency, as a result file
     python3 run.py detect IMAGE...                    pictures with boxes, and detections as JSON; needs OpenCV
+    python3 run.py activate, python3 run.py rollback  which model is in use on the board: ../current
+    python3 run.py verify --allowed-signers FILE      who signed the bundle; needs ssh-keygen
 
 Each has --help. Needs Python 3.8, numpy, TensorRT 8.5 or newer, and cuda-python or pycuda. With ONNX Runtime in place
 of TensorRT nothing is built: the others take --engine NAME.onnx, one of the bundle's files.
@@ -27,6 +29,9 @@ COMMANDS = {
     "check": ("deploy.board.commands", "check"),
     "bench": ("benchmarks.boards.bench", "bench"),
     "detect": ("deploy.board.commands", "detect"),
+    "activate": ("deploy.board.release", "activate"),
+    "rollback": ("deploy.board.release", "rollback"),
+    "verify": ("deploy.board.signature", "verify"),
 }
 """Word -> module and function, called with the bundle's folder and the words that follow."""
 

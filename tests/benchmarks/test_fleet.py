@@ -24,9 +24,10 @@ from benchmarks import fleet
 from benchmarks.boards import ssh
 from benchmarks.measuring.result import STAGES, STATISTICS, read_result, write_result
 from benchmarks.reporting.wording import UNKNOWN
-from deploy.board.archive import pack
+from deploy.board.archive import pack, unpack
 from deploy.board.commands import BUNDLE_VERSION
 from deploy.board.run import MANIFEST
+from deploy.board.signature import SIGNATURE, sign
 from deploy.bundle import main as make_bundle
 from deploy.contract import RESULT_VERSION, provenance, sealed, sidecar_path, write_sidecar
 from deploy.files import sha256_of
@@ -636,6 +637,47 @@ def test_a_bundle_that_will_not_do(bundle, tmp_path, capsys):
     assert run_fleet(boards, archive, tmp_path / "out", "--jobs", "0") == 2
     assert "--jobs is 0; expected at least 1" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_only_a_bundle_of_the_allowed_signers_is_sent(server, boards_file, bundle, tmp_path, keys, capsys):
+    boards, folder, archive = boards_file(a={"port": server()}), tmp_path / "unpacked", bundle()
+    signers = tmp_path / "allowed_signers"
+    signers.write_text(f"me {(keys / 'user.pub').read_text()}")
+    assert run_fleet(boards, archive, tmp_path / "out", "--allowed-signers", str(signers)) == 2
+    assert "mini is unsigned: nothing tells who made it; expected a signature of one of" in capsys.readouterr().err
+    assert not list(tmp_path.glob("on the boards/*/*"))
+
+    content = {path.relative_to(folder / "mini").as_posix(): path.read_bytes() for path in files(archive, folder)}
+    signed = {**content, SIGNATURE: sign(content[MANIFEST], keys / "user")}
+    pack("mini", signed, archive)
+    assert run_fleet(boards, archive, tmp_path / "out", "--allowed-signers", str(signers)) == 0
+    assert f"{archive}: signed by me with ED25519 key SHA256:" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out" / "fleet.json").read_text())["signature"].startswith("signed by me with")
+
+    changed = json.loads(content[MANIFEST])
+    changed["files"]["run.py"]["sha256"] = hashlib.sha256(b"another").hexdigest()
+    pack("mini", {**signed, "run.py": b"another", MANIFEST: json.dumps(changed).encode()}, archive)
+    for words in ([], ["--allowed-signers", str(signers)]):
+        assert run_fleet(boards, archive, tmp_path / "other", *words) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: mini was changed after it was signed")
+
+
+def files(archive, folder):
+    """The files of a bundle, unpacked into `folder`."""
+    return [path for path in unpack(archive, folder).rglob("*") if path.is_file()]
+
+
+def test_a_runner_that_was_changed_on_the_board_is_not_run(server, boards_file, bundle, tmp_path):
+    boards, archive = boards_file(a={"port": server()}), bundle()
+    assert run_fleet(boards, archive, tmp_path / "out") == 0
+    (runner,) = (tmp_path / "on the boards" / "a").glob("mini-*/run.py")
+    (runner.parent / "calls.txt").unlink()
+    runner.write_text("open('ran', 'w')")
+    assert run_fleet(boards, archive, tmp_path / "out") == 1
+    (outcome,) = outcomes(tmp_path / "out").values()
+    assert f"{runner} is not that of the bundle: it was changed on the board" in outcome["reason"]
+    assert not (runner.parent / "ran").exists()
 
 
 def test_without_the_package(bundle, tmp_path, capsys, monkeypatch):
