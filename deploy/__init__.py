@@ -3,10 +3,11 @@ From a checkpoint to a running engine. Imports neither torch nor mmdet.
 
     from deploy import Detector
 
-Commands: export, adopt_onnx, build_trt, bundle, detect, doctor. Then the rooms, each of which imports only those that
-follow it:
+Commands: export, adopt_onnx, build_trt, bundle, handover, detect, doctor. Then the rooms, each of which imports only
+those that follow it:
 
 - board: what runs on a board out of a bundle, and the bundle's archive.
+- serving: models as other servers want them, Triton and DeepStream.
 - tensorrt: engines built, checked and run.
 - openvino: ONNX files on OpenVINO.
 - runtime: running a model: image to input, the interface to every session, outputs to detections, drawing.

@@ -46,6 +46,7 @@ NEEDS: Dict[str, Tuple[str, ...]] = {
     "deploy.build_trt --target VERSION": ("numpy", "onnx"),
     "deploy.build_trt --int8 --data": ("numpy", "opencv", "onnx", "onnxruntime", *ENGINE),
     "deploy.bundle": ("numpy", "onnx", "onnxruntime"),
+    "deploy.handover": ("numpy", "onnx"),
     **_on_each_runtime("deploy.detect", "numpy", "opencv"),
     "deploy.doctor": (),
     "calibration.quantize": ("numpy", "opencv", "onnx", "onnxruntime"),

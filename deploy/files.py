@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any, Dict, Iterator, Set, Tuple, Type, Union
@@ -67,6 +68,32 @@ def replacing(path: AnyPath) -> Iterator[Path]:
         unlock(handle)
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
+
+
+@contextlib.contextmanager
+def new_folder(path: AnyPath) -> Iterator[Path]:
+    """
+    Yields a temporary folder beside `path`; on success it is renamed to `path`, on failure removed with all in it.
+
+    Raises:
+        PipelineError: `path` is there already, its folder cannot be made or written, or the disk is full.
+    """
+    target = Path(path)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.exists():
+            raise FileExistsError(f"{target} is there already")
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise PipelineError(f"cannot write {path}: {error}. Give a new folder in one that can be written.") from error
+    try:
+        yield temporary
+        temporary.chmod(0o755)  # mkdtemp's 0700 would keep the folder from everybody else
+        temporary.rename(target)
+    except OSError as error:
+        raise PipelineError(f"cannot write {path}: {error}. Nothing was left behind.") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # it is not there any more where all went well
 
 
 def _temporary_beside(target: Path) -> Tuple[int, Path]:

@@ -71,6 +71,7 @@ BAD_INPUT = {
     "deploy.bundle": ["nope.onnx", "-o", "out.tar.gz"],
     "deploy.detect": ["nope.onnx", "nope.jpg", "-o", "out"],
     "deploy.export": ["nope", "-o", "out.onnx"],
+    "deploy.handover": ["nope.onnx", "--to", "triton", "-o", "out"],
     "calibration.quantize": ["nope.onnx", "--data", "nope", "-o", "out.onnx"],
     "benchmarks.accuracy": ["nope.onnx", "--data", "nope", "-o", "out.result.json"],
     "benchmarks.studies.distillation": ["bccd", "--data", "nope", "-o", "out"],
