@@ -74,6 +74,11 @@ def write_deepstream(model: ServedModel, name: str, precision: Optional[str], mo
             save_onnx(graph, temporary / file)
             write_sidecar(temporary / file, {"model": model.path}, contract, model.details)
             notes = [*changes, *notes]
+            if precision == "fp16":
+                notes.append(
+                    "the engine that nvinfer builds may have boxes and norms in FP16, too, which deploy.build_trt "
+                    f"keeps in FP32: build {name}.engine with it and name that, if results are off"
+                )
         files = {
             f"config_infer_{name}.txt": config_text(model, contract, name, precision, batch, notes),
             "labels.txt": "".join(f"{label}\n" for label in contract.class_names),
