@@ -60,10 +60,9 @@ def postprocess(
     boxes, scores, labels = candidates(outputs, contract, index)
     kept = np.flatnonzero(scores > contract.score_threshold)
     unknown = np.isnan(scores).any()  # of the rows below the threshold, too, which may be padding but for that
-    boxes, scores, labels = (
-        values[kept].astype(dtype, copy=False)
-        for values, dtype in ((boxes, np.float32), (scores, np.float32), (labels, np.int64))
-    )
+    boxes = boxes[kept].astype(np.float32, copy=False)
+    scores = scores[kept].astype(np.float32, copy=False)
+    labels = labels[kept].astype(np.int64, copy=False)
     _check_values(boxes, labels, contract, image, unknown)
     np.maximum(boxes, 0, out=boxes)
     np.minimum(boxes, np.array(2 * prepared.resized_wh_px, np.float32), out=boxes)
