@@ -9,7 +9,7 @@ only those that follow it:
 - loop: what stands beside the steps: runner, hooks, skipped batches, precision, processes, the check of the teacher.
 - models: the detector of student and teacher, methods of distillation, families of heads, losses, backbones, weights.
 
-What commands and workers share of int8, loop and models stands above these three: training, run_dir, and config, which
-registers what a config may name. Ground, below all: data, schedule, written_config, transforms, download, corrections,
-disk_space; settings.
+What commands and workers share of int8, loop and models stands above these three: training, stages (of the pipeline),
+run_dir, and config, which registers what a config may name. Ground, below all: data, schedule, written_config,
+transforms, download, corrections, disk_space; settings.
 """

@@ -1,0 +1,136 @@
+"""
+The stages of a pipeline: commands in order, each of which leaves a file. What is up to date is not run again.
+
+An interrupted training goes on where it was; any other stage that was cut off begins anew.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import time
+from pathlib import Path
+from typing import Any
+
+from crosskd.config import load_config
+from deploy.commands import command_line, run_status
+from deploy.errors import PipelineError
+from deploy.freshness import is_made, read_start, start_from, write_start
+from deploy.layouts import annotations_path
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One command of the pipeline and the file that it leaves."""
+
+    name: str
+    words: list[str]
+    """The module and its arguments, without `python -m`."""
+    artefact: Path
+
+    @property
+    def makes_run(self) -> bool:
+        """Whether it makes a run directory, from the config that is its first argument."""
+        return self.words[0].startswith("crosskd.")
+
+    @property
+    def is_training(self) -> bool:
+        return self.words[0] in ("crosskd.train", "crosskd.distill")
+
+    @property
+    def command(self) -> list[str]:
+        return ["python", "-m", *self.words]
+
+
+def run_stages(stages: list[Stage]) -> int:
+    """
+    Runs what is not up to date and returns the status of the last stage, the report's: 0 roll out, 1 do not.
+
+    Raises:
+        PipelineError: a stage failed, or did not write its file. Its own message is on stderr.
+    """
+    started = time.monotonic()
+    status = 0
+    for number, stage in enumerate(stages, start=1):
+        head = f"[{number}/{len(stages)}] {stage.name}"
+        is_report = stage is stages[-1]
+        if not is_report and is_up_to_date(stage):
+            print(f"{head}: up to date, {stage.artefact}", flush=True)
+            continue
+        words = [*stage.words, "--resume"] if can_resume(stage) else stage.words
+        if stage.makes_run and words == stage.words:
+            note_start(stage)
+        print(f"{head}: {command_line(*words)}", flush=True)
+        began = time.monotonic()
+        before = file_identity(stage.artefact)
+        status = run_status(*words)
+        if status != 0 and not (is_report and status == 1):
+            raise PipelineError(
+                f"stage {stage.name!r} ended with status {status}; its message is above. Put that right and run the "
+                "same command again: what is finished is kept"
+            )
+        if file_identity(stage.artefact) in (None, before):
+            raise PipelineError(
+                f"stage {stage.name!r} ended with status {status} and did not write {stage.artefact}; what it said is "
+                "above"
+            )
+        now = time.monotonic()
+        print(f"{head}: done in {now - began:.0f} s, {now - started:.0f} s in all", flush=True)
+    return status
+
+
+def file_identity(path: Path) -> tuple[int, int] | None:
+    """What differs after a file has been written anew; None if there is none."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
+def note_start(stage: Stage) -> None:
+    """Notes in the run directory what it is made from; what another command or config left there no longer counts."""
+    run_dir = stage.artefact.parent
+    for stale in (stage.artefact, run_dir / "last_checkpoint"):
+        stale.unlink(missing_ok=True)
+    write_start(run_dir, start_of(stage))
+
+
+def start_of(stage: Stage, whole_config: bool = False) -> dict[str, Any]:
+    """What a run directory is made from: command, files with their hashes, the values of the config."""
+    data = Path(stage.words[stage.words.index("--data") + 1])
+    annotations = [str(annotations_path(data, split)) for split in ("train", "val")]
+    return start_from(stage.words, [*stage.words[2:], *annotations], config_sha256=config_sha256(stage, whole_config))
+
+
+def config_sha256(stage: Stage, whole: bool = False) -> str:
+    """
+    The hash of the config's values that the stage uses: with all that it inherits, and for the student its teacher's.
+
+    Args:
+        whole: of all values, as it was noted up to version 0.1.
+    """
+    values = load_config(stage.words[1]).to_dict()
+    if not whole:
+        values.pop("report_limits", None)
+        if stage.words[0] == "crosskd.train":
+            values["model"] = values["model"].get("student", values["model"])
+    return hashlib.sha256(repr(values).encode()).hexdigest()
+
+
+def can_resume(stage: Stage) -> bool:
+    """Whether an interrupted training of the very same command and files left a checkpoint to go on from."""
+    left_one = not stage.artefact.exists() and (stage.artefact.parent / "last_checkpoint").exists()
+    return (
+        stage.is_training
+        and left_one
+        and any(read_start(stage.artefact.parent) == start_of(stage, whole_config) for whole_config in (False, True))
+    )
+
+
+def is_up_to_date(stage: Stage) -> bool:
+    """Whether the artefact is there, as recorded, made by this very command from inputs that are still the same."""
+    if not is_made(stage.artefact, stage.words):
+        return False
+    noted = read_start(stage.artefact.parent).get("config_sha256") if stage.makes_run else None
+    return noted is None or any(noted == config_sha256(stage, whole) for whole in (False, True))
