@@ -29,6 +29,7 @@ from benchmarks.reporting.document import (
     teacher_of_accuracy,
 )
 from benchmarks.reporting.figures import distribution_from_samples
+from benchmarks.reporting.int8_budget import read_int8_budget
 from benchmarks.reporting.junit import junit_from_limits
 from benchmarks.reporting.page import curves_from_groups, gallery_from_report, plot_from_report, render
 from benchmarks.reporting.verdict import LIMITS, check_limits, limits_from_file
@@ -49,7 +50,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "-o", "--output", required=True, metavar="FILE", help="report.html; report.md and report.json go beside it"
     )
-    parser.add_argument("--ship", metavar="ROLE", help="the model that ships (default: the last role of the table)")
+    parser.add_argument(
+        "--ship",
+        metavar="ROLE",
+        help="the model that ships (default: the last role of the table, or what --int8-budget says)",
+    )
+    parser.add_argument(
+        "--int8-budget", metavar="FILE",
+        help="INT8 file that calibration.choose wrote: how it was reached, and what ships if it is not to",
+    )  # fmt: skip
     parser.add_argument("--against", metavar="FILE", help="report.json of an earlier rollout, to show what changed")
     parser.add_argument("--junit", metavar="FILE", help="also write the limits as JUnit XML")
     parser.add_argument(
@@ -114,7 +123,9 @@ def main(argv: Optional[List[str]] = None) -> int:
     """Writes the files, prints the verdict, and returns 1 if it is not to roll out."""
     arguments = _parser().parse_args(argv)
     allowed = limits_from_arguments(arguments)
-    html, markdown, document = output_paths(arguments.output, [*arguments.results, arguments.against, arguments.limits])
+    html, markdown, document = output_paths(
+        arguments.output, [*arguments.results, arguments.against, arguments.limits, arguments.int8_budget]
+    )
     if arguments.check:
         if "max_energy_mj" in allowed:
             check_power_is_told()
@@ -126,9 +137,11 @@ def main(argv: Optional[List[str]] = None) -> int:
     old = read_report(arguments.against, REPORT_VERSION) if arguments.against is not None else None
     read = [(path, read_result(path)) for path in arguments.results]
     groups = group_results(read)
-    ship = role_to_ship(list(groups), arguments.ship)
+    budget = read_int8_budget(arguments.int8_budget, groups) if arguments.int8_budget is not None else None
+    ship = role_to_ship(list(groups), arguments.ship or (budget["ships"] if budget else None))
     detections = detections_of_roles(read, [teacher_of_accuracy(groups), ship, "student", *SHIPPED_FORMS])
-    report = report_from_results(arguments.results, groups, detections, ship, allowed)
+    files = [*arguments.results, *filter(None, [arguments.int8_budget])]
+    report = report_from_results(files, groups, detections, ship, allowed, budget)
     data = report["data"]
     pictures, notes = gallery_from_report(
         report, detections, arguments.annotations or data["annotations"], arguments.images_dir or data["images_dir"]

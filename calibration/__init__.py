@@ -1,8 +1,8 @@
 """
 From a float ONNX to an INT8 ONNX. Imports neither torch nor mmdet.
 
-Commands: quantize, sensitivity, audit, statistics. Then the files, each of which imports only those of the lines that
-follow its own:
+Commands: quantize, choose, sensitivity, audit, statistics. Then the files, each of which imports only those of the
+lines that follow its own:
 
 - from_images: INT8 with ranges of calibration images, step by step
 - search, given_ranges: the blocks to keep in float for a budget of AP; INT8 with ranges that a file has

@@ -61,6 +61,8 @@ class QuantizeOptions:
     """Convolutions or blocks to keep in float, as `FloatGraph` takes them."""
     max_ap_drop: Optional[float] = None
     """How many points of AP, of 100, INT8 may cost; None: it is not measured."""
+    nearest: bool = False
+    """Where that budget cannot be met, whether to write the model that comes nearest to it."""
     num_images: int = 512
     """How many images to calibrate on, at most."""
     seed: int = 0
@@ -319,7 +321,9 @@ def within_budget(
     }
     key = key_of_measurements(options.model, contract, graph, settings, images, budget)
     journal = Journal(journal_path(options.output), key)
-    kept, step, details = kept_for_budget(quantizer, options.max_ap_drop, options.model, budget, contract, journal)
+    kept, step, details = kept_for_budget(
+        quantizer, options.max_ap_drop, options.model, budget, contract, journal, options.nearest
+    )
     graph = quantizer.graph(kept)
     graph.kept.update((node.output[0], FloatReason.AP_BUDGET) for node in graph.convolutions if node_name(node) in kept)
     return graph, {"budget": details}, f"\n{text_of_result(step, options.max_ap_drop, budget)}"

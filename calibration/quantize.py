@@ -27,7 +27,6 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
-import math
 import re
 import sys
 from pathlib import Path
@@ -40,6 +39,7 @@ from calibration.placement import DEFAULT_TARGET, PLACEMENTS, node_name
 from calibration.quantizer import Quantized
 from calibration.ranges import PERCENTILE, RANGE_METHODS
 from calibration.search import journal_path
+from deploy.ap_drop import checked_budget
 from deploy.contract import ModelContract, write_sidecar
 from deploy.data_arguments import SetOptions, add_set_arguments, set_options
 from deploy.dataset import load_coco, load_split
@@ -140,6 +140,10 @@ def parse_arguments(argv: Optional[List[str]]) -> argparse.Namespace:
         help="keep in float what must be so that AP drops by no more than this, of 100, such as 0.3; with --data",
     )  # fmt: skip
     parser.add_argument(
+        "--nearest", action="store_true",
+        help="where --max-ap-drop cannot be met, write the model that comes nearest to it (default: none)",
+    )  # fmt: skip
+    parser.add_argument(
         "--budget-split", choices=SPLITS, help="split of --data that --max-ap-drop is measured on (default: val)"
     )
     parser.add_argument(
@@ -200,10 +204,12 @@ def check_arguments(arguments: argparse.Namespace) -> None:
             )
         if not 50 < arguments.percentile <= 100:
             raise ConfigError(f"--percentile is {arguments.percentile}; expected above 50, at most 100, such as 99.99")
-    if arguments.max_ap_drop is not None and not (math.isfinite(arguments.max_ap_drop) and arguments.max_ap_drop >= 0):
-        raise ConfigError(f"--max-ap-drop is {arguments.max_ap_drop}; expected points of AP, 0 or more, such as 0.3")
+    if arguments.max_ap_drop is not None:
+        checked_budget(arguments.max_ap_drop, "--max-ap-drop")
     if arguments.max_ap_drop is not None and not arguments.data:
         raise ConfigError("--max-ap-drop is given without --data; expected the folder that --budget-split is a part of")
+    if arguments.nearest and arguments.max_ap_drop is None:
+        raise ConfigError("--nearest is given without --max-ap-drop, the budget that it is about; give both or neither")
     if arguments.budget_split and arguments.max_ap_drop is None:
         raise ConfigError(f"--budget-split is {arguments.budget_split}; expected none without --max-ap-drop")
     if bool(arguments.write_calibration_cache) != bool(arguments.tensorrt_version):
@@ -245,6 +251,7 @@ def options_from_arguments(arguments: argparse.Namespace) -> QuantizeOptions:
         bias_correction=arguments.bias_correction,
         keep_float=tuple(arguments.keep_float),
         max_ap_drop=arguments.max_ap_drop,
+        nearest=arguments.nearest,
         num_images=arguments.num_images,
         seed=arguments.seed,
         statistics=Path(arguments.statistics) if arguments.statistics else None,

@@ -26,36 +26,13 @@ from calibration.images import choose_images
 from calibration.measure import ERROR_IMAGES, OutputError, accuracy_numbers, saved, total_error
 from calibration.messages import say
 from calibration.quantizer import Quantizer
+from deploy.ap_drop import Drop
 from deploy.contract import ModelContract
 from deploy.dataset import CocoSet
 from deploy.errors import CalibrationError
 from deploy.files import AnyPath, write_json
 from deploy.freshness import changed_keys
 from deploy.schema import Number, read_checked
-
-
-@dataclasses.dataclass(frozen=True)
-class Drop:
-    """The AP of a model, and how much lower it is than that of the float model; fractions of 1."""
-
-    ap: float
-    """AP of the model itself."""
-    drop: float
-    """AP of the float model less that of this one; negative where it is higher."""
-    low: float
-    high: float
-    """The 95 % interval of the drop: paired bootstrap over images."""
-
-    @classmethod
-    def from_numbers(cls, numbers: Mapping[str, Any]) -> Drop:
-        """The drop that the `numbers` of an accuracy result tell, measured against the float model's."""
-        against = numbers["against"]
-        return cls(numbers["AP"], -against["AP_difference"], -against["high"], -against["low"])
-
-    def __str__(self) -> str:
-        drop, low, high = (points(value) for value in (self.drop, self.low, self.high))
-        return f"AP {points(self.ap)}, a drop of {drop} points against float (95 % interval {low} to {high})"
-
 
 DROP_FIELDS = dataclasses.fields(Drop)
 JOURNAL: Dict[Any, Any] = {
@@ -141,16 +118,12 @@ def journal_path(output: AnyPath) -> Path:
     return Path(f"{output}.search.json")
 
 
-def points(fraction: float) -> str:
-    """A fraction as points of AP, in words; never "-0.00"."""
-    return f"{round(100 * fraction, 2) + 0.0:.2f}"
-
-
 def blocks_to_keep(
     blocks: Sequence[Block],
     measure: Callable[[Sequence[Block]], Drop],
     find_errors: Callable[[], Mapping[str, float]],
     budget: float,
+    nearest: bool = False,
 ) -> Tuple[List[Block], List[Step]]:
     """
     The blocks to keep in float, and the steps of the search; the last of them that holds is of these blocks.
@@ -161,16 +134,17 @@ def blocks_to_keep(
         find_errors: name of each block -> how far it moves the detections when it alone is in INT8; called once, and
             only if something has to be kept.
         budget: the largest drop, a fraction.
+        nearest: where no set holds, take that of the smallest drop.
 
     Raises:
-        CalibrationError: no set holds but that of all blocks, which would be no INT8 model.
+        CalibrationError: no set holds but that of all blocks, which would be no INT8 model; unless `nearest`.
     """
     total = sum(block.multiplications for block in blocks)
     steps: List[Step] = []
 
     def tried(kept: Sequence[Block], change: str) -> Step:
         share, drop = sum(block.multiplications for block in kept) / total, measure(kept)
-        step = Step(change, tuple(block.name for block in kept), share, drop, drop.drop <= budget)
+        step = Step(change, tuple(block.name for block in kept), share, drop, drop.keeps(100 * budget))
         steps.append(step)
         verdict = "holds" if step.holds else "does not hold"
         say(
@@ -192,10 +166,16 @@ def blocks_to_keep(
             break
     if not step.holds:
         best = min(steps, key=lambda step: step.drop.drop)
-        raise CalibrationError(
+        unmet = (
             f"the budget of {100 * budget:g} points of AP cannot be met: the best of {len(steps)} models, with "
-            f"{len(best.kept)} of {len(blocks)} blocks in float, has {best.drop}. Allow a larger --max-ap-drop, try "
-            "another --method or more calibration images, or measure on more images: on few, single boxes decide."
+            f"{len(best.kept)} of {len(blocks)} blocks in float, has {best.drop}"
+        )
+        if nearest:
+            say(f"{unmet}; it is taken, as the nearest")
+            return [block for block in blocks if block.name in best.kept], steps
+        raise CalibrationError(
+            f"{unmet}. Allow a larger --max-ap-drop, try another --method or more calibration images, or measure on "
+            "more images: on few, single boxes decide."
         )
     for block in sorted(kept[:-1], key=lambda block: block.multiplications, reverse=True):  # the last one was needed
         without = [other for other in kept if other is not block]
@@ -207,7 +187,9 @@ def blocks_to_keep(
 def text_of_result(final: Step, budget_points: float, data: CocoSet) -> str:
     """The result of a search, for people, and how far it can be relied on."""
     text = f"{final.drop}, on {len(data.images)} images of {data.annotations_path}"
-    if 100 * final.drop.high > budget_points:
+    if not final.holds:
+        text += f"\nthat is more than the budget of {budget_points:g}, and the nearest to it"
+    elif 100 * final.drop.high > budget_points:
         text += f"\nthe interval reaches beyond the budget of {budget_points:g}: on more images it may not hold"
     if final.kept:
         text += (
@@ -225,6 +207,7 @@ def kept_for_budget(
     data: CocoSet,
     contract: ModelContract,
     journal: Journal,
+    nearest: bool = False,
 ) -> Tuple[List[str], Step, Dict[str, Any]]:
     """
     The convolutions to keep in float so that AP drops by no more than the budget; the step of the search that says so;
@@ -234,6 +217,7 @@ def kept_for_budget(
         model_path: of the float model.
         data: the images to measure on.
         journal: what it has is not measured again.
+        nearest: as `blocks_to_keep`.
 
     Raises:
         CalibrationError: AP cannot be measured, the float model has none, or the budget cannot be met.
@@ -277,13 +261,15 @@ def kept_for_budget(
             journal.add_drop(kept, drop)
             return drop
 
-        kept, steps = blocks_to_keep(blocks, measure, find_errors, budget_points / 100)
-    final = next(step for step in reversed(steps) if step.holds)
+        kept, steps = blocks_to_keep(blocks, measure, find_errors, budget_points / 100, nearest)
+    names = {block.name for block in kept}
+    final = next(step for step in reversed(steps) if set(step.kept) == names)
     return (
         [name for block in kept for name in block.convolutions],
         final,
         {
             "max_ap_drop": budget_points,
+            "holds": final.holds,
             "annotations": str(data.annotations_path),
             "num_images": len(data.images),
             "float_ap": journal.float_ap,

@@ -32,7 +32,7 @@ from calibration.measure import ERROR_IMAGES, OutputError, accuracy_numbers, sav
 from calibration.placement import DEFAULT_TARGET, PLACEMENTS, FloatGraph
 from calibration.quantizer import Quantizer, key_of_measurements, tensors_of_any_choice
 from calibration.ranges import PERCENTILE, RANGE_METHODS
-from calibration.search import Drop, points
+from deploy.ap_drop import Drop, points
 from deploy.contract import ModelContract, provenance
 from deploy.data_arguments import add_data_argument, add_strict_argument
 from deploy.dataset import CocoSet, load_coco, load_split

@@ -12,8 +12,6 @@ from deploy.errors import ConfigError
 
 BYTES_OF_A_DETECTION = 120
 """In a COCO results file: image, category, score and four numbers with their keys."""
-FILES_OF_A_MODEL = 6
-"""The weights, and what is made of them: ONNX in float32 and INT8, engines, and a file that is being written."""
 
 
 def bytes_of_training(config: Any, parameters: int, annotation_bytes: int) -> int:
@@ -37,9 +35,9 @@ def bytes_of_training(config: Any, parameters: int, annotation_bytes: int) -> in
     return 4 * parameters * (copies * checkpoints + 1) + annotation_bytes
 
 
-def bytes_of_models(parameters: int, measured_models: int, test_images: int) -> int:
-    """What the student's models take, and the detections of `measured_models` in the test images."""
-    return 4 * parameters * FILES_OF_A_MODEL + measured_models * test_images * 100 * BYTES_OF_A_DETECTION
+def bytes_of_models(parameters: int, files: int, measured_models: int, test_images: int) -> int:
+    """What files of models take (and the weights, and one that is being written), and the detections in the images."""
+    return 4 * parameters * (files + 2) + measured_models * test_images * 100 * BYTES_OF_A_DETECTION
 
 
 def check_disk_space(folder: Path, needed: Sequence[int]) -> None:

@@ -200,11 +200,7 @@ def fine_tuning_options(config: Any, config_path: str, training: TrainingOptions
     Raises:
         ConfigError: the config averages the weights.
     """
-    if any(hook["type"] == "EMAHook" for hook in config.get("custom_hooks", [])):
-        raise ConfigError(
-            f"{config_path}: custom_hooks has an EMAHook, which would not average the ranges of --quantize int8; "
-            "give a config without it, or --set custom_hooks=[]"
-        )
+    int8_aware.check_no_averages(config, config_path, "--set custom_hooks=[]")
     if not any(key.endswith("max_epochs") for key in training.overrides):
         set_epochs(config, max(1, round(config.train_cfg.max_epochs / 4)))
     if not any(LEARNING_RATE.startswith(key) for key in training.overrides):  # a whole optimiser may have been given

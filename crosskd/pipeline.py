@@ -19,16 +19,18 @@ from crosskd.config import load_config, path_beside, published_name, set_classes
 from crosskd.data import add_training_data_arguments, load_splits
 from crosskd.disk_space import bytes_of_models, bytes_of_training, check_disk_space
 from crosskd.download import local_weights
+from crosskd.int8.int8_aware import check_no_averages
 from crosskd.settings import check_settings
 from crosskd.stages import Stage, run_stages
+from deploy.ap_drop import FEWEST_IMAGES, checked_budget
 from deploy.commands import run_captured
 from deploy.data_arguments import add_data_argument
 from deploy.dataset import CocoSet
-from deploy.errors import ConfigError, PipelineError, command
+from deploy.errors import ConfigError, DataError, PipelineError, command
 from deploy.files import check_writable
 from deploy.folder_lock import locked
 from deploy.layouts import SPLITS, has_split, split_paths
-from deploy.targets import QUANTISED_FOR, TARGETS
+from deploy.targets import QUANTISED_FOR, SUFFIXES, TARGETS
 from deploy.tensorrt.bindings import load_tensorrt
 from deploy.tensorrt.cuda import load_cuda
 
@@ -49,6 +51,12 @@ class PipelineOptions:
     """What the model shall run on: one of `deploy.targets.QUANTISED_FOR`."""
     limits: str | None = None
     """TOML file of limits for the verdict; None: the config's report_limits."""
+    max_int8_drop: float | None = None
+    """How many points of AP INT8 may cost on the validation split; None: the config's max_int8_drop, if it has one."""
+    without_int8: str | None = None
+    """What ships where INT8 costs more: 'fp16' or 'fp32'; None: fp16 where the target has it."""
+    int8_training: bool = True
+    """Whether INT8-aware CrossKD is one of the ways to INT8."""
     seed: int = 0
     """Of the trainings."""
     strict: bool = False
@@ -95,6 +103,9 @@ def check_before_work(options: PipelineOptions, config: Any, stages: list[Stage]
     )
     if len(splits) < len(SPLITS):
         print(f"{options.data} has no test split: measured on val, which the trainings are watched on, too")
+    budget = budget_of(options, config)
+    if budget is not None:
+        check_validation_set(sets["val"], budget)
     check_space(options, config, stages, list(sets.values()))
     return next(iter(sets.values())).class_names
 
@@ -125,6 +136,23 @@ def with_classes_taught(stage: Stage, config: Any, class_names: tuple[str, ...],
         print(f"the teacher is fine-tuned on the data first: {str(error).split('. ')[0]}")
         return Stage(stage.name, ["crosskd.train", *words, "--from", checkpoint, "--seed", str(seed)], stage.artefact)
     return stage
+
+
+def check_validation_set(data: CocoSet, budget: float) -> None:
+    """
+    Says where a budget of AP is to be kept on few images.
+
+    Raises:
+        DataError: it has no box, and so no AP.
+    """
+    if not any(len(image.labels) for image in data.images):
+        raise DataError(f"{data.annotations_path} has no box; expected some, to see what INT8 costs of AP")
+    if len(data.images) < FEWEST_IMAGES:
+        print(
+            f"warning: INT8 may cost {budget:g} points of AP on the {len(data.images)} images of "
+            f"{data.annotations_path}: on so few the interval is wide, and single boxes decide; expected "
+            f"{FEWEST_IMAGES} or more, better some hundreds"
+        )
 
 
 def check_output(output: Path, artefact: Path) -> None:
@@ -163,9 +191,10 @@ def check_space(options: PipelineOptions, config: Any, stages: list[Stage], sets
     )
     annotation_bytes = sum(Path(one.annotations_path).stat().st_size for one in sets[:2])
     measured = sum(stage.words[0] == "benchmarks.accuracy" for stage in stages)
-    needed = [bytes_of_models(student, measured, len(sets[-1].images))]
+    files = sum(stage.artefact.suffix in SUFFIXES for stage in stages)
+    needed = [bytes_of_models(student, files, measured, len(sets[-1].images))]
     if not options.no_teacher_export:
-        needed.append(bytes_of_models(teacher, 0, 0))
+        needed.append(bytes_of_models(teacher, 2, 0, 0))
     for stage in stages:
         if stage.is_training:
             is_teacher = stage.name == "teacher"
@@ -198,6 +227,19 @@ def command_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--limits", metavar="FILE", help="TOML file of limits for the verdict, see benchmarks.report "
                         "(default: the config's report_limits)")  # fmt: skip
+    parser.add_argument(
+        "--max-int8-drop", type=float, metavar="POINTS",
+        help="how much AP, of 100, INT8 may cost on the validation split: the first way to it that keeps this ships "
+        "(default: the config's max_int8_drop, or INT8 by `max`, whatever it costs)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--without-int8", choices=("fp16", "fp32"),
+        help="what ships where no way to INT8 keeps it (default: fp16 for tensorrt, fp32 for onnxruntime)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--no-int8-training", dest="int8_training", action="store_false",
+        help="do without INT8-aware CrossKD, the longest of these ways",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of the trainings (%(default)s)")
     parser.add_argument("--no-teacher-export", action="store_true", help="for a teacher that cannot be exported: "
                         "measure it in torch alone, so that no speed-up is told")  # fmt: skip
@@ -246,17 +288,23 @@ def planned_stages(options: PipelineOptions, config: Any) -> list[Stage]:
         "--teacher-checkpoint", stages[0].artefact, "-o", student,
     )  # fmt: skip
     onnx = add("export", out / "student.onnx", "deploy.export", student, "-o", out / "student.onnx")
-    int8 = add(
-        "quantise", out / "student.int8.onnx", "calibration.quantize", onnx, "--data", data,
-        *strict, "--target", options.target, "-o", out / "student.int8.onnx",
-    )  # fmt: skip
+    distil = stages[-2].words
+    int8, budget = out / "student.int8.onnx", budget_of(options, config)
     models = {"teacher": teacher, **teacher_forms, "baseline": baseline, "student": student}
     models.update({"onnx-fp32": onnx, "onnx-int8": int8})
+    quantise: list[str | Path] = ["calibration.quantize", onnx, "--data", data, *strict, "--target", options.target]
     if options.target == "tensorrt":
-        for role, source, flag in (("engine-fp16", onnx, "--fp16"), ("engine-int8", int8, "--int8")):
-            models[role] = add(
-                f"build {role}", out / f"{role}.engine", "deploy.build_trt", source, flag, "-o", out / f"{role}.engine"
-            )
+        for precision in ("fp32", "fp16") if otherwise(options) == "engine-fp32" else ("fp16",):
+            role = f"engine-{precision}"
+            models[role] = add(f"build {role}", out / f"{role}.engine", "deploy.build_trt", onnx, f"--{precision}",
+                               "-o", out / f"{role}.engine")  # fmt: skip
+    if budget is None:
+        add("quantise", int8, *quantise, "-o", int8)
+    else:
+        stages += stages_to_int8(options, config, quantise, distil, budget)
+    if options.target == "tensorrt":
+        engine = out / "engine-int8.engine"
+        models["engine-int8"] = add("build engine-int8", engine, "deploy.build_trt", int8, "--int8", "-o", engine)
     results = []
     for role, model in models.items():
         for what in ("accuracy", "latency"):
@@ -271,7 +319,8 @@ def planned_stages(options: PipelineOptions, config: Any) -> list[Stage]:
         if options.limits
         else [f"--{name.replace('_', '-')}={value}" for name, value in limits_of(options, config).items()]
     )
-    add("report", out / "report.json", "benchmarks.report", *results, *limits, "-o", out / "report.html")
+    reached = [] if budget is None else ["--int8-budget", int8]
+    add("report", out / "report.json", "benchmarks.report", *results, *limits, *reached, "-o", out / "report.html")
     return stages
 
 
@@ -285,6 +334,110 @@ def check_head(config: str, role: str, head: str, remedy: str) -> None:
             f"{config}: the {role}'s head is a {head}, which cannot be exported; expected one of "
             f"{', '.join(heads_with_decoder())}. {remedy}"
         )
+
+
+def stages_to_int8(
+    options: PipelineOptions, config: Any, quantise: list[str | Path], distil: list[str], budget: float
+) -> list[Stage]:
+    """
+    The ways to INT8 in the order of what they cost, each of which is tried only where those before it lose more AP than
+    the budget on the validation split; and the choice among them, which writes student.int8.onnx.
+
+    Args:
+        quantise: words of the quantisation of student.onnx, without method and output.
+        distil: words of the student's distillation.
+
+    Raises:
+        ConfigError: the training with INT8 would be refused.
+    """
+    out, onnx = options.output / "int8", options.output / "student.onnx"
+    on_val = ["--data", options.data, *(["--strict"] if options.strict else []), "--split", "val"]
+    float_result = out / "float.accuracy.result.json"
+    stages: list[Stage] = []
+    rungs: list[tuple[Path, Path]] = []
+
+    def add(name: str, artefact: Path, *words: str | Path, **more: Any) -> Path:
+        before = tuple(accuracy for accuracy, _ in rungs)
+        stages.append(Stage(name, [str(word) for word in words], artefact, unless=before, max_int8_drop=budget, **more))
+        return artefact
+
+    def file_of(role: str, suffix: str) -> Path:
+        return out / f"{role.replace(' ', '_')}{suffix}"
+
+    def measure(role: str, model: Path) -> tuple[Path, Path]:
+        accuracy, latency = (file_of(role, f".{what}.result.json") for what in ("accuracy", "latency"))
+        add(f"accuracy {role}", accuracy, "benchmarks.accuracy", model, *on_val, "--role", role,
+            "--against", float_result, "-o", accuracy)  # fmt: skip
+        add(f"latency {role}", latency, "benchmarks.latency", model, *on_val, "--role", role, "-o", latency)
+        return accuracy, latency
+
+    def measure_rung(role: str, int8: Path) -> None:
+        model = int8
+        if options.target == "tensorrt":
+            model = add(f"build {role}", file_of(role, ".engine"), "deploy.build_trt", int8, "--int8",
+                        "-o", file_of(role, ".engine"))  # fmt: skip
+        rungs.append(measure(role, model))
+
+    add("accuracy float on val", float_result, "benchmarks.accuracy", onnx, *on_val, "--role", "onnx-fp32",
+        "-o", float_result)  # fmt: skip
+    auto = ["--method", "auto"]
+    for role, flags in {
+        "max": ["--method", "max"],
+        "auto": auto,
+        "bias correction": [*auto, "--bias-correction"],
+        "blocks in float": [*auto, "--max-ap-drop", f"{budget:g}", "--nearest"],
+    }.items():
+        int8 = file_of(role, ".onnx")
+        measure_rung(role, add(f"quantise by {role}", int8, *quantise, *flags, "-o", int8))
+    if options.int8_training:
+        check_no_averages(config, options.config, "give --no-int8-training")
+        run, start = options.output / "int8_aware", options.output / "student" / "student.pth"
+        int8 = add(
+            "INT8-aware CrossKD", run / "student.int8.onnx", *distil[:-2], "--quantize", "int8", "--from", start,
+            "--calibrated", file_of("auto", ".onnx"), "-o", run, record=run / "student.pth",
+            advice="; or do without this training: --no-int8-training",
+        )  # fmt: skip
+        measure_rung("INT8-aware CrossKD", int8)
+    fp16: list[str | Path] = []
+    if options.target == "tensorrt":
+        fp16 = ["--fp16", *measure("engine-fp16", options.output / "engine-fp16.engine")]
+    int8 = options.output / "student.int8.onnx"
+    words = ["calibration.choose", *(str(word) for pair in rungs for word in ("--rung", *pair)), *map(str, fp16)]
+    words += ["--max-int8-drop", f"{budget:g}", "--otherwise", otherwise(options), "-o", str(int8)]
+    return [*stages, Stage("choose INT8", words, int8)]
+
+
+def budget_of(options: PipelineOptions, config: Any) -> float | None:
+    """
+    The AP that INT8 may cost, in points: of the flag, else of the config; None: nobody set one.
+
+    Raises:
+        ConfigError: it is no number from 0 to 100, or what goes with it is given without it.
+    """
+    if options.max_int8_drop is not None:
+        return checked_budget(options.max_int8_drop, "--max-int8-drop")
+    if config.get("max_int8_drop") is not None:
+        return checked_budget(config.max_int8_drop, f"{options.config}: max_int8_drop")
+    for flag, given in (("--without-int8", options.without_int8), ("--no-int8-training", not options.int8_training)):
+        if given:
+            raise ConfigError(f"{flag} is given without --max-int8-drop, the budget that it is about; expected both")
+    return None
+
+
+def otherwise(options: PipelineOptions) -> str:
+    """
+    The role of what ships where no way to INT8 keeps the budget.
+
+    Raises:
+        ConfigError: the target has none of that precision.
+    """
+    if options.target == "tensorrt":
+        return f"engine-{options.without_int8 or 'fp16'}"
+    if options.without_int8 == "fp16":
+        raise ConfigError(
+            f"--without-int8 is fp16; expected fp32 with --target {options.target}: on a CPU it computes FP16 in FP32"
+        )
+    return "onnx-fp32"
 
 
 def data_words(options: PipelineOptions) -> list[str]:

@@ -13,10 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from crosskd.config import load_config
+from deploy.ap_drop import drop_from_result
 from deploy.commands import command_line, run_status
 from deploy.errors import PipelineError
-from deploy.freshness import is_made, read_start, start_from, write_start
+from deploy.freshness import is_current, is_made, read_start, start_from, write_start
 from deploy.layouts import annotations_path
+
+JUDGED_BY = ("report_limits", "max_int8_drop")
+"""Keys of a config that no training reads."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +31,14 @@ class Stage:
     words: list[str]
     """The module and its arguments, without `python -m`."""
     artefact: Path
+    record: Path | None = None
+    """The file whose sidecar has this command, where the artefact's has another: that of a command on the way to it."""
+    unless: tuple[Path, ...] = ()
+    """Accuracy results of INT8 models. The stage is left out where one of them keeps the budget."""
+    max_int8_drop: float = 0.0
+    """That budget, in points of AP."""
+    advice: str = ""
+    """What else to do, if it fails."""
 
     @property
     def makes_run(self) -> bool:
@@ -41,6 +53,12 @@ class Stage:
     def command(self) -> list[str]:
         return ["python", "-m", *self.words]
 
+    @property
+    def is_needed(self) -> bool:
+        """Whether none of the results in `unless` keeps the budget, as far as they are there."""
+        measured = [drop_from_result(path) for path in self.unless if path.exists()]
+        return not any(drop.keeps(self.max_int8_drop) for drop in measured)
+
 
 def run_stages(stages: list[Stage]) -> int:
     """
@@ -54,6 +72,9 @@ def run_stages(stages: list[Stage]) -> int:
     for number, stage in enumerate(stages, start=1):
         head = f"[{number}/{len(stages)}] {stage.name}"
         is_report = stage is stages[-1]
+        if not stage.is_needed:
+            print(f"{head}: not needed, INT8 keeps its budget without it", flush=True)
+            continue
         if not is_report and is_up_to_date(stage):
             print(f"{head}: up to date, {stage.artefact}", flush=True)
             continue
@@ -67,7 +88,7 @@ def run_stages(stages: list[Stage]) -> int:
         if status != 0 and not (is_report and status == 1):
             raise PipelineError(
                 f"stage {stage.name!r} ended with status {status}; its message is above. Put that right and run the "
-                "same command again: what is finished is kept"
+                f"same command again: what is finished is kept{stage.advice}"
             )
         if file_identity(stage.artefact) in (None, before):
             raise PipelineError(
@@ -91,7 +112,7 @@ def file_identity(path: Path) -> tuple[int, int] | None:
 def note_start(stage: Stage) -> None:
     """Notes in the run directory what it is made from; what another command or config left there no longer counts."""
     run_dir = stage.artefact.parent
-    for stale in (stage.artefact, run_dir / "last_checkpoint"):
+    for stale in (stage.artefact, stage.record or stage.artefact, run_dir / "last_checkpoint"):
         stale.unlink(missing_ok=True)
     write_start(run_dir, start_of(stage))
 
@@ -112,7 +133,8 @@ def config_sha256(stage: Stage, whole: bool = False) -> str:
     """
     values = load_config(stage.words[1]).to_dict()
     if not whole:
-        values.pop("report_limits", None)
+        for key in JUDGED_BY:
+            values.pop(key, None)
         if stage.words[0] == "crosskd.train":
             values["model"] = values["model"].get("student", values["model"])
     return hashlib.sha256(repr(values).encode()).hexdigest()
@@ -130,7 +152,7 @@ def can_resume(stage: Stage) -> bool:
 
 def is_up_to_date(stage: Stage) -> bool:
     """Whether the artefact is there, as recorded, made by this very command from inputs that are still the same."""
-    if not is_made(stage.artefact, stage.words):
+    if not is_made(stage.record or stage.artefact, stage.words) or (stage.record and not is_current(stage.artefact)):
         return False
     noted = read_start(stage.artefact.parent).get("config_sha256") if stage.makes_run else None
     return noted is None or any(noted == config_sha256(stage, whole) for whole in (False, True))

@@ -52,6 +52,7 @@ NEEDS: Dict[str, Tuple[str, ...]] = {
     "calibration.quantize": ("numpy", "opencv", "onnx", "onnxruntime"),
     "calibration.quantize --method auto": ("numpy", "opencv", "onnx", "onnxruntime", "faster-coco-eval"),
     "calibration.quantize --max-ap-drop": ("numpy", "opencv", "onnx", "onnxruntime", "faster-coco-eval"),
+    "calibration.choose": ("numpy", "onnx"),
     "calibration.audit": ("numpy", "onnx"),
     "calibration.sensitivity": ("numpy", "opencv", "onnx", "onnxruntime", "faster-coco-eval"),
     "calibration.sensitivity --metric error": ("numpy", "opencv", "onnx", "onnxruntime"),

@@ -71,6 +71,27 @@ CONTRACT: Dict[Any, Any] = {
 }
 """Table of a model contract, but for what its values say of each other."""
 _STRING_OR_NULL = (str, None)
+_PART = Number(-1.001, 1.001)
+INT8_BUDGET: Dict[Any, Any] = {
+    "max_int8_drop": Number(0, 100),
+    "ships": _STRING_OR_NULL,
+    "sentence": str,
+    "rungs": Items(
+        {
+            "title": str,
+            "file": str,
+            "ap": _PART,
+            "drop": _PART,
+            "low": _PART,
+            "high": _PART,
+            "holds": bool,
+            "int8_share": (_PART, None),
+            "median_ms": Number(0),
+            "elapsed_s": Number(0),
+        }
+    ),
+}
+"""Table of what `calibration.choose` says of how INT8 was reached."""
 DETAILS: Dict[Any, Any] = {
     "class_names": [str],
     "category_ids": [int],
@@ -78,6 +99,7 @@ DETAILS: Dict[Any, Any] = {
     "target": str,
     "precision": str,
     "ranges": {str: Items(float, 2, 2)},
+    "int8_budget": INT8_BUDGET,
     "float_convolutions": {str: str},
     "float_convolution_codes": {str: str},
     "tensorrt": str,

@@ -14,6 +14,7 @@ from benchmarks.measuring.detections import Boxes, boxes_by_image, read_detectio
 from benchmarks.measuring.environment import VARYING
 from benchmarks.measuring.result import UNSTABLE, check_same_data, reasons_from_numbers, samples_by_image
 from benchmarks.measuring.subject import ROLES, TEACHER, TEACHER_FORMS
+from benchmarks.reporting.int8_budget import words_of_miss
 from benchmarks.reporting.ladder import RUNGS, faults, movement
 from benchmarks.reporting.operating_point import comparison
 from benchmarks.reporting.verdict import Estimate, ReportRow, judge, verdict_from_limits
@@ -36,7 +37,7 @@ SHIPPED_FORMS = tuple(role for role, _, _ in RUNGS)
 SECOND_OPINIONS = tuple(role.name for target in TARGETS.values() if target.signed is None for role in target.roles)
 """Roles of runtimes that run what was made for another: they are not what ships, unless somebody says so."""
 INT8_PAIRS = tuple(
-    (target.roles[1].name, target.roles[0].name)
+    (target.roles[-1].name, target.roles[-2].name)
     for target in sorted(TARGETS.values(), key=lambda target: (target.signed is None, not target.on_gpu))
 )
 """What INT8 is compared with, to see whether it is worth it: the first pair that was measured."""
@@ -466,8 +467,14 @@ def report_from_results(
     detections: Mapping[str, Mapping[int, Boxes]],
     ship_role: str,
     allowed: Mapping[str, float],
+    int8_budget: Optional[Mapping[str, Any]] = None,
 ) -> Dict[str, Any]:
-    """The report's document: what `report.json` holds and the other two show."""
+    """
+    The report's document: what `report.json` holds and the other two show.
+
+    Args:
+        int8_budget: as `read_int8_budget` gives it.
+    """
     rows = rows_from_groups(groups)
     ship = next(row for row in rows if row["role"] == ship_role)
     timed = groups[ship_role].get("latency")
@@ -476,17 +483,21 @@ def report_from_results(
     distillation = distillation_from_groups(groups)
     accuracies = [group["accuracy"] for group in groups.values() if "accuracy" in group]
     ladder = ladder_from_groups(groups, detections)
+    verdict = verdict_from_limits(ship, limits)
+    if int8_budget is not None:
+        verdict["sentence"] += words_of_miss(int8_budget)
     return {
         "report_version": REPORT_VERSION,
         **provenance({str(path): path for path in paths}),
         "teacher": teacher_of_accuracy(groups),
-        "verdict": verdict_from_limits(ship, limits),
+        "verdict": verdict,
         "limits": limits,
         "notes": notes_from_groups(groups, lineage, distillation),
         "data": (accuracies or list(next(iter(groups.values())).values()))[0]["data"],
         "rows": rows,
         "distillation": distillation,
         "int8": int8_from_groups(groups),
+        "int8_budget": int8_budget,
         "ladder": ladder,
         "first_bad_rung": next((rung["role"] for rung in ladder if rung["faults"]), None),
         "classes": classes_from_groups(groups, ship["role"]),

@@ -20,6 +20,8 @@ from benchmarks.reporting.wording import (
     code,
     count,
     decimals,
+    duration,
+    hundredths,
     markdown,
     mib,
     millions,
@@ -38,7 +40,7 @@ from deploy.files import AnyPath, sha256_of
 
 FILTERS = (
     points, signed_points, ms, mib, millions, times, amount, amount_between, percent, code, verbatim, part, decimals,
-    count, signed_score,
+    count, signed_score, duration, hundredths,
 )  # fmt: skip
 """Functions that the templates may use, by their names."""
 

@@ -24,6 +24,11 @@ def signed_points(fraction: Optional[float]) -> str:
     return "0.0" if tenths == 0 else f"{'+' if tenths > 0 else MINUS}{abs(tenths) / 10:.1f}"
 
 
+def hundredths(fraction: float) -> str:
+    """A fraction in points with two decimals, as fine as a budget of AP; a minus where AP rises."""
+    return f"{round(100 * fraction, 2) + 0.0:.2f}".replace("-", MINUS)
+
+
 def ms(value: Optional[float]) -> str:
     """Milliseconds, finer below ten."""
     return UNKNOWN if value is None else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
@@ -32,6 +37,13 @@ def ms(value: Optional[float]) -> str:
 def mib(size_bytes: Optional[int]) -> str:
     """Bytes in MiB."""
     return UNKNOWN if size_bytes is None else f"{size_bytes / 2**20:.2f}"
+
+
+def duration(seconds: float) -> str:
+    """A time that somebody waits."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def millions(count: Optional[int]) -> str:
