@@ -319,7 +319,7 @@ def planned_stages(options: PipelineOptions, config: Any) -> list[Stage]:
         if options.limits
         else [f"--{name.replace('_', '-')}={value}" for name, value in limits_of(options, config).items()]
     )
-    reached = [] if budget is None else ["--int8-budget", int8]
+    reached: list[str | Path] = [] if budget is None else ["--int8-budget", int8]
     add("report", out / "report.json", "benchmarks.report", *results, *limits, *reached, "-o", out / "report.html")
     return stages
 

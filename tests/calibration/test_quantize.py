@@ -290,6 +290,17 @@ def test_budget_that_cannot_be_met_is_one_message_and_no_model(model_path, data_
     assert (budget["float_ap"], len(budget["steps"])) == (0.4, 2)
 
 
+def test_the_nearest_is_written_where_it_is_asked_for(words, model_path, monkeypatch, capsys):
+    costs = {f"node_{name}": 0.01 for name in QUANTIZED}
+    monkeypatch.setattr(search, "accuracy_numbers", FakeAccuracy(costs))
+    assert main([*words, "--max-ap-drop", "0.3", "--nearest"]) == 0
+    assert "more than the budget of 0.3, and the nearest to it" in capsys.readouterr().out
+    budget = read_sidecar(model_path.with_name("student.int8.onnx"))["details"]["budget"]
+    assert not budget["holds"]
+    assert budget["drop"] == pytest.approx(min(step["drop"] for step in budget["steps"]))
+    assert budget["kept_blocks"]
+
+
 def test_a_search_that_was_cut_off_goes_on(words, model_path, monkeypatch, capsys):
     costs = {"node_lateral4": 0.02, "node_stem": 0.002}
     output = model_path.with_name("student.int8.onnx")
@@ -535,6 +546,8 @@ def test_bad_model_is_one_message_and_no_file(model_path, data_dir, contract, ca
         (["--data", "DATA", "--num-images", "0"], "--num-images is 0"),
         (["--data", "DATA", "--max-ap-drop", "-0.1"], "--max-ap-drop is -0.1; expected points of AP, 0 or more"),
         (["--data", "DATA", "--max-ap-drop", "nan"], "--max-ap-drop is nan"),
+        (["--data", "DATA", "--max-ap-drop", "101"], "--max-ap-drop is 101.0"),
+        (["--data", "DATA", "--nearest"], "--nearest is given without --max-ap-drop"),
         (["--data", "DATA", "--budget-split", "val"], "expected none without --max-ap-drop"),
         (["--data", "DATA", "--max-ap-drop", "1", "--budget-split", "train"], "expected no image in both"),
         (["--data", "DATA", "--max-ap-drop", "1", "--budget-split", "test"], "no such file or folder"),

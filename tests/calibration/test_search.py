@@ -79,6 +79,14 @@ def test_a_budget_that_cannot_be_met_is_an_error():
     assert asked == [set(), {"b"}, {"b", "c"}]
 
 
+def test_the_nearest_is_taken_where_it_is_asked_for(capsys):
+    measure, _ = measure_from({"a": 0.01, "b": 0.02})
+    kept, steps = blocks_to_keep(make({"a": 1, "b": 1}), measure, lambda: {"a": 0.1, "b": 0.2}, 0.001, nearest=True)
+    assert [block.name for block in kept] == ["b"]
+    assert not any(step.holds for step in steps)
+    assert "cannot be met: the best of 2 models, with 1 of 2 blocks in float, has AP 39.00" in capsys.readouterr().err
+
+
 def test_journal_gives_back_what_was_measured(tmp_path, capsys):
     a, b = make({"a": 1, "b": 2})
     journal, drop = Journal(tmp_path / "x.search.json", {"model": "m"}), Drop(0.3, 0.1, 0.05, 0.2)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from crosskd.pipeline import (
     check_output,
     check_packages,
     check_space,
+    check_validation_set,
     planned_stages,
     with_classes_taught,
 )
@@ -28,7 +31,7 @@ from crosskd.stages import Stage, start_of
 from deploy.commands import run_captured
 from deploy.contract import read_sidecar
 from deploy.dataset import load_coco
-from deploy.errors import CheckpointError, ConfigError, PipelineError
+from deploy.errors import CheckpointError, ConfigError, DataError, PipelineError
 from deploy.files import read_json, write_json
 from deploy.layouts import SPLITS, split_paths
 
@@ -74,7 +77,7 @@ def test_every_planned_command_is_one_that_its_module_understands(
     configs: Path, capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for stage in _planned(configs / "crosskd_tiny.py", "--target", "tensorrt"):
+    for stage in _planned(configs / "crosskd_tiny.py", "--target", "tensorrt", "--max-int8-drop", "0.5"):
         module = importlib.import_module(stage.words[0])
         # The paths do not exist, which is an error of its own; an unknown flag would end in SystemExit.
         assert module.main(stage.words[1:]) == 2
@@ -91,6 +94,109 @@ def test_for_tensorrt_it_builds_two_engines_and_measures_them(configs: Path) -> 
     teacher = "deploy.build_trt O/teacher.onnx --fp16 -o O/teacher-engine-fp16.engine"
     assert _command(stages, "build teacher-engine-fp16") == teacher
     assert "--role teacher-engine-fp16" in _command(stages, "latency teacher-engine-fp16")
+
+
+def test_with_a_budget_the_ways_to_int8_follow_one_another(configs: Path) -> None:
+    stages = _planned(configs / "crosskd_tiny.py", "--max-int8-drop", "0.5")
+    names = [stage.name for stage in stages]
+    ways = ["quantise by max", "quantise by auto", "quantise by bias correction", "quantise by blocks in float",
+            "INT8-aware CrossKD"]  # fmt: skip
+    assert [name for name in names if name in ways] == ways
+    assert names[4:10] == ["export", "accuracy float on val", ways[0], "accuracy max", "latency max", ways[1]]
+    chosen = names.index("choose INT8")
+    assert names[chosen - 3 : chosen] == [ways[-1], "accuracy INT8-aware CrossKD", "latency INT8-aware CrossKD"]
+    assert names[chosen + 1] == "accuracy teacher"
+    assert _command(stages, "accuracy auto") == (
+        "benchmarks.accuracy O/int8/auto.onnx --data D --split val --role auto --against "
+        "O/int8/float.accuracy.result.json -o O/int8/auto.accuracy.result.json"
+    )
+    assert _command(stages, "quantise by blocks in float").endswith(
+        "--target onnxruntime --method auto --max-ap-drop 0.5 --nearest -o O/int8/blocks_in_float.onnx"
+    )
+    assert _command(stages, "INT8-aware CrossKD").endswith(
+        "--teacher-checkpoint O/teacher/detector.pth --quantize int8 --from O/student/student.pth --calibrated "
+        "O/int8/auto.onnx -o O/int8_aware"
+    )
+    assert _command(stages, "choose INT8").endswith("--max-int8-drop 0.5 --otherwise onnx-fp32 -o O/student.int8.onnx")
+    assert _command(stages, "choose INT8").count("--rung") == 5
+    assert "--int8-budget O/student.int8.onnx" in _command(stages, "report")
+    training = stages[chosen - 3]
+    assert training.is_training
+    assert training.artefact == Path("O/int8_aware/student.int8.onnx")
+    assert training.unless == tuple(
+        Path(f"O/int8/{way}.accuracy.result.json") for way in ("max", "auto", "bias_correction", "blocks_in_float")
+    )
+    assert not any(stage.unless for stage in (*stages[: names.index(ways[1])], *stages[chosen:]))
+    shorter = _planned(configs / "crosskd_tiny.py", "--max-int8-drop", "0.5", "--no-int8-training")
+    assert "INT8-aware CrossKD" not in [stage.name for stage in shorter]
+
+
+def test_with_a_budget_engines_are_what_is_measured_and_fp16_is_the_last_way(configs: Path) -> None:
+    words = ["--max-int8-drop", "0.5", "--target", "tensorrt"]
+    stages = _planned(configs / "crosskd_tiny.py", *words)
+    assert _command(stages, "build auto") == "deploy.build_trt O/int8/auto.onnx --int8 -o O/int8/auto.engine"
+    assert _command(stages, "latency auto").startswith("benchmarks.latency O/int8/auto.engine ")
+    assert _command(stages, "accuracy engine-fp16").startswith("benchmarks.accuracy O/engine-fp16.engine ")
+    choose = _command(stages, "choose INT8")
+    assert "--fp16 O/int8/engine-fp16.accuracy.result.json O/int8/engine-fp16.latency.result.json" in choose
+    assert "--otherwise engine-fp16" in choose
+    in_fp32 = _planned(configs / "crosskd_tiny.py", *words, "--without-int8", "fp32")
+    assert "--otherwise engine-fp32" in _command(in_fp32, "choose INT8")
+    assert _command(in_fp32, "build engine-fp32") == "deploy.build_trt O/student.onnx --fp32 -o O/engine-fp32.engine"
+    assert "O/results/engine-fp32.latency.result.json" in _command(in_fp32, "report")
+
+
+def test_a_budget_can_stand_in_the_config(configs: Path, tmp_path: Path) -> None:
+    config = tmp_path / "config.py"
+    config.write_text(
+        f"_base_ = {str(configs / 'crosskd_tiny.py')!r}\n"
+        f"model = dict(teacher=dict(config={str(configs / 'gfl_tiny_teacher.py')!r}))\nmax_int8_drop = 1\n"
+    )
+    assert "--max-int8-drop 1 " in _command(_planned(config), "choose INT8")
+    assert "--max-int8-drop 0.5 " in _command(_planned(config, "--max-int8-drop", "0.5"), "choose INT8")
+    config.write_text(config.read_text() + "custom_hooks = [dict(type='EMAHook')]\n")
+    with pytest.raises(ConfigError, match=r"has an EMAHook.*; give a config without it, or give --no-int8-training"):
+        _planned(config)
+    _planned(config, "--no-int8-training")
+
+
+@pytest.mark.parametrize(
+    ("words", "content", "message"),
+    [
+        (["--max-int8-drop", "-0.1"], "", "--max-int8-drop is -0.1; expected points of AP, 0 or more and at most 100"),
+        (["--max-int8-drop", "100.1"], "", "--max-int8-drop is 100.1; expected points"),
+        ([], "max_int8_drop = '0.5'", "config.py: max_int8_drop is '0.5'; expected points"),
+        ([], "max_int8_drop = True", "config.py: max_int8_drop is True; expected points"),
+        (["--without-int8", "fp32"], "", "--without-int8 is given without --max-int8-drop"),
+        (["--no-int8-training"], "", "--no-int8-training is given without --max-int8-drop"),
+        (["--max-int8-drop", "1", "--without-int8", "fp16"], "", "expected fp32 with --target onnxruntime"),
+    ],
+)
+def test_a_budget_that_is_none_is_refused_before_anything_runs(
+    configs: Path, tmp_path: Path, words: list[str], content: str, message: str
+) -> None:
+    config = tmp_path / "config.py"
+    config.write_text(
+        f"_base_ = {str(configs / 'crosskd_tiny.py')!r}\n"
+        f"model = dict(teacher=dict(config={str(configs / 'gfl_tiny_teacher.py')!r}))\n{content}\n"
+    )
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        _planned(config, *words)
+
+
+def test_a_validation_set_for_a_budget_has_boxes_and_enough_images(
+    shapes_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = load_coco(*split_paths(shapes_dir, "val"))
+    check_validation_set(data, 0.5)
+    assert "warning: INT8 may cost 0.5 points of AP on the 2 images of" in capsys.readouterr().out
+    check_validation_set(dataclasses.replace(data, images=data.images * 25), 0.5)
+    assert capsys.readouterr().out == ""
+    bare = [
+        dataclasses.replace(image, boxes_xyxy=image.boxes_xyxy[:0], labels=image.labels[:0]) for image in data.images
+    ]
+    with pytest.raises(DataError, match=r"instances_val.json has no box; expected some"):
+        check_validation_set(dataclasses.replace(data, images=bare), 0.5)
 
 
 def test_a_trained_teacher_is_taken_in_instead_of_trained(configs: Path) -> None:

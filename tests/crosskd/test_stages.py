@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -10,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from crosskd.stages import Stage, can_resume, is_up_to_date, note_start, run_stages, start_of
-from deploy.contract import sidecar_path
+from deploy.contract import RESULT_VERSION, sealed, sidecar_path, write_sidecar
 from deploy.errors import PipelineError
-from deploy.files import sha256_of
+from deploy.files import sha256_of, write_json
 from deploy.freshness import write_start
 
 ROOT = Path(__file__).parents[2]
@@ -115,6 +116,37 @@ def test_a_report_that_is_not_written_is_not_called_done(make_stage: Callable[..
             run_stages([Stage("report", ["quiet", status], Path("d"))])
 
 
+def _write_result(path: str, drop: float) -> Path:
+    against = {"AP_difference": -drop, "low": -drop, "high": -drop}
+    document = {"result_version": RESULT_VERSION, "numbers": {"AP": 0.4, "against": against}}
+    write_json(path, sealed(document))
+    return Path(path)
+
+
+def test_a_stage_is_left_out_where_a_result_before_it_keeps_the_budget(
+    make_stage: Callable[..., Stage], capfd: pytest.CaptureFixture[str]
+) -> None:
+    Path("a").write_text("one")
+    results = (Path("first.json"), Path("second.json"))
+    further = dataclasses.replace(make_stage("further", "a", "b"), unless=results, max_int8_drop=0.5)
+    stages = [further, make_stage("report", "a", "d")]
+    _write_result("first.json", 0.02)
+    run_stages(stages)
+    assert _ran() == ["b", "d"]  # the second was not measured
+    Path("b").unlink()
+    _write_result("second.json", 0.004)
+    run_stages(stages)
+    assert _ran() == ["d"]
+    assert "[1/2] further: not needed, INT8 keeps its budget without it" in capfd.readouterr().out
+
+
+def test_a_stage_that_failed_says_what_else_to_do(make_stage: Callable[..., Stage]) -> None:
+    Path("x").write_text("bad")
+    stage = dataclasses.replace(make_stage("training", "x", "c"), advice="; or do without it")
+    with pytest.raises(PipelineError, match=r"'training' ended with status 1.*what is finished is kept; or do without"):
+        run_stages([stage, make_stage("report", "x", "d")])
+
+
 # ---- trainings: their config counts, and they can be resumed
 
 
@@ -206,6 +238,22 @@ def test_an_interrupted_repetition_is_not_taken_for_the_run_before_it(training: 
     _edit("configs/_base_/gfl_320.py", "lr=1.5e-3", "lr=1.0e-3")
     note_start(training)  # and then the power fails
     assert not is_up_to_date(training)
+
+
+def test_a_training_that_was_cut_off_while_its_int8_file_was_made_goes_on(training: Stage) -> None:
+    stage = dataclasses.replace(training, artefact=Path("run/student.int8.onnx"), record=Path("run/detector.pth"))
+    note_start(stage)
+    Path("run/last_checkpoint").write_text("run/epoch_1.pth")
+    _finish(training)
+    assert not is_up_to_date(stage)
+    assert can_resume(stage)
+    stage.artefact.write_text("INT8")
+    write_sidecar(stage.artefact, {"weights": "run/detector.pth"})
+    assert is_up_to_date(stage)
+    _edit("configs/_base_/gfl_320.py", "lr=1.5e-3", "lr=1.0e-3")
+    assert not is_up_to_date(stage)
+    note_start(stage)
+    assert not Path("run/detector.pth").exists()
 
 
 def test_a_resumed_training_is_up_to_date(training: Stage) -> None:
