@@ -221,8 +221,8 @@ def parse_arguments(argv: Optional[List[str]]) -> argparse.Namespace:
         help="how much AP, of 100, may be lost against the float model",
     )  # fmt: skip
     parser.add_argument(
-        "--otherwise", choices=TITLES, default="onnx-fp32", metavar="ROLE",
-        help="what ships if none keeps the budget: %(choices)s (default: %(default)s)",
+        "--otherwise", default="onnx-fp32", metavar="ROLE",
+        help="what ships if none keeps the budget, by its role in the report (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="INT8 ONNX file to write")
     return parser.parse_args(argv)

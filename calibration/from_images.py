@@ -65,6 +65,8 @@ class QuantizeOptions:
     """Where that budget cannot be met, whether to write the model that comes nearest to it."""
     num_images: int = 512
     """How many images to calibrate on, at most."""
+    choice: str = "random"
+    """How the images are chosen: a name of `calibration.images.CHOICES`."""
     seed: int = 0
     """Seed of the choice of images."""
     statistics: Optional[Path] = None
@@ -140,6 +142,7 @@ def details_of_images(
 ) -> Dict[str, Any]:
     """Details for the sidecar: the images, and the extremes of each activation over them."""
     details = {
+        "choice": options.choice,
         "seed": options.seed,
         "num_images": len(images),
         "image_ids": [image.image_id for image in images],
@@ -161,7 +164,7 @@ def images_to_use(options: QuantizeOptions, data: CalibrationData) -> Tuple[List
         DataError: an image cannot be read.
         CalibrationError: an image is in an evaluation set.
     """
-    images = calibration_images(data.calibration, options.num_images, options.seed, data.evaluations)
+    images = calibration_images(data.calibration, options.num_images, options.seed, data.evaluations, options.choice)
     held_out: List[CocoImage] = []
     if options.method == AUTO or options.bias_correction:
         held_out = choose_held_out(data.calibration.images, images, options.seed)

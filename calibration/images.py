@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import heapq
 import random
-from typing import Dict, List, Sequence
+from typing import Callable, Dict, List, Sequence, Set, Tuple
+
+import numpy as np
 
 from calibration.messages import warn
 from deploy.dataset import CocoImage, CocoSet, check_image_files
@@ -29,6 +32,59 @@ def choose_images(images: Sequence[CocoImage], number: int, seed: int) -> List[C
     by_id = sorted(images, key=lambda image: image.image_id)
     chosen = random.Random(seed).sample(by_id, min(number, len(by_id)))
     return sorted(chosen, key=lambda image: image.image_id)
+
+
+def choose_covering(images: Sequence[CocoImage], number: int, seed: int) -> List[CocoImage]:
+    """
+    `number` of the images, or all if there are fewer, that show every class in every size as evenly as they can; by
+    increasing id.
+
+    Greedy: always the image that adds most, where what an image shows for the n-th time adds 1 / n; by seed among
+    equals. What it adds only falls as others are chosen, so that most images need not be looked at again (M. Minoux,
+    "Accelerated greedy algorithms for maximizing submodular set functions", 1978).
+
+    Raises:
+        ConfigError: `number` is below 1.
+    """
+    if not 0 < number < len(images):
+        return choose_images(images, number, seed)
+    shuffled = sorted(images, key=lambda image: image.image_id)
+    random.Random(seed).shuffle(shuffled)
+    shown = [classes_and_sizes(image) for image in shuffled]
+    times: Dict[Tuple[int, int], int] = {}
+
+    def gain(index: int) -> float:
+        return sum(1 / (1 + times.get(kind, 0)) for kind in shown[index])
+
+    waiting = [(-gain(index), index) for index in range(len(shuffled))]
+    heapq.heapify(waiting)
+    chosen: List[CocoImage] = []
+    while waiting and len(chosen) < number:
+        believed, index = heapq.heappop(waiting)
+        if -gain(index) > believed:  # it has fallen since
+            heapq.heappush(waiting, (-gain(index), index))
+            continue
+        chosen.append(shuffled[index])
+        for kind in shown[index]:
+            times[kind] = times.get(kind, 0) + 1
+    return sorted(chosen, key=lambda image: image.image_id)
+
+
+def classes_and_sizes(image: CocoImage) -> Set[Tuple[int, int]]:
+    """
+    (label, size) of the boxes in an image. A size is an octave, about what a level of a pyramid sees: how often the
+    root of the box's area can be doubled until it is as long as the image's longer side.
+    """
+    sides = np.sqrt(np.prod(image.boxes_xyxy[:, 2:] - image.boxes_xyxy[:, :2], axis=1))  # (boxes,)
+    octaves = np.floor(np.log2(max(image.width_px, image.height_px) / np.maximum(sides, 1)))
+    return set(zip(image.labels.tolist(), octaves.astype(int).tolist()))
+
+
+CHOICES: Dict[str, Callable[[Sequence[CocoImage], int, int], List[CocoImage]]] = {
+    "random": choose_images,
+    "covering": choose_covering,
+}
+"""Name -> how images are chosen: of images so many, by a seed."""
 
 
 def sha256_of_images(images: Sequence[CocoImage]) -> str:
@@ -67,16 +123,21 @@ def check_no_overlap(images: Sequence[CocoImage], evaluation: CocoSet) -> None:
                 )
 
 
-def calibration_images(calibration: CocoSet, number: int, seed: int, evaluations: Sequence[CocoSet]) -> List[CocoImage]:
+def calibration_images(
+    calibration: CocoSet, number: int, seed: int, evaluations: Sequence[CocoSet], choice: str = "random"
+) -> List[CocoImage]:
     """
     `number` images of the set by seed, whole and in none of the evaluation sets; a warning if they are few.
+
+    Args:
+        choice: a name of CHOICES.
 
     Raises:
         ConfigError: `number` is below 1.
         DataError: an image is missing or truncated.
         CalibrationError: an image is in an evaluation set.
     """
-    images = choose_images(calibration.images, number, seed)
+    images = CHOICES[choice](calibration.images, number, seed)
     check_image_files(images)
     for evaluation in evaluations:
         check_no_overlap(images, evaluation)

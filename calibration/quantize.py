@@ -35,6 +35,7 @@ from typing import List, Optional, Tuple
 from calibration.float_model import read_model
 from calibration.from_images import AUTO, CalibrationData, QuantizeOptions, int8_from_images
 from calibration.given_ranges import int8_from_cache, int8_from_training, read_trained_ranges
+from calibration.images import CHOICES
 from calibration.placement import DEFAULT_TARGET, PLACEMENTS, node_name
 from calibration.quantizer import Quantized
 from calibration.ranges import PERCENTILE, RANGE_METHODS
@@ -149,6 +150,10 @@ def parse_arguments(argv: Optional[List[str]]) -> argparse.Namespace:
     parser.add_argument(
         "--num-images", type=int, default=NUM_IMAGES, metavar="N", help="images to calibrate on (default: %(default)s)"
     )
+    parser.add_argument(
+        "--choose", choices=CHOICES, default="random",
+        help="which images: covering: such as show every class in every size (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of the choice of images (default: %(default)s)")
     parser.add_argument(
         "--statistics", metavar="FILE",
@@ -224,6 +229,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
                 ("--statistics", arguments.statistics), ("--method", arguments.method != "max"),
                 ("--bias-correction", arguments.bias_correction),
                 ("--num-images", arguments.num_images != NUM_IMAGES), ("--seed", arguments.seed),
+                ("--choose", arguments.choose != "random"),
                 ("--evaluation-annotations", arguments.evaluation_annotations),
                 ("--evaluation-images-dir", arguments.evaluation_images_dir),
             )
@@ -253,6 +259,7 @@ def options_from_arguments(arguments: argparse.Namespace) -> QuantizeOptions:
         max_ap_drop=arguments.max_ap_drop,
         nearest=arguments.nearest,
         num_images=arguments.num_images,
+        choice=arguments.choose,
         seed=arguments.seed,
         statistics=Path(arguments.statistics) if arguments.statistics else None,
     )

@@ -108,7 +108,6 @@ TARGETS = {
             signed=True,
             integer_constants=False,
             roles=(
-                Role("engine-fp32", "TensorRT FP32", "fp32", "onnx-fp32"),
                 Role("engine-fp16", "TensorRT FP16", "fp16", "onnx-fp32"),
                 Role("engine-int8", "TensorRT INT8", "int8", "onnx-int8"),
             ),

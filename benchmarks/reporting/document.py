@@ -37,7 +37,7 @@ SHIPPED_FORMS = tuple(role for role, _, _ in RUNGS)
 SECOND_OPINIONS = tuple(role.name for target in TARGETS.values() if target.signed is None for role in target.roles)
 """Roles of runtimes that run what was made for another: they are not what ships, unless somebody says so."""
 INT8_PAIRS = tuple(
-    (target.roles[-1].name, target.roles[-2].name)
+    (target.roles[1].name, target.roles[0].name)
     for target in sorted(TARGETS.values(), key=lambda target: (target.signed is None, not target.on_gpu))
 )
 """What INT8 is compared with, to see whether it is worth it: the first pair that was measured."""

@@ -404,6 +404,12 @@ def annotate_with_detections(model_path, data_dir, contract):
     path.write_text(json.dumps(document))
 
 
+def test_images_can_be_chosen_to_cover(words, model_path, data_dir):
+    assert main([*words[:-1], "1", "--choose", "covering"]) == 0
+    details = read_sidecar(model_path.with_name("student.int8.onnx"))["details"]
+    assert (details["choice"], details["image_ids"]) == ("covering", [1])  # the only one with a box
+
+
 def test_statistics_are_kept_and_reused_with_another_method(words, model_path, tmp_path, monkeypatch):
     file, output = tmp_path / "seen.npz", model_path.with_name("student.int8.onnx")
     assert main([*words, "--method", "percentile"]) == 0
@@ -576,6 +582,7 @@ def test_bad_model_is_one_message_and_no_file(model_path, data_dir, contract, ca
         (["--ranges", "R", "--seed", "5", "--split", "val"], "--split, --seed: expected none with --ranges"),
         (["--ranges", "R", "--target", "tensorrt"], "--target: expected none with --ranges"),
         (["--ranges", "R", "--keep-float", "node_stem"], "--keep-float: expected none with --ranges"),
+        (["--ranges", "R", "--choose", "covering"], "--choose: expected none with --ranges"),
         (["--ranges", "R", "--max-ap-drop", "1"], "--max-ap-drop is given without --data"),
         (
             ["--calibration-cache", "CACHE", "--method", "mse", "--split", "val", "--bias-correction"],
