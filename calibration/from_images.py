@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 AUTO = "auto"
 """In place of a range method: the one whose model has the best AP on held-out images."""
+NUM_IMAGES = 512
+"""How many images are calibrated on, unless somebody says so."""
 HELD_OUT_IMAGES = 128
 """How many images of the calibration split models are compared on, beyond those that are calibrated on."""
 
@@ -63,14 +65,19 @@ class QuantizeOptions:
     """How many points of AP, of 100, INT8 may cost; None: it is not measured."""
     nearest: bool = False
     """Where that budget cannot be met, whether to write the model that comes nearest to it."""
-    num_images: int = 512
-    """How many images to calibrate on, at most."""
+    num_images: Optional[int] = None
+    """How many images to calibrate on, at most; None: NUM_IMAGES, and where models are compared four fifths of all."""
     choice: str = "random"
     """How the images are chosen: a name of `calibration.images.CHOICES`."""
     seed: int = 0
     """Seed of the choice of images."""
     statistics: Optional[Path] = None
     """File that keeps what was seen of the activations; None: it is not kept."""
+
+    @property
+    def compares_models(self) -> bool:
+        """Whether models are compared on images that are not calibrated on."""
+        return self.method == AUTO or self.bias_correction
 
     @property
     def methods(self) -> Tuple[str, ...]:
@@ -164,9 +171,14 @@ def images_to_use(options: QuantizeOptions, data: CalibrationData) -> Tuple[List
         DataError: an image cannot be read.
         CalibrationError: an image is in an evaluation set.
     """
-    images = calibration_images(data.calibration, options.num_images, options.seed, data.evaluations, options.choice)
+    number, there = options.num_images, len(data.calibration.images)
+    if number is None:
+        number = min(NUM_IMAGES, max(1, there * 4 // 5)) if options.compares_models else NUM_IMAGES
+        if number < min(NUM_IMAGES, there):
+            say(f"{number} of {there} images are calibrated on, models compared on the others; --num-images to choose")
+    images = calibration_images(data.calibration, number, options.seed, data.evaluations, options.choice)
     held_out: List[CocoImage] = []
-    if options.method == AUTO or options.bias_correction:
+    if options.compares_models:
         held_out = choose_held_out(data.calibration.images, images, options.seed)
     check_image_files(held_out)
     for evaluation in data.evaluations:

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import List, Optional, Tuple
 
 from calibration.float_model import read_model
-from calibration.from_images import AUTO, CalibrationData, QuantizeOptions, int8_from_images
+from calibration.from_images import AUTO, NUM_IMAGES, CalibrationData, QuantizeOptions, int8_from_images
 from calibration.given_ranges import int8_from_cache, int8_from_training, read_trained_ranges
 from calibration.images import CHOICES
 from calibration.placement import DEFAULT_TARGET, PLACEMENTS, node_name
@@ -49,8 +49,6 @@ from deploy.files import AnyPath, check_writable
 from deploy.graphs.calibration_cache import amax_from_quantised, write_cache
 from deploy.graphs.graph import check_graph, save_onnx
 from deploy.layouts import SPLITS, has_split, split_paths
-
-NUM_IMAGES = QuantizeOptions.num_images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,8 +146,9 @@ def parse_arguments(argv: Optional[List[str]]) -> argparse.Namespace:
         "--budget-split", choices=SPLITS, help="split of --data that --max-ap-drop is measured on (default: val)"
     )
     parser.add_argument(
-        "--num-images", type=int, default=NUM_IMAGES, metavar="N", help="images to calibrate on (default: %(default)s)"
-    )
+        "--num-images", type=int, metavar="N",
+        help=f"images to calibrate on (default: {NUM_IMAGES}; where models are compared, at most four fifths of all)",
+    )  # fmt: skip
     parser.add_argument(
         "--choose", choices=CHOICES, default="random",
         help="which images: covering: such as show every class in every size (default: %(default)s)",
@@ -228,7 +227,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
                 ("--images-dir", arguments.images_dir), ("--split", arguments.split),
                 ("--statistics", arguments.statistics), ("--method", arguments.method != "max"),
                 ("--bias-correction", arguments.bias_correction),
-                ("--num-images", arguments.num_images != NUM_IMAGES), ("--seed", arguments.seed),
+                ("--num-images", arguments.num_images is not None), ("--seed", arguments.seed),
                 ("--choose", arguments.choose != "random"),
                 ("--evaluation-annotations", arguments.evaluation_annotations),
                 ("--evaluation-images-dir", arguments.evaluation_images_dir),

@@ -168,8 +168,16 @@ def test_an_ap_that_cannot_be_measured_is_an_error(words, data_dir, images, monk
 
 def test_auto_needs_images_to_compare_on(model_path, data_dir, capsys):
     for flags in (["--method", "auto"], ["--bias-correction"]):
-        words = ["--data", str(data_dir), *flags]
+        words = ["--data", str(data_dir), "--num-images", "8", *flags]
         check_refused(model_path, data_dir, words, "--num-images takes all 8 of the split", capsys)
+
+
+def test_of_a_small_split_some_images_are_left_to_compare_on(words, model_path, data_dir, monkeypatch, capsys):
+    monkeypatch.setattr(from_images, "accuracy_numbers", lambda *_: {"AP": 0.5})
+    assert main([*words[:-2], "--method", "auto"]) == 0
+    assert "6 of 8 images are calibrated on, models compared on the others; --num-images" in capsys.readouterr().err
+    details = read_sidecar(model_path.with_name("student.int8.onnx"))["details"]
+    assert (len(details["image_ids"]), len(details["held_out_image_ids"])) == (6, 2)
 
 
 def test_bias_correction_is_measured_and_said(words, model_path, target, capsys):
