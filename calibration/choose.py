@@ -43,7 +43,10 @@ ACCURACY: Dict[Any, Any] = {
     **NUMBERS,
 }
 """Table of what an accuracy result must say here."""
-LATENCY: Dict[Any, Any] = {"model": _FILE, "numbers": {"summary_ms": {"total": {"median": Number(0)}}}}
+LATENCY: Dict[Any, Any] = {
+    "model": _FILE,
+    "numbers": {"comparable": bool, "summary_ms": {"total": {"median": Number(0)}}},
+}
 MADE_FROM = ("onnx", "model", "weights")
 """Inputs, as sidecars name them, whose making is a part of a rung's time."""
 
@@ -60,6 +63,8 @@ class Rung:
     int8_share: Optional[float]
     """The part of all multiplications that is in INT8; None where the graph's shapes do not say."""
     median_ms: float
+    comparable: bool
+    """Whether nothing speaks against comparing that with others."""
     elapsed_s: float
     """Of the commands that made it out of the float model and measured it, each as it ran last."""
     accuracy: Mapping[str, Any]
@@ -82,6 +87,7 @@ class Rung:
             "holds": self.drop.keeps(budget),
             "int8_share": self.int8_share,
             "median_ms": self.median_ms,
+            "comparable": self.comparable,
             "elapsed_s": round(self.elapsed_s, 1),
         }
 
@@ -112,6 +118,7 @@ def read_rung(accuracy_path: Path, latency_path: Path) -> Rung:
         drop=Drop.from_numbers(accuracy["numbers"]),
         onnx=onnx,
         int8_share=json.loads(run_captured("calibration.audit", onnx, "--json", verdict=True))["int8_share"],
+        comparable=latency["numbers"]["comparable"],
         median_ms=latency["numbers"]["summary_ms"]["total"]["median"],
         elapsed_s=sum(one.get("elapsed_s", 0) for one in (accuracy, latency)) + seconds_to_make(model, float_model),
         accuracy=accuracy,

@@ -87,6 +87,7 @@ INT8_BUDGET: Dict[Any, Any] = {
             "holds": bool,
             "int8_share": (_PART, None),
             "median_ms": Number(0),
+            "comparable": bool,
             "elapsed_s": Number(0),
         }
     ),

@@ -6,7 +6,8 @@ from benchmarks.reporting.int8_budget import words_of_miss
 from deploy.contract import read_sidecar, write_sidecar
 from deploy.files import sha256_of
 
-RUNG = {"file": "x.onnx", "low": -0.001, "high": 0.02, "int8_share": 0.87, "median_ms": 12.25, "elapsed_s": 300.0}
+RUNG = {"file": "x.onnx", "low": -0.001, "high": 0.02, "int8_share": 0.87, "median_ms": 12.25, "elapsed_s": 300.0,
+        "comparable": True}  # fmt: skip
 
 
 @pytest.fixture
@@ -18,7 +19,15 @@ def chosen(tmp_path):
         path.write_bytes(b"INT8")
         rungs = [
             {"title": "max", "ap": 0.49, "drop": 0.0101, "holds": False, **RUNG},
-            {"title": "auto", "ap": 0.499, "drop": 0.002, "holds": ships is None, **RUNG, "int8_share": None},
+            {
+                "title": "auto",
+                "ap": 0.499,
+                "drop": 0.002,
+                "holds": ships is None,
+                **RUNG,
+                "int8_share": None,
+                "comparable": False,
+            },
         ]
         budget = {"max_int8_drop": 0.5, "ships": ships, "sentence": "It <came> so.", "rungs": rungs}
         write_sidecar(path, {}, details={"int8_budget": budget})
@@ -50,7 +59,10 @@ def test_how_int8_was_reached_stands_in_the_report(int8_results, chosen, run_rep
     markdown = (tmp_path / "out" / "report.md").read_text()
     assert "## How INT8 was reached" in markdown
     assert "| max | 49.0 | 1.01 (\N{MINUS SIGN}0.10 to 2.00) | 87 % | 12.2 | 5 min | missed |" in markdown
-    assert "| auto | 49.9 | 0.20 (\N{MINUS SIGN}0.10 to 2.00) | \N{EN DASH} | 12.2 | 5 min | kept |" in markdown
+    assert (
+        "| auto | 49.9 | 0.20 (\N{MINUS SIGN}0.10 to 2.00) | \N{EN DASH} | 12.2 (not comparable) | 5 min | kept |"
+        in markdown
+    )
     page = (tmp_path / "out" / "report.html").read_text()
     assert "It &lt;came&gt; so." in page
     assert '<a href="#int8">' in page
