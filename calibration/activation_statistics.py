@@ -62,17 +62,19 @@ class Seen:
     smallest: float
     largest: float
     sample: np.ndarray
-    """(images, at most SAMPLE), float32 or integer: the values that are counted."""
+    """(images, at most SAMPLE), float32 or integer: the values that are counted; (images, 0) where none are."""
 
     @classmethod
-    def of(cls, values: np.ndarray) -> Seen:
+    def of(cls, values: np.ndarray, counted: bool = True) -> Seen:
         """
         What the values of a tensor for one image show: NaN as smallest and largest if one is NaN.
 
         Args:
             values: of any shape, float32 or integer, at least one.
+            counted: whether a sample is wanted, which costs about as much as the extremes.
         """
-        sample = values.reshape(1, -1)[:, :: sample_stride(values.size)]
+        flat = values.reshape(1, -1)
+        sample = flat[:, :: sample_stride(values.size)] if counted else flat[:, :0]
         return cls(float(values.min()), float(values.max()), sample.copy())  # so that the values themselves can go
 
     @classmethod

@@ -10,7 +10,7 @@ numbers of each tensor and image. Needs the packages onnx and onnxruntime.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, AbstractSet, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -140,13 +140,15 @@ def extend_statistics(
     if not further:
         return
     rectified = _rectified(model, collected.statistics)
+    counted = {name for name, statistics in collected.statistics.items() if statistics.has_histogram}
+    counted.update(name for name, outputs in rectified.items() if counted.intersection(outputs))
     groups = _groups(model, set(collected.statistics).difference(*rectified.values()), contract)
     for number, group in enumerate(groups, start=1):
         part = f"calibration, part {number} of {len(groups)}" if len(groups) > 1 else "calibration"
         session = runtime_session(with_outputs(model, group), "calibration", quiet=True)
         waiting: Dict[str, List[Seen]] = {name: [] for name in group}
         for done, image in enumerate(progress(further.values(), len(further), part), start=1):
-            for name, seen in _seen(session, image, contract):
+            for name, seen in _seen(session, image, contract, counted):
                 waiting[name].append(seen)
             if done % IMAGES_PER_COUNT == 0 or done == len(further):
                 _count(collected.statistics, waiting, rectified)
@@ -155,15 +157,20 @@ def extend_statistics(
 
 
 def _seen(
-    session: onnxruntime.InferenceSession, image: CocoImage, contract: ModelContract
+    session: onnxruntime.InferenceSession, image: CocoImage, contract: ModelContract, counted: AbstractSet[str]
 ) -> Iterator[Tuple[str, Seen]]:
-    """(name, what the image shows) of each output of the session; raises as `extend_statistics`."""
+    """
+    (name, what the image shows) of each output of the session; raises as `extend_statistics`.
+
+    Args:
+        counted: the outputs whose values are sampled, too.
+    """
     batch = np.repeat(preprocess(read_image(image.path), contract).input, _images_per_run(contract), axis=0)
     names = [output.name for output in session.get_outputs()]
     for name, values in zip(names, session.run(names, {contract.input_name: batch})):
         if values.ndim == 4 and len(values) == len(batch):  # (N, channels, height, width)
             values = values[:1]
-        seen = Seen.of(values)
+        seen = Seen.of(values, name in counted)
         if not seen.is_finite:
             raise CalibrationError(
                 f"the tensor {name} holds NaN or infinity for the image {image.path}; expected finite activations. "

@@ -258,3 +258,13 @@ def test_arrays_that_cannot_be_are_refused(tmp_path, model_path, name, change, m
     np.savez(path, **arrays, **({} if changed is None else {name: changed}))
     with pytest.raises(CalibrationError, match=message):
         read_statistics(path)
+
+
+def test_where_nothing_is_counted_extremes_alone_are_seen():
+    seen = Seen.of(np.array([[-2.0, 0.5], [3.0, 1.0]], np.float32), counted=False)
+    assert (seen.smallest, seen.largest, seen.sample.shape) == (-2.0, 3.0, (1, 0))
+    joined = Seen.joined([seen, seen.rectified(0.0)])
+    assert (joined.smallest, joined.largest, joined.sample.shape) == (-2.0, 3.0, (2, 0))
+    statistics = Statistics.minmax_only()
+    statistics.update(joined)
+    assert (statistics.minimum, statistics.maximum, statistics.count) == (-2.0, 3.0, 0)
