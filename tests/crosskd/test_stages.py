@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from crosskd.stages import Stage, can_resume, is_up_to_date, note_start, run_stages, start_of
-from deploy.contract import RESULT_VERSION, sealed, sidecar_path, write_sidecar
+from deploy.contract import RESULT_VERSION, provenance, sealed, sidecar_path, write_sidecar
 from deploy.errors import PipelineError
 from deploy.files import sha256_of, write_json
 from deploy.freshness import write_start
@@ -118,8 +118,8 @@ def test_a_report_that_is_not_written_is_not_called_done(make_stage: Callable[..
 
 def _write_result(path: str, drop: float) -> Path:
     against = {"AP_difference": -drop, "low": -drop, "high": -drop}
-    document = {"result_version": RESULT_VERSION, "numbers": {"AP": 0.4, "against": against}}
-    write_json(path, sealed(document))
+    numbers = {"AP": 0.4, "against": against}
+    write_json(path, sealed({"result_version": RESULT_VERSION, "numbers": numbers, **provenance({})}))
     return Path(path)
 
 

@@ -3,14 +3,14 @@ from __future__ import annotations
 import pytest
 
 from deploy.ap_drop import Drop, checked_budget, drop_from_result
-from deploy.contract import RESULT_VERSION, sealed
+from deploy.contract import RESULT_VERSION, provenance, sealed
 from deploy.errors import ConfigError, MeasurementError
 from deploy.files import write_json
 
 
 def write_result(path, **against):
     numbers = {"AP": 0.38, "against": against or None}
-    write_json(path, sealed({"result_version": RESULT_VERSION, "numbers": numbers}))
+    write_json(path, sealed({"result_version": RESULT_VERSION, "numbers": numbers, **provenance({})}))
     return path
 
 
