@@ -113,7 +113,7 @@ def test_every_round_runs_all_variants_and_the_result_says_how(fake, capsys):
     printed = capsys.readouterr().out
     assert "4 images" not in printed
     assert "2 images of 96 x 64, CPU, 1 threads, 2 rounds of 3 steps" in printed
-    assert "distillation, fast form / student alone, float32" in printed
+    assert "distillation, fast form, bf16 / student alone, float32" in printed
     assert "UNSTABLE" not in printed
 
 
@@ -128,7 +128,7 @@ def test_an_unstable_variant_is_named(fake, capsys):
     program = TIME_TRAINING.replace('[0.5] * int(flags["--steps"])', "[0.5, 0.9, 1.5]")
     (fake / "crosskd" / "workers" / "time_training.py").write_text(program)
     assert training_step.main(["config.py", "--steps", "3", "--rounds", "1"]) == 0
-    assert "UNSTABLE: student alone, float32; student alone, fast form;" in capsys.readouterr().out
+    assert "UNSTABLE: student alone, float32; student alone, fast form, bf16;" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
