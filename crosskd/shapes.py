@@ -1,16 +1,18 @@
 """
 Draws a COCO-format data set of shapes, to train and try the whole line on where no data is at hand.
 
-    python -m crosskd.shapes DIR --images 400
+    python -m crosskd.shapes DIR --images 400 --difficulty easy
 
 Circles, triangles, squares, stars, rings and crosses of very different sizes lie over one another, turned, stretched
-and cut by the border, under stray strokes, uneven light, blur and noise. Colour and texture say nothing of the class;
-the outline does. Needs numpy and OpenCV. The same flags give the same bytes, with the same versions of the two.
+and cut by the border, under stray strokes, uneven light, blur and noise; easy images have fewer and larger shapes, and
+no strokes. Colour and texture say nothing of the class; the outline does. Needs numpy and OpenCV. The same flags give
+the same bytes, with the same versions of the two.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import shutil
 import sys
@@ -25,11 +27,40 @@ from deploy.errors import ConfigError, command
 from deploy.files import write_json
 from deploy.layouts import SPLITS
 from deploy.progress import progress
-from deploy.schema import Choice, read_checked
+from deploy.schema import Choice, Maybe, read_checked
 
 VERSION = 1
 """To be raised with any change of what is drawn: folders of other versions are then not up to date."""
 MARKER = "shapes.json"
+JPEG_QUALITY = 95
+SUPERSAMPLING = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Difficulty:
+    """How hard it is to find the shapes; pairs are least and most."""
+
+    smallest_px: int
+    """The diameter before stretching: with 12 the smallest boxes are about 8 pixels wide."""
+    largest_share: float
+    """Of the image's longer side."""
+    most_shapes: int
+    least_visible_share: float
+    """A shape is not put where it would leave less of another one to be seen."""
+    least_contrast: float
+    """Distance in RGB between a shape's colours and the colours behind it."""
+    strokes_below: tuple[int, int]
+    """Stray strokes under the shapes."""
+    strokes_above: tuple[int, int]
+    noise: tuple[float, float]
+    """Standard deviation, in grey levels of 255."""
+
+
+DIFFICULTIES = {
+    "easy": Difficulty(24, 0.6, 5, 0.6, 90.0, (0, 0), (0, 0), (1, 5)),
+    "hard": Difficulty(12, 0.6, 10, 0.25, 55.0, (2, 8), (0, 3), (3, 14)),
+}
+HARD = DIFFICULTIES["hard"]
 MARKER_KINDS = {
     "made_by": Choice(("crosskd.shapes",)),
     "version": int,
@@ -37,19 +68,9 @@ MARKER_KINDS = {
     "size_px": int,
     "seed": int,
     "held_out": float,
+    "difficulty": Maybe(Choice(tuple(DIFFICULTIES))),
 }
 """Table of that file, which says what was drawn."""
-SMALLEST_PX = 12
-"""The diameter before stretching: the smallest boxes are about 8 pixels wide."""
-LARGEST_SHARE = 0.6
-"""Of the image's longer side."""
-MOST_SHAPES = 10
-LEAST_VISIBLE_SHARE = 0.25
-"""A shape is not put where it would leave less of another one to be seen."""
-LEAST_CONTRAST = 55.0
-"""Distance in RGB between a shape's colours and the colours behind it."""
-JPEG_QUALITY = 95
-SUPERSAMPLING = 4
 
 
 def _regular(points: int, *radii: float) -> np.ndarray:
@@ -77,7 +98,9 @@ OUTLINES: dict[str, list[np.ndarray]] = {
 CLASS_NAMES = tuple(OUTLINES)
 
 
-def draw_image(rng: np.random.Generator, size_px: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def draw_image(
+    rng: np.random.Generator, size_px: int, difficulty: Difficulty = HARD
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """
     (image, boxes_xyxy, labels) of one drawn image.
 
@@ -91,21 +114,23 @@ def draw_image(rng: np.random.Generator, size_px: int) -> tuple[np.ndarray, np.n
     shorter = int(size_px * rng.uniform(0.7, 1.0))
     height, width = (size_px, shorter) if rng.random() < 0.4 else (shorter, size_px)
     image = _texture(rng, height, width, rng.uniform(0, 255, (2, 3)))
-    _draw_strokes(rng, image, int(rng.integers(2, 9)))
-    masks, labels = _place_shapes(rng, height, width)
+    _draw_strokes(rng, image, int(rng.integers(*difficulty.strokes_below, endpoint=True)))
+    masks, labels = _place_shapes(rng, height, width, difficulty)
     boxes = np.array([_box_of_mask(mask) for mask in masks])
     for mask, box in zip(masks, boxes, strict=True):
-        _paint(rng, image, mask, box)
-    _draw_strokes(rng, image, int(rng.integers(0, 4)))
-    return _photograph(rng, image), boxes, np.array(labels)
+        _paint(rng, image, mask, box, difficulty)
+    _draw_strokes(rng, image, int(rng.integers(*difficulty.strokes_above, endpoint=True)))
+    return _photograph(rng, image, difficulty), boxes, np.array(labels)
 
 
-def write_shapes(folder: Path, images: int, size_px: int, seed: int, held_out: float = 0.15) -> bool:
+def write_shapes(
+    folder: Path, images: int, size_px: int, seed: int, held_out: float = 0.15, difficulty: str = "hard"
+) -> bool:
     """
     Whether the set was drawn: False where `folder` already holds it.
 
     Args:
-        held_out: share of the images for val and for test, each.
+        held_out: share of the images for val and for test, each. difficulty: a key of DIFFICULTIES.
 
     Raises:
         ConfigError: a value is out of range, the folder holds something else, or cannot be written.
@@ -123,6 +148,8 @@ def write_shapes(folder: Path, images: int, size_px: int, seed: int, held_out: f
         "seed": seed,
         "held_out": held_out,
     }
+    if difficulty != "hard":  # sets that were drawn before there was another have no such key
+        parameters["difficulty"] = difficulty
     if _is_up_to_date(folder, parameters):
         return False
     try:
@@ -132,7 +159,7 @@ def write_shapes(folder: Path, images: int, size_px: int, seed: int, held_out: f
         raise ConfigError(f"cannot write {folder}: {error}. Give a folder that can be written") from error
     try:
         drawn = temporary / folder.name
-        _draw_set(drawn, images, size_px, seed, held_out)
+        _draw_set(drawn, images, size_px, seed, held_out, DIFFICULTIES[difficulty])
         write_json(drawn / MARKER, parameters)
         os.replace(drawn, folder)
     finally:
@@ -150,9 +177,15 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--size", type=int, default=256, help="longer side of each image, in pixels (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other images (%(default)s)")
+    parser.add_argument(
+        "--difficulty",
+        choices=DIFFICULTIES,
+        default="hard",
+        help="easy: fewer and larger shapes, no stray strokes, less noise (%(default)s)",
+    )
     arguments = parser.parse_args(argv)
     folder = Path(os.path.abspath(arguments.folder))
-    if write_shapes(folder, arguments.images, arguments.size, arguments.seed, arguments.held_out):
+    if write_shapes(folder, arguments.images, arguments.size, arguments.seed, arguments.held_out, arguments.difficulty):
         print(f"drew {arguments.images} images with {len(CLASS_NAMES)} classes into {arguments.folder}")
     else:
         print(f"{arguments.folder} is up to date")
@@ -175,7 +208,7 @@ def _is_up_to_date(folder: Path, parameters: dict[str, Any]) -> bool:
         raise ConfigError(f"{folder} is not empty and was not made by this command. Give another folder, or empty it")
     found = read_checked(marker, MARKER_KINDS, ConfigError, "what crosskd.shapes wrote")
     if found != parameters:
-        held = {key: found[key] for key in MARKER_KINDS}
+        held = {key: found[key] for key in MARKER_KINDS if key in found}
         raise ConfigError(
             f"{folder} holds another set: {held}; asked for {parameters}. Give another folder, or delete it"
         )
@@ -184,14 +217,14 @@ def _is_up_to_date(folder: Path, parameters: dict[str, Any]) -> bool:
     return True
 
 
-def _draw_set(folder: Path, images: int, size_px: int, seed: int, held_out: float) -> None:
+def _draw_set(folder: Path, images: int, size_px: int, seed: int, held_out: float, difficulty: Difficulty) -> None:
     count = max(1, round(images * held_out))
     starts = dict(zip(SPLITS, (0, images - 2 * count, images - count), strict=True))
     (folder / "images").mkdir(parents=True)
     documents = {split: _empty_document() for split in SPLITS}
     for index in progress(range(images), images, "drawing"):
         split = max((split for split in SPLITS if starts[split] <= index), key=starts.__getitem__)
-        image, boxes, labels = draw_image(np.random.default_rng([seed, index]), size_px)
+        image, boxes, labels = draw_image(np.random.default_rng([seed, index]), size_px, difficulty)
         name = f"{index + 1:06d}.jpg"
         written = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1]
         (folder / "images" / name).write_bytes(written.tobytes())
@@ -222,10 +255,12 @@ def _add_image(
         )
 
 
-def _place_shapes(rng: np.random.Generator, height: int, width: int) -> tuple[list[np.ndarray], list[int]]:
+def _place_shapes(
+    rng: np.random.Generator, height: int, width: int, difficulty: Difficulty = HARD
+) -> tuple[list[np.ndarray], list[int]]:
     """(masks, labels), the lowest first; masks (height, width), uint8, 0 to 255, whole even where another is on top."""
-    count = rng.integers(2, MOST_SHAPES + 1)
-    smallest, largest = np.log(SMALLEST_PX), np.log(LARGEST_SHARE * max(height, width))
+    count = rng.integers(2, difficulty.most_shapes + 1)
+    smallest, largest = np.log(difficulty.smallest_px), np.log(difficulty.largest_share * max(height, width))
     diameters = np.exp(rng.uniform(smallest, largest, count))
     # Mostly the small ones lie on top, or few of them would be seen.
     diameters = diameters[np.argsort(-diameters * rng.uniform(0.5, 2.0, count))]
@@ -238,7 +273,10 @@ def _place_shapes(rng: np.random.Generator, height: int, width: int) -> tuple[li
         mask = _mask_of_shape(rng, CLASS_NAMES[label], diameter, height, width)
         solid = mask > 127
         left = [seen & ~solid for seen in visible]
-        if any(np.count_nonzero(seen) < LEAST_VISIBLE_SHARE * area for seen, area in zip(left, areas, strict=True)):
+        if any(
+            np.count_nonzero(seen) < difficulty.least_visible_share * area
+            for seen, area in zip(left, areas, strict=True)
+        ):
             continue
         masks.append(mask)
         labels.append(label)
@@ -265,12 +303,14 @@ def _box_of_mask(mask: np.ndarray) -> tuple[int, int, int, int]:
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
-def _paint(rng: np.random.Generator, image: np.ndarray, mask: np.ndarray, box: np.ndarray) -> None:
+def _paint(
+    rng: np.random.Generator, image: np.ndarray, mask: np.ndarray, box: np.ndarray, difficulty: Difficulty
+) -> None:
     """Fills the mask with a texture whose colours stand off what lies behind it; at times with a rim."""
     x1, y1, x2, y2 = box
     behind = image[y1:y2, x1:x2].mean(axis=(0, 1))
     colours = rng.uniform(0, 255, (2, 3))
-    while np.linalg.norm(colours - behind, axis=1).min() < LEAST_CONTRAST:
+    while np.linalg.norm(colours - behind, axis=1).min() < difficulty.least_contrast:
         colours = rng.uniform(0, 255, (2, 3))
     # One pixel more on each side, for the soft edge of the mask.
     part = np.s_[max(0, y1 - 1) : y2 + 1, max(0, x1 - 1) : x2 + 1]
@@ -326,7 +366,7 @@ def _draw_strokes(rng: np.random.Generator, image: np.ndarray, count: int) -> No
             )  # fmt: skip
 
 
-def _photograph(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
+def _photograph(rng: np.random.Generator, image: np.ndarray, difficulty: Difficulty) -> np.ndarray:
     """(height, width, 3), uint8: the drawn image under uneven light, out of focus and with noise."""
     height, width = image.shape[:2]
     y, x = np.mgrid[-0.5 : 0.5 : height * 1j, -0.5 : 0.5 : width * 1j].astype(np.float32)
@@ -335,7 +375,7 @@ def _photograph(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
     image = image * light[..., None].astype(np.float32)
     if rng.random() < 0.6:
         image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.3, 1.0))
-    noise = rng.standard_normal(image.shape, np.float32) * np.float32(rng.uniform(3, 14))
+    noise = rng.standard_normal(image.shape, np.float32) * np.float32(rng.uniform(*difficulty.noise))
     return np.clip(image + noise, 0, 255).astype(np.uint8)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from crosskd import shapes
-from crosskd.shapes import CLASS_NAMES, LEAST_VISIBLE_SHARE, draw_image, main
+from crosskd.shapes import CLASS_NAMES, HARD, draw_image, main
 from deploy.dataset import load_split
 from deploy.images import read_image
 from deploy.layouts import SPLITS
@@ -68,6 +68,33 @@ def test_a_set_that_is_there_is_left_alone(tmp_path: Path, capsys: pytest.Captur
     assert "lost images" in capsys.readouterr().err
 
 
+def test_easy_images_are_others_with_fewer_and_larger_shapes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sets = {}
+    for name in ("easy", "hard"):
+        main([str(tmp_path / name), "--images", "30", "--size", "128", "--difficulty", name])
+        sets[name] = load_split(tmp_path / name, "train").images
+    boxes = {name: [box for image in images for box in image.boxes_xyxy] for name, images in sets.items()}
+    assert max(len(image.labels) for image in sets["easy"]) <= 5 < max(len(image.labels) for image in sets["hard"])
+    sides = {name: np.median([max(x2 - x1, y2 - y1) for x1, y1, x2, y2 in found]) for name, found in boxes.items()}
+    assert sides["easy"] > sides["hard"]
+    capsys.readouterr()
+    assert main([str(tmp_path / "easy"), "--images", "30", "--size", "128"]) == 2
+    assert "'difficulty': 'easy'" in capsys.readouterr().err
+    assert main([str(tmp_path / "hard"), "--images", "30", "--size", "128"]) == 0  # the default
+
+
+def test_hard_images_stay_as_they_were_drawn() -> None:
+    """The studies' results are of them."""
+    image, boxes, labels = draw_image(np.random.default_rng([3, 0]), 160)
+    assert image.shape == (160, 116, 3)
+    assert boxes.tolist() == [
+        [34, 104, 86, 150], [10, 49, 81, 118], [33, 15, 95, 58], [40, 65, 71, 104], [44, 16, 79, 60], [39, 133, 52, 145]
+    ]  # fmt: skip
+    assert labels.tolist() == [1, 1, 0, 3, 4, 0]
+
+
 @pytest.mark.parametrize("marker", [None, "{", '{"made_by": "somebody"}'])
 def test_a_folder_of_somebody_else_is_refused(tmp_path: Path, marker: str | None) -> None:
     (tmp_path / "mine.txt").write_text("mine")
@@ -117,7 +144,7 @@ def test_boxes_are_tight_around_shapes_that_can_be_seen() -> None:
         covered = np.zeros((80, 100), bool)
         for mask in reversed(masks):  # the highest first
             solid = mask > 127
-            assert np.count_nonzero(solid & ~covered) >= LEAST_VISIBLE_SHARE * np.count_nonzero(solid) > 0
+            assert np.count_nonzero(solid & ~covered) >= HARD.least_visible_share * np.count_nonzero(solid) > 0
             covered |= solid
             x1, y1, x2, y2 = shapes._box_of_mask(mask)
             assert solid[y1:y2, x1:x2].sum() == solid.sum()
