@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 from crosskd.config import load_config
-from crosskd.loop.precision import WRAPPERS, precision_of_wrapper, set_precision
+from crosskd.loop.precision import WRAPPERS, precision_of_wrapper, seconds_of, set_precision
 from crosskd.training import seed_everything
 from deploy.errors import ConfigError, MeasurementError, command
 from deploy.files import check_writable, write_json
@@ -34,6 +34,9 @@ VARIANTS = {
 }
 SEED = 0
 PROFILED_STEPS = 5
+YARDSTICK = (4, 256, 40, 40)
+"""Images, channels, height, width of a 3x3 convolution to as many channels: among the quickest that libraries have."""
+CONVOLUTIONS = 8
 PROFILED_ROWS = 25
 
 
@@ -115,7 +118,7 @@ def times_of_training(
 ) -> dict[str, Any]:
     """
     `samples_s` (one number per step), `peak_mib` and `ready_mib` (the peak before the first step), and what ran where;
-    `profile`, if it is wanted: torch's table of a few more steps.
+    if they are wanted, `profile`, torch's table of a few more steps, and `bound`, as `bound_of`.
 
     On a GPU, memory is what tensors took there; on a CPU it is that of this process, torch and all.
 
@@ -169,7 +172,36 @@ def times_of_training(
     }
     if profile:
         document["profile"] = profile_of(step, device)
+        document["bound"] = bound_of(step, device)
     return document
+
+
+def bound_of(step: Callable[[], Any], device: str) -> dict[str, float]:
+    """
+    What arithmetic alone takes of a step: `gmac`, its multiplications in convolutions and matrix products, in 10**9;
+    `gmac_per_s`, the rate of a large convolution in float32; `step_s`; `least_s`, what they would take at that rate.
+
+    Convolution and step are timed in turn, so that what else the machine does slows both.
+    """
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        step()
+    gmac = counter.get_total_flops() / 2 / 1e9
+    maps = torch.randn(YARDSTICK, device=device)
+    convolution = torch.nn.Conv2d(maps.shape[1], maps.shape[1], 3, padding=1, bias=False, device=device)
+    yardstick_gmac = CONVOLUTIONS * maps[:, 0].numel() * convolution.weight.numel() / 1e9
+
+    @torch.no_grad()
+    def convolve() -> None:
+        for _ in range(CONVOLUTIONS):
+            convolution(maps)
+
+    pairs_s = [(seconds_of(step, device), seconds_of(convolve, device)) for _ in range(PROFILED_STEPS)]
+    step_s, yardstick_s = (statistics.median(times) for times in zip(*pairs_s, strict=True))
+    gmac_per_s = yardstick_gmac / yardstick_s
+    return {"gmac": gmac, "gmac_per_s": gmac_per_s, "step_s": step_s, "least_s": gmac / gmac_per_s}
 
 
 def profile_of(step: Callable[[], Any], device: str) -> str:
@@ -200,7 +232,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=20, metavar="N", help="timed steps (default: 20)")
     parser.add_argument("--warmup", type=int, default=3, metavar="N", help="steps before these (default: 3)")
     parser.add_argument("--threads", type=int, metavar="N", help="for torch's operators (default: torch's choice)")
-    parser.add_argument("--profile", action="store_true", help="also print where the time of a step goes, by operator")
+    parser.add_argument("--profile", action="store_true", help="also print where the time of a step goes, by operator, "
+                        "and what its multiplications alone would take")  # fmt: skip
     parser.add_argument("-o", "--output", required=True, metavar="FILE", help="JSON: samples_s, memory, what ran")
     return parser
 
@@ -240,6 +273,11 @@ def main(argv: list[str] | None = None) -> int:
     write_json(arguments.output, times)
     if arguments.profile:
         print(f"{PROFILED_STEPS} steps of {arguments.variant}, slowed a little by the profiler:\n{times['profile']}")
+        bound = times["bound"]
+        print(
+            f"{bound['gmac']:.1f} * 10**9 multiplications a step; at {bound['gmac_per_s']:.1f} * 10**9 a second, as in "
+            f"a large convolution in float32, they alone would take {bound['least_s']:.3f} s of {bound['step_s']:.3f} s"
+        )
     median_s = statistics.median(times["samples_s"])
     print(f"{arguments.variant}: median {median_s:.3f} s a step, {times['precision']}, {times['threads']} threads")
     return 0

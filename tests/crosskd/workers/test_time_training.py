@@ -144,7 +144,18 @@ def test_a_profile_names_operators(time_variant: Callable[..., Any], capsys: pyt
     times = time_variant("student", "--profile")
     assert "Self CPU" in times["profile"]
     assert "aten::convolution_backward" in times["profile"]
-    assert times["profile"] in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert times["profile"] in printed
+    bound = times["bound"]
+    assert bound["least_s"] == pytest.approx(bound["gmac"] / bound["gmac_per_s"])
+    assert f"{bound['gmac']:.1f} * 10**9 multiplications a step" in printed
+
+
+def test_multiplications_are_those_of_forward_and_backward_pass() -> None:
+    convolution = nn.Conv2d(3, 5, 3, padding=1)
+    images = torch.randn(2, 3, 7, 6)
+    bound = time_training.bound_of(lambda: convolution(images).sum().backward(), "cpu")
+    assert bound["gmac"] * 1e9 == pytest.approx(2 * (2 * 7 * 6) * 5 * 3 * 9)  # forward, and the weights' gradient
 
 
 def test_losses_that_are_not_finite_are_no_measurement(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
