@@ -19,8 +19,6 @@ from typing import Any, Dict, List, Optional, Sequence
 
 import numpy as np
 
-from benchmarks.measuring.bootstrap import ap_of_draws, matches_by_class
-from benchmarks.measuring.coco import evaluate_with_curves, words_of_cap
 from benchmarks.measuring.detections import CocoResults, detections_path, load_results, replacing_detections
 from benchmarks.measuring.result import check_same_data, read_result, write_result
 from benchmarks.measuring.subject import (
@@ -33,8 +31,10 @@ from benchmarks.measuring.subject import (
     checked_role,
     load_detections_subject,
     load_subject,
+    load_test_set,
 )
-from benchmarks.reporting.operating_point import best_f1, comparison, found_scores
+from benchmarks.reporting.accuracy_numbers import numbers_from_detections
+from benchmarks.reporting.operating_point import comparison
 from benchmarks.reporting.wording import between_points, points, signed_points
 from deploy.commands import run_relayed
 from deploy.data_arguments import SetOptions, set_options
@@ -46,9 +46,6 @@ from deploy.progress import progress
 from deploy.runtime.postprocess import Detections, postprocess
 from deploy.runtime.preprocess import preprocess
 from deploy.runtime.session import Session, open_session
-
-BOOTSTRAP_SEED = 0
-BOOTSTRAP_DRAWS = 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,12 +110,9 @@ def detections_from_session(session: Session, data: CocoSet) -> CocoResults:
 
 def coco_from_detections(detections: Detections, image: CocoImage, category_ids: Sequence[int]) -> CocoResults:
     """The detections of one image as COCO results."""
-    boxes_xywh = detections.boxes_xyxy.astype(float)
-    boxes_xywh[:, 2:] -= boxes_xywh[:, :2]
-    rows = zip(boxes_xywh.tolist(), detections.scores.tolist(), detections.labels.tolist())
     return [
         {"image_id": image.image_id, "category_id": category_ids[label], "bbox": box, "score": score}
-        for box, score, label in rows
+        for box, score, label in detections.rows()
     ]
 
 
@@ -135,39 +129,6 @@ def detections_from_run_dir(run_dir: Path, data: CocoSet, limit: Optional[int]) 
         words += ["-o", str(output)]
         run_relayed("crosskd.predict", *words, *(["--limit", str(limit)] if limit is not None else []))
         return load_results(output)
-
-
-def numbers_from_detections(
-    annotations: Dict[str, Any], detections: CocoResults, image_ids: Sequence[int]
-) -> Dict[str, Any]:
-    """
-    The `numbers` of a result file, but for `against`.
-
-    COCO's twelve and `per_class`, as fractions; `best_f1` and `best_f1_per_class` as `operating_point.best_f1`;
-    `found_scores`, class name -> the score at which each annotated box was found; `pr_curves`; and `bootstrap`, the AP
-    of the images as they are and of as many drawn with replacement. Results with the same seed and the same images
-    have the same draws: they are compared draw by draw.
-
-    Raises:
-        MeasurementError: a detection is wrong, or no box is annotated.
-    """
-    numbers, curves = evaluate_with_curves(annotations, detections, image_ids)
-    matches = matches_by_class(annotations, detections, image_ids)
-    categories = sorted(annotations["categories"], key=lambda category: category["id"])
-    by_name = {category["name"]: of_class for category, of_class in zip(categories, matches)}
-    aps = ap_of_draws(matches, len(image_ids), BOOTSTRAP_DRAWS, BOOTSTRAP_SEED)
-    return {
-        **numbers,
-        "best_f1": best_f1(matches),
-        "best_f1_per_class": {name: best_f1([of_class]) for name, of_class in by_name.items()},
-        "found_scores": {name: found_scores(of_class) for name, of_class in by_name.items()},
-        "pr_curves": curves,
-        "bootstrap": {
-            "seed": BOOTSTRAP_SEED,
-            "ap": [None if np.isnan(ap) else round(float(ap), 6) for ap in aps],
-        },
-        "against": None,
-    }
 
 
 def _detect(subject: Subject, data: CocoSet, limit: Optional[int]) -> CocoResults:
@@ -223,7 +184,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     detected = options.is_of_detections
     subject = load_detections_subject(options.model) if detected else load_subject(options.model, options.runtime)
     check_role(options.role, subject)
-    data = _load_data(options)
+    data = load_test_set(options.data, options.limit, check_files=not options.is_of_detections)
     result = begin_result("accuracy", subject, data, options.role, len(data.images))
     inputs = subject.inputs(data)
     other = None
@@ -240,19 +201,6 @@ def main(argv: Optional[List[str]] = None) -> int:
         write_result(options.output, result, inputs)
     print(f"{options.role}, {len(data.images)} images: " + ", ".join(lines_from_numbers(numbers)))
     return 0
-
-
-def _load_data(options: AccuracyOptions) -> CocoSet:
-    """The images to measure on; says what of them counts otherwise than one may expect."""
-    data = options.data.load(check_files=not options.is_of_detections, by_class=True)
-    data = dataclasses.replace(data, images=data.images[: options.limit])
-    if not data.images:
-        raise DataError(f"{data.annotations_path} names no images; expected at least one")
-    if data.clipped:
-        print(f"{data.clipped} boxes stick out of their image: counted as annotated, as pycocotools does")
-    if words_of_cap(data):
-        print(words_of_cap(data))
-    return data
 
 
 def _result_to_compare(path: str, output: str, result: Dict[str, Any]) -> Dict[str, Any]:

@@ -1,17 +1,22 @@
 """
 Command: build, check and measure a bundle on many boards over SSH, and bring the results back.
 
-    python -m benchmarks.fleet boards.toml student.tar.gz -o student.fleet
+    python -m benchmarks.fleet boards.toml student.tar.gz --data DIR -o student.fleet
 
-Each board gets the files of the bundle and runs its `run.py build`, `check` and `bench`; nothing else is executed
-there but a lock on its folder, by Python, which keeps a second fleet from it. For a board of ONNX Runtime
-(`runtime = "onnxruntime"`) nothing is built. One that fails or hangs does not hold up the others. What a board has
-already for this very bundle (its hash) is not done again: an engine that still passes `check` there, and its
-measurement. In the output folder, that this run writes anew:
-BOARD/PRECISION.latency.result.json for `benchmarks.report`, BOARD/STEP.PRECISION.log, and fleet.json.
+Each board gets the files of the bundle and the test images, and runs its `run.py build`, `check`, `predict` and
+`bench`; nothing else is executed there but a lock on its folder, by Python, which keeps a second fleet from it. For a
+board of ONNX Runtime (`runtime = "onnxruntime"`) nothing is built. AP is computed here from what the board detected;
+latency is that of all stages, back to back and at --fps. Without images it is that of the network alone.
 
-Exit status: 0 if all went well on every board, 1 if not, 2 for bad input. Needs asyncssh; the boards need what run.py
-does, an SSH server with SFTP, and `timeout` of coreutils or busybox.
+A board that fails or hangs does not hold up the others. What a board has already for this very bundle (its hash) and
+these images is not done again: an engine that still passes `check` there, its detections, and its measurements. An
+image is sent once, whatever bundle is measured.
+
+In the output folder: BOARD/PRECISION.accuracy.result.json, .latency. and .paced. for `benchmarks.report`, which are of
+this run alone, BOARD/STEP.PRECISION.log, and fleet.json.
+
+Exit status: 0 if all went well on every board, 1 if not, 2 for bad input. Needs asyncssh, for images also OpenCV and
+faster-coco-eval; the boards need what run.py does, an SSH server with SFTP, and `timeout` of coreutils or busybox.
 """
 
 from __future__ import annotations
@@ -24,27 +29,39 @@ import tempfile
 from pathlib import Path
 from typing import List, Optional, Sequence, Tuple
 
-from benchmarks.boards.list import Board, boards_from_file
+from benchmarks.boards.list import Board, boards_from_file, build_options
+from benchmarks.boards.sending import TestImages, images_from_coco
 from benchmarks.boards.ssh import check_asyncssh
 from benchmarks.boards.visit import Job, Outcome, visit
-from benchmarks.reporting.wording import UNKNOWN, ms
+from benchmarks.measuring.coco import check_evaluator
+from benchmarks.measuring.result import LEAST_RUNS
+from benchmarks.measuring.subject import SPLIT, load_test_set
+from benchmarks.measuring.timing import LatencyOptions
+from benchmarks.reporting.wording import UNKNOWN, decimals, ms, points
 from deploy.board.archive import SUFFIX, unpack
 from deploy.board.commands import Bundle
 from deploy.board.signature import signer
 from deploy.contract import provenance
+from deploy.data_arguments import SetOptions, add_set_arguments, set_options
+from deploy.dataset import with_classes
 from deploy.errors import ConfigError, MeasurementError, command, one_line
 from deploy.files import check_writable, sha256_of, write_json
 from deploy.folder_lock import locked
+from deploy.tensorrt.options import check_shapes
 
 FLEET_VERSION = 2
-COLUMNS = ("board", "device", "runtime", "precision", "state", "median ms", "p99 ms", "why")
+FPS = 30.0
+COLUMNS = ("board", "device", "runtime", "precision", "state", "AP", "median ms", "p99 ms", "mJ", "why")
 
 
 @command
 def main(argv: Optional[List[str]] = None) -> int:
     arguments = _parser().parse_args(argv)
-    if arguments.jobs < 1:
-        raise ConfigError(f"--jobs is {arguments.jobs}; expected at least 1")
+    for flag, least in (("jobs", 1), ("images", 1), ("runs", LEAST_RUNS)):
+        value = getattr(arguments, flag)
+        if value is not None and value < least:
+            raise ConfigError(f"--{flag} is {value}; expected at least {least}")
+    LatencyOptions(fps=arguments.fps)  # which checks it
     output: Path = arguments.output or Path(arguments.bundle.name.replace(SUFFIX, "") + ".fleet")
     with locked(output, MeasurementError), tempfile.TemporaryDirectory(prefix="fleet.") as temporary:
         check_writable(output / "fleet.json")
@@ -55,17 +72,20 @@ def main(argv: Optional[List[str]] = None) -> int:
         check_asyncssh()
         print(f"{arguments.bundle}: {signature}", file=sys.stderr)
         sha256 = sha256_of(arguments.bundle)
-        job = Job(bundle, f"{bundle.folder.name}-{sha256[:16]}", output)
+        images = _test_images(arguments, bundle)
+        job = Job(bundle, f"{bundle.folder.name}-{sha256[:16]}", output, arguments.runs, images, arguments.fps or FPS)
         outcomes, faults = asyncio.run(_visit_all(boards, job, arguments.jobs))
         document = {
             "fleet_version": FLEET_VERSION,
             **provenance({"boards": arguments.boards, "bundle": arguments.bundle}),
             "signature": signature,
+            "data": None if images is None else images.image_set.data,
             "outcomes": [dataclasses.asdict(outcome) for outcome in outcomes],
         }
         write_json(output / "fleet.json", document)
     print(table(outcomes))
     print(f"details: {output / 'fleet.json'}")
+    _tell_of_others(output, boards, arguments.boards)
     for fault in faults:  # bugs of ours, which the other boards are not to suffer from
         raise fault
     return 0 if all(outcome.state == "ok" for outcome in outcomes) else 1
@@ -86,18 +106,50 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="refuse a bundle that none of these signed: a line each, a name and a public SSH key (default: any)",
     )
+    add_set_arguments(parser, SPLIT, "that boards detect in")
+    parser.add_argument("--images", type=int, metavar="N", help="only the first N images (default: all)")
+    parser.add_argument(
+        "--fps", type=float, metavar="N",
+        help=f"rate at which latency is also measured, as of a camera's images (default: {FPS:g})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--runs", type=int, default=200, metavar="N", help="runs of a measurement that count (default: 200)"
+    )
     parser.add_argument("--jobs", type=int, default=4, metavar="N", help="boards at a time (default: 4)")
     return parser
 
 
+def _test_images(arguments: argparse.Namespace, bundle: Bundle) -> Optional[TestImages]:
+    """
+    The images that are sent; None where none are given.
+
+    Raises:
+        ConfigError: an option is given that only images have a use for, or as `SetOptions.paths`.
+        DataError: the images are no good, or of other classes than the bundle's model.
+    """
+    options = set_options(arguments, SPLIT)
+    if options == SetOptions(None, options.split, None, None, False):
+        for flag in ("split", "images", "fps"):
+            if getattr(arguments, flag) is not None:
+                raise ConfigError(f"--{flag} is given without --data; expected both, or neither")
+        return None
+    check_evaluator()
+    coco = load_test_set(options, arguments.images)
+    with_classes(coco, bundle.contract.class_names, bundle.contract.category_ids, str(arguments.bundle))
+    return images_from_coco(coco)
+
+
 def _with_precisions(board: Board, bundle: Bundle) -> Board:
-    """`board` with what is to be built there. Raises ConfigError for what the bundle does not have."""
+    """`board` with what is to be built there. Raises ConfigError for what the bundle does not have, or cannot be."""
     try:
         for precision in board.precisions:
             bundle.source(precision, board.runtime)
-        return dataclasses.replace(board, precisions=board.precisions or (bundle.best_precision(board.runtime),))
+        precisions = board.precisions or (bundle.best_precision(board.runtime),)
+        for precision in precisions if board.runtime == "tensorrt" else ():
+            check_shapes(build_options(board, precision), bundle.contract)
     except ConfigError as error:
         raise ConfigError(f"[[board]] {board.name!r}: {error}") from error
+    return dataclasses.replace(board, precisions=precisions)
 
 
 # What is done
@@ -134,6 +186,16 @@ def table(outcomes: Sequence[Outcome]) -> str:
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
 
 
+def _tell_of_others(output: Path, boards: Sequence[Board], boards_file: Path) -> None:
+    """Names folders with results of boards that were not visited, which a report of all folders would take in."""
+    others = {path.parent.name for path in output.glob("*/*.result.json")} - {board.name for board in boards}
+    for name in sorted(others):
+        print(
+            f"{output / name} is of an earlier run, of a board that is not in {boards_file}: remove it, or leave it "
+            "out of the report"
+        )
+
+
 def _cells(outcome: Outcome) -> Sequence[str]:
     state = outcome.state
     if state == "ok":
@@ -145,9 +207,11 @@ def _cells(outcome: Outcome) -> Sequence[str]:
         outcome.runtime or UNKNOWN,
         outcome.precision,
         state,
+        points(outcome.AP),
         ms(outcome.median_ms),
         ms(outcome.p99_ms),
-        outcome.reason or "",
+        decimals(outcome.energy_mj, 1),
+        "; ".join(filter(None, [outcome.reason, *outcome.notes])),
     )
 
 

@@ -26,8 +26,7 @@ from typing import Any, Dict, List, Mapping, Optional
 
 import cv2
 
-from benchmarks.measuring.detection import open_detection
-from benchmarks.measuring.result import STAGES, STATISTICS, samples_by_image, summarize, write_result
+from benchmarks.measuring.result import STAGES, STATISTICS, samples_by_image, write_result
 from benchmarks.measuring.subject import (
     SPLIT,
     Subject,
@@ -36,18 +35,23 @@ from benchmarks.measuring.subject import (
     check_role,
     checked_role,
     load_subject,
+)
+from benchmarks.measuring.subject_detection import open_detection
+from benchmarks.measuring.throughput import sweep
+from benchmarks.measuring.timing import (
+    IMAGES,
+    LatencyOptions,
+    add_read,
+    device_memory_used_mib,
+    measure,
+    read_samples,
     spread,
 )
-from benchmarks.measuring.throughput import sweep
-from benchmarks.measuring.timing import LatencyOptions, device_memory_used_mib, measure, read_samples
 from deploy.data_arguments import set_options
 from deploy.dataset import CocoSet
 from deploy.errors import MeasurementError, command
 from deploy.images import read_image
 from deploy.machine import usable_cores
-
-IMAGES = 8
-"""Images of the data that are detected in, in turn."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -95,8 +99,7 @@ def _measure(subject: Subject, data: CocoSet, options: LatencyOptions) -> Dict[s
     gpu_before_mib = device_memory_used_mib()
     with open_detection(subject, data, images, pixels, options.threads, options.sweep_batches) as detection:
         numbers = measure(detection, options, gpu_before_mib)
-    numbers["samples_ms"]["read"] = [round(value, 4) for value in read_ms]
-    numbers["summary_ms"]["read"] = summarize(read_ms)
+    add_read(numbers, read_ms)
     numbers["sweep"] = sweep(subject, pixels, options)
     return numbers
 

@@ -61,6 +61,7 @@ NEEDS: Dict[str, Tuple[str, ...]] = {
     **_on_each_runtime("benchmarks.latency", "numpy", "opencv", to_read=("onnx",)),
     "benchmarks.report": ("numpy", "opencv", "jinja2"),
     "benchmarks.fleet": ("numpy", "asyncssh"),
+    "benchmarks.fleet --data": ("numpy", "opencv", "asyncssh", "faster-coco-eval"),
     "benchmarks.studies.calibration methods": ("numpy", "opencv", "onnx", "onnxruntime", "faster-coco-eval"),
     "benchmarks.studies.calibration int8-aware": (*TRAINING, "onnx", "onnxruntime", "faster-coco-eval"),
     "benchmarks.studies.distillation": (*TRAINING, "faster-coco-eval"),

@@ -6,11 +6,12 @@ No password can be given: a file that a team shares is no place for it. Keys com
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import os
 import re
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
+from typing import Any, Callable, Dict, List, Mapping, NoReturn, Optional, Tuple, Union
 
 from benchmarks.toml_file import read_toml
 from deploy.board.archive import NAME
@@ -18,6 +19,7 @@ from deploy.board.commands import SOURCE_OF
 from deploy.errors import ConfigError
 from deploy.files import AnyPath
 from deploy.schema import LINE, Choice, Items, Matching, Maybe, Number, Whole, check_content, short
+from deploy.tensorrt.options import BuildOptions, add_build_arguments, options_from_arguments
 
 HOST = r"[A-Za-z0-9_.:%@][A-Za-z0-9_.:%@-]*"
 """A host name, an address, an alias of ~/.ssh/config or a user; nothing that a ProxyCommand could misread."""
@@ -36,6 +38,7 @@ KINDS: Dict[str, Any] = {
     "python": Maybe(LINE),
     "runtime": Maybe(Choice(tuple(SOURCE_OF))),
     "precisions": Maybe(Items(Choice(PRECISIONS), 1, len(PRECISIONS))),
+    "build": Maybe(([LINE], {str: [LINE]})),
     "timeout_s": Maybe(Number(0.001, 1e7)),
     "environment": Maybe({str: (LINE, Matching("", "an empty string"))}),
 }
@@ -59,6 +62,8 @@ class Board:
     """What runs the model: 'tensorrt', or 'onnxruntime', for which nothing is built."""
     precisions: Tuple[str, ...] = ()
     """What to build, or to run; empty for the best that the bundle has."""
+    build: Mapping[str, Tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    """Precision -> further words for `run.py build`, such as --workspace-mib 1024."""
     timeout_s: float = 1800.0
     """For each step: upload, build, check, bench."""
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -111,7 +116,11 @@ def _board(path: AnyPath, number: int, entry: Mapping[str, Any]) -> Board:
         if len(set(entry["precisions"])) < len(entry["precisions"]):
             raise ConfigError(f"{where}: precisions is {entry['precisions']}; expected each once")
         fields["precisions"] = tuple(entry["precisions"])
+    if "build" in entry:
+        fields["build"] = _build_words(entry["build"], where)
     board = Board(**fields)
+    if board.build and board.runtime != "tensorrt":
+        raise ConfigError(f"{where} has build, but nothing is built for the runtime {board.runtime}: leave it out")
     unknown = set(board.precisions) - set(SOURCE_OF[board.runtime])
     if unknown:
         raise ConfigError(
@@ -119,6 +128,43 @@ def _board(path: AnyPath, number: int, entry: Mapping[str, Any]) -> Board:
             f"{', '.join(SOURCE_OF[board.runtime])} for the runtime {board.runtime}"
         )
     return board
+
+
+def _build_words(given: Union[List[str], Dict[str, List[str]]], where: str) -> Dict[str, Tuple[str, ...]]:
+    """Precision -> words, of a list for all precisions or a table by precision."""
+    words = given if isinstance(given, dict) else dict.fromkeys(PRECISIONS, given)
+    unknown = set(words) - set(PRECISIONS)
+    if unknown:
+        raise ConfigError(
+            f"{where}: build has {', '.join(map(short, sorted(unknown)))}; expected some of {', '.join(PRECISIONS)}"
+        )
+    return {precision: tuple(of_precision) for precision, of_precision in words.items()}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
+def build_options(board: Board, precision: str) -> BuildOptions:
+    """
+    What a board's `build` asks for.
+
+    Raises:
+        ConfigError: it is no option of `run.py build`, or one that the fleet gives itself, or they do not go together.
+    """
+    parser = _Parser(prog="run.py build", add_help=False, allow_abbrev=False)
+    add_build_arguments(parser, precision)
+    try:
+        options = options_from_arguments(parser.parse_args(list(board.build.get(precision, ()))))
+    except ConfigError as error:
+        by_precision = ""
+        if "--scales is given with" in str(error):
+            by_precision = '. For some precisions alone: build = { int8 = ["--scales", ...] }'
+        raise ConfigError(f"build, for {precision}: {error}{by_precision}") from error
+    if options.precision != precision:
+        raise ConfigError(f"build has --{options.precision}; expected that in precisions")
+    return options
 
 
 def _check_distinct(path: AnyPath, boards: List[Board], what: str, value: Callable[[Board], Any]) -> None:

@@ -19,7 +19,7 @@ import shlex
 import socket
 import time
 from pathlib import Path
-from typing import Any, AsyncIterator, Awaitable, List, Mapping, Optional, TypeVar
+from typing import Any, AsyncIterator, Awaitable, Dict, List, Mapping, Optional, Set, TypeVar
 
 from benchmarks.boards.list import Board
 from deploy.errors import MeasurementError, MissingDependencyError, one_line
@@ -35,7 +35,9 @@ ENDED_LATE = (124, 137, 143)
 """Status of `timeout` after its limit: coreutils' after TERM, both after KILL, busybox's after TERM."""
 KNOWN_HOSTS = ("~/.ssh/known_hosts", "/etc/ssh/ssh_known_hosts")
 LOCK = """
-import fcntl, os, sys
+import fcntl, os, sys, time
+if sys.version_info < (3, 8):
+    sys.exit("this is Python %d.%d; expected 3.8 or newer: name it as `python` in boards.toml" % sys.version_info[:2])
 os.makedirs(sys.argv[1], exist_ok=True)
 file = open(os.path.join(sys.argv[1], ".lock"), "a+")
 try:
@@ -44,11 +46,18 @@ except BlockingIOError:
     file.seek(0)
     sys.exit("busy: " + file.read(300))
 file.truncate(0)
-print(sys.argv[2], file=file, flush=True)
-print("held", flush=True)
+file.write(sys.argv[2])
+file.flush()
+sys.stdout.write("held %.1f\\n" % time.time())
+sys.stdout.flush()
 sys.stdin.read()
 """
-"""Run by a board's Python: holds its folder until the connection ends."""
+"""Run by a board's Python, of whatever version: says the time, and holds its folder until the connection ends."""
+MOST_AT_ONCE = 16
+"""Images that are sent at the same time."""
+LEAST_FREE_BYTES = 1 << 20
+"""On a board's disk; with less it counts as full."""
+LOST = ". Did it restart? Run this command again when it is back: it goes on from there"
 MOST_OUTPUT = 1 << 20
 """Bytes of a command's output that are kept, the last ones."""
 
@@ -167,6 +176,8 @@ class Remote:
 
     def __init__(self, board: Board, connection: Any, sftp: Any, home: str) -> None:
         self.board = board
+        self.clock_off_s = 0.0
+        """By how much the board's clock of the day was ahead of ours when it was locked."""
         self._connection, self._sftp, self._home = connection, sftp, home
 
     def path(self, path: str) -> str:
@@ -202,10 +213,11 @@ class Remote:
                     f"another fleet is at it ({one_line(answer[6:].decode(errors='replace'))}); wait for it, and run "
                     "this command again"
                 )
-            if answer.strip() != b"held":
+            if not answer.startswith(b"held "):
                 answer += await _within(CONNECT_S, "it cannot be locked", process.stdout.read())
                 last = (answer.decode(errors="replace").strip() or "no answer").splitlines()[-1]
                 raise BoardError(f"it cannot be locked: {one_line(last)}")
+            self.clock_off_s = float(answer[5:]) - time.time()
             yield
         finally:
             process.close()
@@ -220,20 +232,101 @@ class Remote:
         Raises:
             BoardError: the connection is lost, it takes longer than the board's timeout_s, or its disk is full.
         """
-        return await _within(self.board.timeout_s, "upload", self._upload(local, remote))
-
-    async def _upload(self, local: Path, remote: str) -> bool:
-        if await self._sftp.exists(remote):
+        if await _within(CONNECT_S, "upload", self._sftp.exists(remote)):
             return False
-        part = f"{remote}.part"
-        for path in sorted(path for path in local.rglob("*") if path.is_file()):
-            target = f"{part}/{path.relative_to(local).as_posix()}"
-            if not await self._sftp.exists(target):
-                await self._sftp.makedirs(posixpath.dirname(target), exist_ok=True)
-                await self._sftp.put(str(path), f"{target}.part")
-                await self._sftp.posix_rename(f"{target}.part", target)
-        await self._sftp.rename(part, remote)
+        files = {path.relative_to(local).as_posix(): path for path in local.rglob("*") if path.is_file()}
+        await self.send_files(dict(sorted(files.items())), f"{remote}.part", "upload", at_once=1)
+        await _within(CONNECT_S, "upload", self._sftp.rename(f"{remote}.part", remote))
         return True
+
+    async def send_files(self, files: Mapping[str, Path], folder: str, what: str, at_once: int = MOST_AT_ONCE) -> int:
+        """
+        Copies files (path inside `folder` -> file here), unless they are there in the same size; how many it copied.
+
+        Each is renamed when it is whole, so that a next call goes on where this one was cut.
+
+        Args:
+            what: is done, for messages.
+            at_once: so many at a time; many small ones would else wait for each other's answers.
+
+        Raises:
+            BoardError: the connection is lost, it takes longer than the board's timeout_s, or its disk is full.
+        """
+        try:
+            return await _within(self.board.timeout_s, what, self._send_files(files, folder, what, at_once))
+        except BoardError as error:
+            free = await self._free_bytes(folder)
+            if free is not None and free < LEAST_FREE_BYTES:
+                raise BoardError(f"{what}: the board's disk is full. {_make_room(folder)}") from error
+            raise
+
+    async def _send_files(self, files: Mapping[str, Path], folder: str, what: str, at_once: int) -> int:
+        sizes = {name: path.stat().st_size for name, path in files.items()}
+        for parent in sorted({posixpath.dirname(f"{folder}/{name}") for name in files}):
+            await self._sftp.makedirs(parent, exist_ok=True)
+        there = await self._sizes(folder, {posixpath.dirname(name) for name in files})
+        missing = [name for name, size in sizes.items() if there.get(name) != size]
+        needed, free = sum(sizes[name] for name in missing), await self._free_bytes(folder)
+        if free is not None and needed + LEAST_FREE_BYTES > free:
+            raise BoardError(
+                f"{what}: the board has {free >> 20} MiB free, and {-(-needed >> 20)} MiB are to be sent. "
+                f"{_make_room(folder)}"
+            )
+        slots = asyncio.Semaphore(at_once)
+
+        async def send(name: str) -> None:
+            async with slots:
+                await self._sftp.put(str(files[name]), f"{folder}/{name}.part")
+                await self._sftp.posix_rename(f"{folder}/{name}.part", f"{folder}/{name}")
+
+        sending = [asyncio.ensure_future(send(name)) for name in missing]
+        try:
+            await asyncio.gather(*sending)
+        finally:
+            for task in sending:
+                task.cancel()
+        return len(missing)
+
+    async def _sizes(self, folder: str, parents: Set[str]) -> Dict[str, int]:
+        """Path inside `folder` -> bytes, of the files in these folders inside it."""
+        sizes = {}
+        for parent in parents:
+            async for entry in self._sftp.scandir(posixpath.join(folder, parent)):
+                sizes[posixpath.join(parent, entry.filename)] = entry.attrs.size
+        return sizes
+
+    async def _free_bytes(self, folder: str) -> Optional[int]:
+        """What this user may still write there; None where the server does not tell."""
+        import asyncssh
+
+        try:
+            found = await asyncio.wait_for(self._sftp.statvfs(folder), CONNECT_S)
+        except (asyncssh.Error, OSError, asyncio.TimeoutError):
+            return None
+        return int(found.bavail * found.frsize)
+
+    async def write(self, path: str, content: bytes) -> None:
+        """Writes a small file whole. Raises BoardError if it cannot be written, or the connection is lost."""
+        await _within(CONNECT_S, path, self._write(path, content))
+
+    async def _write(self, path: str, content: bytes) -> None:
+        await self._sftp.makedirs(posixpath.dirname(path), exist_ok=True)
+        async with self._sftp.open(f"{path}.part", "wb") as file:
+            await file.write(content)
+        await self._sftp.posix_rename(f"{path}.part", path)
+
+    async def fetch(self, path: str, local: Path, most: int) -> None:
+        """
+        Copies a file of at most `most` bytes from the board.
+
+        Raises:
+            CommandError: it is larger.
+            BoardError: it cannot be read, the connection is lost, or it takes longer than the board's timeout_s.
+        """
+        size = await _within(CONNECT_S, path, self._sftp.getsize(path))
+        if size > most:
+            raise CommandError(f"{path} has {size >> 20} MiB; expected at most {most >> 20}")
+        await _within(self.board.timeout_s, path, self._sftp.get(path, str(local)))
 
     async def read(self, path: str, most: int) -> Optional[bytes]:
         """
@@ -267,11 +360,13 @@ class Remote:
         process = await _within(CONNECT_S, "no command can be run", self._start(command))
         try:
             await _within(limit_s + GRACE_S, "nothing more from the board", _drain(process, output))
+        except BoardError as error:
+            raise BoardError(f"{error}{LOST}") from error
         finally:
             if process.exit_status is None:
                 process.terminate()  # OpenSSH before 7.9, or as root, refuses; there its own deadline ends it
         if process.exit_status is None:
-            raise BoardError("the connection was lost")
+            raise BoardError(f"the connection was lost{LOST}")
         if process.exit_status in ENDED_LATE and time.monotonic() - start >= limit_s:
             raise CommandError(f"not done after {limit_s:g} s (timeout_s), so it was ended")
         if process.exit_signal:
@@ -286,6 +381,13 @@ class Remote:
         return await self._connection.create_process(
             command, stdin=asyncssh.DEVNULL, stderr=asyncssh.STDOUT, encoding=None, request_pty=False
         )
+
+
+def _make_room(folder: str) -> str:
+    return (
+        f"Make room there, for example by removing folders of bundles that have served from "
+        f"{posixpath.dirname(folder)}, and run this command again, which goes on from here"
+    )
 
 
 async def _drain(process: Any, output: bytearray) -> None:

@@ -28,6 +28,14 @@ RECALLS = 101
 """Points of a curve: the best precision at recall 0, 0.01 ... 1, or a higher one."""
 
 
+def check_evaluator() -> None:
+    """Raises MissingDependencyError if faster-coco-eval is not installed."""
+    try:
+        import faster_coco_eval  # noqa: F401
+    except ImportError as error:
+        raise MissingDependencyError("faster-coco-eval", "computing AP", "pip install faster-coco-eval") from error
+
+
 def evaluate(
     annotations: Mapping[str, Any], detections: Sequence[Mapping[str, Any]], image_ids: Sequence[int]
 ) -> Dict[str, Any]:
@@ -57,10 +65,9 @@ def evaluate_with_curves(
 
     A curve is a list of RECALLS precisions, rounded to four digits; None where there is nothing to count.
     """
-    try:
-        from faster_coco_eval import COCO, COCOeval_faster
-    except ImportError as error:
-        raise MissingDependencyError("faster-coco-eval", "computing AP", "pip install faster-coco-eval") from error
+    check_evaluator()
+    from faster_coco_eval import COCO, COCOeval_faster
+
     wanted = {image["id"] for image in annotations["images"]} & set(image_ids)
     categories = annotations["categories"]
     check_detections(detections, wanted, {category["id"] for category in categories})

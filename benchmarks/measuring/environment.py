@@ -16,7 +16,7 @@ from typing import Any, Dict, List, Optional, Tuple
 
 from deploy.machine import L4T_RELEASE, board_model, output_of, power_mode, text_of, usable_cores
 
-VARYING = ("load_average", "now")
+VARYING = ("load_average", "now", "after", "clock_jump_s")
 """Keys of `read_environment` that differ from one measurement to the next on the same machine."""
 THROTTLE_COUNTERS = (
     "devices/system/cpu/cpu[0-9]*/thermal_throttle/core_throttle_count",
@@ -50,10 +50,7 @@ def read_environment() -> Dict[str, Any]:
     file has them from `deploy.contract.provenance`.
     """
     clocks = _cpu_clocks_mhz()
-    try:
-        gpu: Optional[Gpu] = open_gpu()
-    except NotHere:
-        gpu = None
+    gpu = _gpu_if_any()
     return {
         "machine": board_model(),
         "cpu": _cpu_model(),
@@ -70,14 +67,30 @@ def read_environment() -> Dict[str, Any]:
         "memory_mib": _memory_mib(),
         "os": platform.platform(),
         "load_average": _load_average(),
-        "now": {
-            "temperatures_c": _temperatures_c(),
-            "cpu_clock_mhz": _mhz(_SYS / "devices/system/cpu/cpu0/cpufreq/scaling_cur_freq"),
-            "gpu_clock_mhz": gpu_clock_mhz(gpu),
-            "gpu_temperature_c": gpu_temperature_c(gpu),
-        },
+        "now": _now(gpu),
         "commit": _commit(),
     }
+
+
+def read_now() -> Dict[str, Any]:
+    """What changes by itself: temperatures and present clocks."""
+    return _now(_gpu_if_any())
+
+
+def _now(gpu: Optional[Gpu]) -> Dict[str, Any]:
+    return {
+        "temperatures_c": _temperatures_c(),
+        "cpu_clock_mhz": _mhz(_SYS / "devices/system/cpu/cpu0/cpufreq/scaling_cur_freq"),
+        "gpu_clock_mhz": gpu_clock_mhz(gpu),
+        "gpu_temperature_c": gpu_temperature_c(gpu),
+    }
+
+
+def _gpu_if_any() -> Optional[Gpu]:
+    try:
+        return open_gpu()
+    except NotHere:
+        return None
 
 
 # The GPU

@@ -5,17 +5,17 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, TypeVar
+from typing import Any, Dict, Optional, Sequence
 
+from benchmarks.measuring.coco import words_of_cap
 from benchmarks.measuring.environment import read_environment
 from deploy.contract import ModelContract, read_sidecar, weights_of_run
-from deploy.data_arguments import add_set_arguments
+from deploy.data_arguments import SetOptions, add_set_arguments
 from deploy.dataset import CocoSet, with_classes
 from deploy.errors import ConfigError, DataError, MeasurementError, MissingDependencyError
 from deploy.files import check_writable, sha256_of
 from deploy.targets import SUFFIXES, TARGETS, Target, add_runtime_argument, target_from_path
 
-T = TypeVar("T")
 SPLIT = "test"
 """Of a data folder, what is measured on."""
 TEACHER = "teacher"
@@ -122,6 +122,27 @@ def load_detections_subject(path: str) -> Subject:
     )
 
 
+def load_test_set(options: SetOptions, limit: Optional[int] = None, check_files: bool = True) -> CocoSet:
+    """
+    The images to measure AP on; says what of them counts otherwise than one may expect.
+
+    Args:
+        limit: only so many images; None: all.
+
+    Raises:
+        DataError: there are none, or as `SetOptions.load`.
+    """
+    data = options.load(check_files=check_files, by_class=True)
+    data = dataclasses.replace(data, images=data.images[:limit])
+    if not data.images:
+        raise DataError(f"{data.annotations_path} names no images; expected at least one")
+    if data.clipped:
+        print(f"{data.clipped} boxes stick out of their image: counted as annotated, as pycocotools does")
+    if words_of_cap(data):
+        print(words_of_cap(data))
+    return data
+
+
 def check_fits(contract: ModelContract, data: CocoSet, subject: Subject) -> None:
     """Raises MeasurementError if the model has other classes than the annotations, or takes several images at once."""
     try:
@@ -148,11 +169,15 @@ def check_role(role: str, subject: Subject) -> None:
             )
 
 
-def spread(items: Sequence[T], count: int) -> List[T]:
-    """At most `count` of `items`, evenly spread from the first to the last."""
-    if len(items) <= count:
-        return list(items)
-    return [items[index * (len(items) - 1) // (count - 1)] for index in range(count)]
+def data_of_result(data: CocoSet, images: int) -> Dict[str, Any]:
+    """The `data` of a result file that is measured on so many images of a set."""
+    return {
+        "annotations": str(data.annotations_path),
+        "annotations_sha256": sha256_of(data.annotations_path),
+        "images_dir": str(data.images_dir),
+        "images": images,
+        "class_names": list(data.class_names),
+    }
 
 
 def begin_result(kind: str, subject: Subject, data: CocoSet, role: str, images: int) -> Dict[str, Any]:
@@ -175,13 +200,7 @@ def begin_result(kind: str, subject: Subject, data: CocoSet, role: str, images: 
             "inputs": subject.sidecar["inputs"],
             "command": subject.sidecar["command"],
         },
-        "data": {
-            "annotations": str(data.annotations_path),
-            "annotations_sha256": sha256_of(data.annotations_path),
-            "images_dir": str(data.images_dir),
-            "images": images,
-            "class_names": list(data.class_names),
-        },
+        "data": data_of_result(data, images),
         "environment": read_environment(),
     }
 

@@ -13,7 +13,7 @@ import math
 import statistics
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple, TypeVar
 
 from benchmarks.measuring.detection import Detection, Times
 from benchmarks.measuring.environment import (
@@ -35,12 +35,18 @@ from benchmarks.measuring.result import (
     numbers_from_reasons,
     numbers_from_samples,
     reasons_from_spread,
+    summarize,
 )
-from benchmarks.measuring.subject import Subject
 from deploy.errors import ConfigError
 from deploy.images import read_image
 from deploy.progress import progress
 
+if TYPE_CHECKING:
+    from benchmarks.measuring.subject import Subject
+
+T = TypeVar("T")
+IMAGES = 8
+"""Images of the data that are detected in, in turn."""
 WARMUP_WINDOW = 5
 WARMUP_AGREEMENT = 0.05
 """Warm-up ends when the medians of its last two windows of runs, each of the same images, differ by no more."""
@@ -159,6 +165,19 @@ def read_samples(images: Sequence[Path], runs: int) -> List[float]:
         read_image(images[number % len(images)])
         samples.append(1e3 * (time.perf_counter() - start))
     return samples
+
+
+def spread(items: Sequence[T], count: int) -> List[T]:
+    """At most `count` of `items`, evenly spread from the first to the last."""
+    if len(items) <= count:
+        return list(items)
+    return [items[index * (len(items) - 1) // (count - 1)] for index in range(count)]
+
+
+def add_read(numbers: Dict[str, Any], read_ms: Sequence[float]) -> None:
+    """Adds what `read_samples` gave to the `numbers` of a result file."""
+    numbers["samples_ms"]["read"] = [round(value, 4) for value in read_ms]
+    numbers["summary_ms"]["read"] = summarize(read_ms)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ from benchmarks.reporting.int8_budget import words_of_miss
 from benchmarks.reporting.ladder import RUNGS, faults, movement
 from benchmarks.reporting.operating_point import comparison
 from benchmarks.reporting.verdict import Estimate, ReportRow, judge, verdict_from_limits
-from benchmarks.reporting.wording import signed_points
+from benchmarks.reporting.wording import ms, signed_points
 from deploy.commands import shell_line
 from deploy.contract import provenance
 from deploy.errors import ConfigError, MeasurementError
@@ -57,7 +57,8 @@ ReadResult = Tuple[AnyPath, Dict[str, Any]]
 
 def group_results(read: Sequence[ReadResult]) -> Dict[str, Results]:
     """
-    Role -> kind ("accuracy", "latency") -> result, in the order of the table.
+    Role -> kind ("accuracy", "latency") -> result, in the order of the table; "paced" is a latency at the pace of a
+    camera beside one back to back.
 
     Raises:
         MeasurementError: two results are of the same role and kind, the two of a role are of different files, or data
@@ -65,9 +66,12 @@ def group_results(read: Sequence[ReadResult]) -> Dict[str, Results]:
     """
     check_same_data(read)
     groups: Dict[str, Results] = {}
-    for path, result in read:
+    for path, result in sorted(read, key=lambda pair: _is_paced(pair[1])):
         group = groups.setdefault(result["role"], {})
-        if result["kind"] in group:
+        kind = result["kind"]
+        if _is_paced(result) and "latency" in group and not _is_paced(group["latency"]):
+            kind = "paced"
+        if kind in group:
             raise MeasurementError(
                 f"{path} is a second {result['kind']} result of role {result['role']!r}; give one, or change --role"
             )
@@ -83,9 +87,13 @@ def group_results(read: Sequence[ReadResult]) -> Dict[str, Results]:
                     f"{path}: role {result['role']!r} has accuracy and latency of different runtimes, "
                     f"{runtimes[0]} and {runtimes[1]}. Measure both on one, with --runtime."
                 )
-        group[result["kind"]] = result
+        group[kind] = result
     order = list(ROLES)
     return dict(sorted(groups.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)))
+
+
+def _is_paced(result: Mapping[str, Any]) -> bool:
+    return result["kind"] == "latency" and result["numbers"]["mode"] == "paced"
 
 
 def detections_of_roles(read: Sequence[ReadResult], roles: Sequence[str]) -> Dict[str, Dict[int, Boxes]]:
@@ -431,6 +439,13 @@ def notes_from_groups(
         if len(values) > 1:
             notes.append(f"Latencies were measured with different {what}: no speed-up is told from one to another.")
     for role, group in groups.items():
+        if "paced" in group:
+            numbers = group["paced"]["numbers"]
+            summary, frames = numbers["summary_ms"]["total"], len(numbers["samples_ms"]["total"])
+            notes.append(
+                f"{ROLES.get(role, role)} at {numbers['fps']:g} frames/s: median {ms(summary['median'])} ms, p99 "
+                f"{ms(summary['p99'])} ms, {numbers['late_frames']} of {frames} frames late."
+            )
         for kind in ("accuracy", "latency"):
             if kind not in group and group[next(iter(group))]["model"]["format"] != "detections":
                 notes.append(f"{ROLES.get(role, role)}: {kind} was not measured.")

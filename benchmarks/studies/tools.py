@@ -36,8 +36,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from benchmarks.measuring.environment import busy_cores, read_environment, reset_peak_memory
-from benchmarks.measuring.subject import spread
-from benchmarks.measuring.timing import OTHERS_CORES, REST_S
+from benchmarks.measuring.timing import OTHERS_CORES, REST_S, spread
 from benchmarks.reporting.wording import UNKNOWN, decimals, times
 from benchmarks.studies.jobs import printed_json
 from benchmarks.studies.tables import check_tables, disturbed, points, table, write_tables

@@ -45,25 +45,22 @@ SUFFIX = ".tar.gz"
 ROOT = Path(__file__).parents[2]
 MODULES = (
     "benchmarks/__init__.py", "benchmarks/boards/__init__.py", "benchmarks/boards/bench.py",
-    "benchmarks/measuring/__init__.py", "benchmarks/measuring/coco.py", "benchmarks/measuring/environment.py",
-    "benchmarks/measuring/result.py", "deploy/__init__.py", "deploy/arrays.py", "deploy/board/__init__.py",
-    "deploy/board/commands.py",
-    "deploy/board/release.py", "deploy/board/run.py", "deploy/board/signature.py", "deploy/contract.py",
-    "deploy/detector.py", "deploy/errors.py",
-    "deploy/files.py", "deploy/graphs/__init__.py", "deploy/graphs/calibration_cache.py", "deploy/images.py",
-    "deploy/int8_format.py", "deploy/jetpack.py", "deploy/limits.py", "deploy/machine.py", "deploy/pixels.py",
-    "deploy/progress.py",
-    "deploy/runtime/__init__.py", "deploy/runtime/draw.py", "deploy/runtime/golden.py", "deploy/runtime/lettering.py",
-    "deploy/runtime/mp4_times.py", "deploy/runtime/pictures.py",
-    "deploy/runtime/postprocess.py",
-    "deploy/runtime/preprocess.py",
-    "deploy/runtime/session.py", "deploy/runtime/sources.py", "deploy/runtime/video.py",
-    "deploy/schema.py", "deploy/targets.py",
-    "deploy/tensorrt/__init__.py",
-    "deploy/tensorrt/bindings.py", "deploy/tensorrt/builder.py", "deploy/tensorrt/coverage.py",
-    "deploy/tensorrt/cuda.py", "deploy/tensorrt/engine.py", "deploy/tensorrt/options.py", "deploy/tensorrt/session.py",
+    "benchmarks/boards/board_result.py", "benchmarks/boards/image_set.py", "benchmarks/boards/predict.py",
+    "benchmarks/measuring/__init__.py", "benchmarks/measuring/coco.py", "benchmarks/measuring/detection.py",
+    "benchmarks/measuring/environment.py", "benchmarks/measuring/power.py", "benchmarks/measuring/result.py",
+    "benchmarks/measuring/timing.py", "deploy/__init__.py", "deploy/arrays.py", "deploy/board/__init__.py",
+    "deploy/board/commands.py", "deploy/board/release.py", "deploy/board/run.py", "deploy/board/signature.py",
+    "deploy/contract.py", "deploy/detector.py", "deploy/errors.py", "deploy/files.py", "deploy/graphs/__init__.py",
+    "deploy/graphs/calibration_cache.py", "deploy/images.py", "deploy/int8_format.py", "deploy/jetpack.py",
+    "deploy/limits.py", "deploy/machine.py", "deploy/pixels.py", "deploy/progress.py", "deploy/runtime/__init__.py",
+    "deploy/runtime/draw.py", "deploy/runtime/golden.py", "deploy/runtime/lettering.py", "deploy/runtime/mp4_times.py",
+    "deploy/runtime/pictures.py", "deploy/runtime/postprocess.py", "deploy/runtime/preprocess.py",
+    "deploy/runtime/session.py", "deploy/runtime/sources.py", "deploy/runtime/video.py", "deploy/schema.py",
+    "deploy/targets.py", "deploy/tensorrt/__init__.py", "deploy/tensorrt/bindings.py", "deploy/tensorrt/builder.py",
+    "deploy/tensorrt/coverage.py", "deploy/tensorrt/cuda.py", "deploy/tensorrt/engine.py", "deploy/tensorrt/options.py",
+    "deploy/tensorrt/session.py",
 )  # fmt: skip
-"""What the commands of run.py import: Python 3.8 and numpy are enough for all but `detect`, which needs OpenCV."""
+"""What the commands of run.py import: Python 3.8 and numpy; `detect` needs OpenCV, images OpenCV or Pillow."""
 START = "\n\nsys.dont_write_bytecode = True\nsys.exit(main(sys.argv[1:], Path(__file__).resolve().parent))\n"
 """What makes of the module `deploy.board.run`, which others import, the script run.py.
 

@@ -241,8 +241,6 @@ class _Work:
             found = self.detect(image)
         except ContractError as error:
             raise ContractError(f"{', '.join(f'{name} {value}' for name, value in where.items())}: {error}") from error
-        boxes_xywh = found.boxes_xyxy.astype(float)
-        boxes_xywh[:, 2:] -= boxes_xywh[:, :2]
         image_id = self.results.pictures + 1
         self.results.add(
             [
@@ -253,7 +251,7 @@ class _Work:
                     "bbox": box,
                     "score": score,
                 }
-                for box, score, label in zip(boxes_xywh.tolist(), found.scores.tolist(), found.labels.tolist())
+                for box, score, label in found.rows()
             ]
         )
         return draw(image, found, self.contract.class_names)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from typing import List, Mapping
+from typing import List, Mapping, Tuple
 
 import numpy as np
 
@@ -33,6 +33,12 @@ class Detections:
     """(n,), float32, 0 to 1."""
     labels: np.ndarray
     """(n,), int64, index into the contract's class_names."""
+
+    def rows(self) -> List[Tuple[List[float], float, int]]:
+        """(x, y, width, height in pixels), score and label of each, as plain numbers."""
+        boxes_xywh = self.boxes_xyxy.astype(float)
+        boxes_xywh[:, 2:] -= boxes_xywh[:, :2]
+        return list(zip(boxes_xywh.tolist(), self.scores.tolist(), self.labels.tolist()))
 
 
 def postprocess(

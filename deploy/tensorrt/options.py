@@ -141,6 +141,11 @@ def check_options(trt: ModuleType, options: BuildOptions, contract: ModelContrac
     ):
         if asked and not here:
             raise EngineBuildError(_lacks(trt.__version__, name, since))
+    check_shapes(options, contract)
+
+
+def check_shapes(options: BuildOptions, contract: ModelContract) -> None:
+    """Raises ConfigError if --shapes is missing for a model that takes any number of images, or given for another."""
     batch = contract.input_shape[0]
     if batch == -1 and options.shapes is None:
         raise ConfigError(

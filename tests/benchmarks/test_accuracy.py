@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks import accuracy
-from benchmarks.measuring import subject
+from benchmarks.measuring import subject, timing
 from benchmarks.measuring.result import read_result
 from deploy.contract import load_contract, write_sidecar
 from deploy.dataset import load_split
@@ -306,6 +306,6 @@ def test_two_weights_in_a_run_directory_are_refused(run_dir, data_dir, tmp_path,
 
 
 def test_samples_are_spread_best_first_and_few():
-    assert subject.spread(range(100), 12)[:2] == [0, 9]
-    assert subject.spread(range(100), 12)[-1] == 99
-    assert subject.spread(range(3), 12) == [0, 1, 2]
+    assert timing.spread(range(100), 12)[:2] == [0, 9]
+    assert timing.spread(range(100), 12)[-1] == 99
+    assert timing.spread(range(3), 12) == [0, 1, 2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import importlib.util
@@ -17,12 +18,16 @@ import threading
 import time
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 
 from benchmarks import fleet
+from benchmarks.accuracy import main as measure_accuracy
 from benchmarks.boards import ssh
+from benchmarks.boards.list import boards_from_file
 from benchmarks.measuring.result import STAGES, STATISTICS, read_result, write_result
+from benchmarks.report import main as make_report
 from benchmarks.reporting.wording import UNKNOWN
 from deploy.board.archive import pack, unpack
 from deploy.board.commands import BUNDLE_VERSION
@@ -232,7 +237,7 @@ def latency_result():
         "environment": {"cpu": None, "cores": 6, "os": "Linux"},
         "numbers": {
             "summary_ms": {**dict.fromkeys(STAGES), "total": {**summary, "median": 3.25, "p99": 12.5}},
-            "samples_ms": {**dict.fromkeys(STAGES), "total": [4.0]},
+            "samples_ms": {**dict.fromkeys(STAGES), "total": [4.0] * 200},
             "stable": True, "spread": 0.01, "comparable": False, "comparable_reasons": [], "threads": None,
             "description": "TensorRT 10.3.0, Orin", "warmup_runs": 5, "mode": "back-to-back", "fps": None,
             "late_frames": None, "memory_mib": {"host_peak": None, "device_peak": None}, "power": None,
@@ -264,16 +269,16 @@ def test_one_board_that_fails_does_not_hold_up_the_others(server, boards_file, b
     assert {key: one["state"] for key, one in found.items()} == {
         ("good", "int8"): "ok", ("good", "fp16"): "ok", ("bad", "int8"): "failed",
     }  # fmt: skip
-    assert found["bad", "int8"]["reason"] == "build: no  [31mmemory for build"
+    assert found["bad", "int8"]["reason"] == "build: no \\x1b[31mmemory for build"
     assert found["good", "int8"]["steps"] == dict.fromkeys(("upload", "build", "check", "bench"), "done")
     assert (found["good", "int8"]["median_ms"], found["good", "int8"]["p99_ms"]) == (3.25, 12.5)
-    result = tmp_path / "out" / found["good", "fp16"]["result"]
+    result = tmp_path / "out" / found["good", "fp16"]["results"][0]
     assert read_result(result)["numbers"]["summary_ms"]["total"]["median"] == 3.25
     assert (tmp_path / "out/good/build.int8.log").read_text() == "this is build it's $HOME; `id`\n"
     assert "memory for build" in (tmp_path / "out/bad/build.int8.log").read_text()
     lines = shown.out.splitlines()
     assert [line.split()[:6] for line in lines[1:3]] == [
-        ["good", "Orin", "[2J", "TensorRT", "10.3.0", precision] for precision in ("int8", "fp16")
+        ["good", "Orin", "\\x1b[2J", "TensorRT", "10.3.0", precision] for precision in ("int8", "fp16")
     ]
     assert lines[3].split()[:2] == ["bad", UNKNOWN]
     assert "good: build int8: " in shown.err
@@ -317,7 +322,7 @@ def test_a_board_that_hangs(server, boards_file, bundle, tmp_path, capsys, monke
     assert "asked to end" in (tmp_path / "out/slow/build.int8.log").read_text()
     reason = found["silent", "int8"]["reason"]
     os.kill(int(next((tmp_path / "on the boards" / "silent").glob("mini-*/server.pid")).read_text()), signal.SIGKILL)
-    assert reason == "build int8: nothing more from the board: Server not responding to keepalive"
+    assert reason == "build int8: nothing more from the board: Server not responding to keepalive" + ssh.LOST
 
 
 @needs_server
@@ -450,7 +455,7 @@ def test_a_connection_cut_midway(server, boards_file, bundle, tmp_path):
     assert run_fleet(boards, archive, tmp_path / "out") == 1
     found = outcomes(tmp_path / "out")
     assert found["far", "int8"]["reason"].startswith("upload: ")
-    assert found["near", "int8"]["reason"] == "build int8: nothing more from the board: Connection lost"
+    assert found["near", "int8"]["reason"] == "build int8: nothing more from the board: Connection lost" + ssh.LOST
     (part,) = there.glob("mini-*")
     arrived = {path.name: path.stat().st_ino for path in part.rglob("*") if path.suffix != ".part" and path.is_file()}
     assert "0.input.npy" in arrived
@@ -505,48 +510,226 @@ def test_a_real_bundle_with_a_stand_in_of_tensorrt(server, boards_file, tmp_path
     assert make_bundle([str(plain), str(quantised), "-o", str(archive)]) == 0
     write_module(tmp_path / "site", "10.3.0")
     variables = {"PYTHONPATH": str(tmp_path / "site"), "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    boards = boards_file(orin={"port": server(), "environment": variables})
-    assert run_fleet(boards, archive, tmp_path / "out") == 0
+    board = {"port": server(), "environment": variables}
+    assert run_fleet(boards_file(orin={**board, "build": ["--workspace-mib", "64"]}), archive, tmp_path / "out") == 0
     found = outcomes(tmp_path / "out")["orin", "int8"]
+    sidecar = next((tmp_path / "on the boards").rglob("student.int8.engine.json"))
+    assert json.loads(sidecar.read_text())["details"]["workspace_mib"] == 64
     assert found["runtime"] == "TensorRT 10.3.0"
     assert found["device"] not in (None, "")
-    result = read_result(tmp_path / "out" / found["result"])
+    result = read_result(tmp_path / "out" / found["results"][0])
     assert result["role"] == "engine-int8"
     assert found["median_ms"] == result["numbers"]["summary_ms"]["total"]["median"] > 0
     assert "candidates as in ONNX Runtime" in (tmp_path / "out/orin/check.int8.log").read_text()
+    assert run_fleet(boards_file(orin=board), archive, tmp_path / "out") == 0
+    assert outcomes(tmp_path / "out")["orin", "int8"]["steps"]["build"] == "done"
+    assert json.loads(sidecar.read_text())["details"]["workspace_mib"] is None
 
 
-@needs_server
-def test_boards_of_onnx_runtime(server, boards_file, tmp_path, capsys):
-    """Nothing in it is a fake: the bundle's own runner, ONNX Runtime, and SSH servers."""
+@pytest.fixture
+def images_dir(tmp_path):
+    """A data folder for the stand-in of a detector: five images in several formats and sizes, a box in each."""
+    folder = tmp_path / "data"
+    (folder / "annotations").mkdir(parents=True)
+    (folder / "images").mkdir()
+    images, annotations = [], []
+    for index, suffix in enumerate((".png", ".jpg", ".jpg", ".bmp", ".png"), start=1):
+        width, height = 80 + 16 * index, 64 + 8 * index
+        pixels = np.random.default_rng(index).integers(0, 256, (height // 8, width // 8, 3), np.uint8)
+        name = f"{index}{suffix}"
+        cv2.imwrite(str(folder / "images" / name), cv2.resize(pixels, (width, height), interpolation=cv2.INTER_NEAREST))
+        images.append({"id": 10 * index, "file_name": name, "width": width, "height": height})
+        box = {"bbox": [8, 8, 40, 30], "category_id": 1 + index % 2}
+        annotations.append({"id": index, "image_id": 10 * index, **box})
+    categories = [{"id": number, "name": name} for number, name in zip((1, 2), CONTRACT.class_names, strict=True)]
+    document = {"images": images, "annotations": annotations, "categories": categories}
+    (folder / "annotations" / "instances_test.json").write_text(json.dumps(document))
+    return folder
+
+
+@pytest.fixture
+def students(tmp_path):
+    """(float ONNX file, one quantised for ONNX Runtime, a bundle of both)."""
     pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
     plain = write_detector(tmp_path / "student.onnx")
     quantised = write_detector(tmp_path / "student.int8.onnx", np.uint8, {"model": plain})
     archive = tmp_path / "student.tar.gz"
     assert make_bundle([str(plain), str(quantised), "-o", str(archive)]) == 0
-    here = {"port": server(), "runtime": "onnxruntime"}
-    boards = boards_file(pi={**here, "precisions": ["int8", "fp32"]}, nuc={**here, "port": server()})
-    assert run_fleet(boards, archive, tmp_path / "out") == 0
-    found = outcomes(tmp_path / "out")
-    for (board, precision), role in {
-        ("pi", "int8"): "onnx-int8", ("pi", "fp32"): "onnx-fp32", ("nuc", "int8"): "onnx-int8",
-    }.items():  # fmt: skip
-        outcome = found[board, precision]
-        assert outcome["steps"] == {"upload": "done", "check": "done", "bench": "done"}
-        assert outcome["runtime"].startswith("ONNX Runtime 1.")
-        result = read_result(tmp_path / "out" / outcome["result"])
-        model = {"int8": quantised, "fp32": plain}[precision]
-        assert (result["role"], result["model"]["sha256"]) == (role, sha256_of(model))
-        assert result["numbers"]["threads"] >= 1
-        assert outcome["median_ms"] == result["numbers"]["summary_ms"]["total"]["median"] > 0
-    assert "candidates as in ONNX Runtime" in (tmp_path / "out/nuc/check.int8.log").read_text()
-    assert run_fleet(boards, archive, tmp_path / "out") == 0
-    assert outcomes(tmp_path / "out")["nuc", "int8"]["steps"]["bench"] == "done before"
+    return plain, quantised, archive
 
-    tensorrt = boards_file(orin={"port": here["port"], "precisions": ["int8"]})
-    capsys.readouterr()
-    assert run_fleet(tensorrt, archive, tmp_path / "out") == 2
+
+QUICKLY = ("--runs", "10", "--fps", "100")
+WITHOUT_OPENCV = "import sys\nsys.modules['cv2'] = None\n"
+"""For sitecustomize.py on a board."""
+
+
+@needs_server
+def test_the_whole_way_on_boards_of_onnx_runtime(server, boards_file, students, images_dir, tmp_path, capsys):
+    """Nothing in it is a fake: the bundle's own runner, ONNX Runtime, images, and SSH servers."""
+    plain, quantised, archive = students
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "sitecustomize.py").write_text(WITHOUT_OPENCV)
+    here = {"port": server(), "runtime": "onnxruntime"}
+    pillow = {**here, "port": server(), "environment": {"PYTHONPATH": str(tmp_path / "bare")}}
+    boards = boards_file(pi={**here, "precisions": ["fp32"]}, nuc=pillow)
+    words = ("--data", str(images_dir), *QUICKLY)
+    assert run_fleet(boards, archive, tmp_path / "out", *words) == 0
+    shown = capsys.readouterr().out
+    found = outcomes(tmp_path / "out")
+    local = {}
+    for precision, model in (("int8", quantised), ("fp32", plain)):
+        output = str(tmp_path / f"{precision}.accuracy.result.json")
+        assert measure_accuracy([str(model), "--data", str(images_dir), "-o", output]) == 0
+        local[precision] = read_result(output)
+    for board, precision in (("pi", "fp32"), ("nuc", "int8")):
+        outcome, role = found[board, precision], f"onnx-{precision}"
+        steps = ("upload", "images", "check", "predict", "bench", "paced")
+        assert outcome["steps"] == dict.fromkeys(steps, "done")
+        assert outcome["notes"] == [] or "frames late" in outcome["notes"][0]
+        assert outcome["runtime"].startswith("ONNX Runtime 1.")
+        folder = tmp_path / "out" / board
+        accuracy, latency, paced = (
+            read_result(folder / f"{precision}.{kind}.result.json") for kind in ("accuracy", "latency", "paced")
+        )
+        assert accuracy["numbers"] == local[precision]["numbers"]
+        assert accuracy["detections"]["sha256"] == local[precision]["detections"]["sha256"]
+        assert accuracy["detections"]["count"] > 0
+        assert accuracy["preparation"]["differing"] == 0
+        for result in (accuracy, latency, paced):
+            assert result["role"] == role
+            assert result["environment"]["board"] == board
+            assert result["model"]["sha256"] == sha256_of({"int8": quantised, "fp32": plain}[precision])
+            assert result["data"] == local[precision]["data"]
+        assert all(
+            latency["numbers"]["summary_ms"][stage] for stage in ("read", "preprocess", "inference", "postprocess")
+        )
+        assert (latency["numbers"]["fps"], paced["numbers"]["fps"]) == (None, 100.0)
+        assert latency["numbers"]["memory_mib"]["host_peak"] is not None
+        assert outcome["AP"] == accuracy["numbers"]["AP"]
+    assert accuracy["preparation"]["library"].startswith("Pillow")
+    assert f"{100 * found['pi', 'fp32']['AP']:.1f}" in shown
+
+    report = tmp_path / "report.html"
+    results = sorted((tmp_path / "out" / "pi").glob("*.result.json"))
+    assert make_report([*map(str, results), "-o", str(report), "--ship", "onnx-fp32"]) == 0
+    assert "at 100 frames/s: median" in report.with_suffix(".md").read_text()
+
+    start = time.monotonic()
+    assert run_fleet(boards, archive, tmp_path / "out", *words) == 0
+    assert time.monotonic() - start < 15
+    steps = outcomes(tmp_path / "out")["nuc", "int8"]["steps"]
+    assert {step for step, state in steps.items() if state == "done"} == {"check"}
+    assert read_result(tmp_path / "out" / "nuc" / "int8.accuracy.result.json") == accuracy
+    assert not list((tmp_path / "out").rglob(".earlier"))
+
+    stored = sorted((tmp_path / "on the boards" / "pi" / "images").iterdir())
+    assert len(stored) == 5
+    written = {path: path.stat().st_mtime_ns for path in stored}
+    assert run_fleet(boards, archive, tmp_path / "out", *words, "--images", "3") == 0
+    assert outcomes(tmp_path / "out")["nuc", "int8"]["steps"]["images"] == "done before"
+    assert {path: path.stat().st_mtime_ns for path in stored} == written
+    assert read_result(tmp_path / "out" / "nuc" / "int8.accuracy.result.json")["data"]["images"] == 3
+
+
+PYTHON = """#!/bin/sh
+PYTHONPATH={site}:$PYTHONPATH exec {python} "$@"
+"""
+"""A Python on a board in which sitecustomize.py runs first, for the lock, too."""
+
+
+@pytest.fixture
+def python(tmp_path):
+    """`python(name, text)` -> a Python that runs these lines before all else."""
+
+    def make(name, text):
+        site = tmp_path / f"site.{name}"
+        site.mkdir()
+        (site / "sitecustomize.py").write_text(text)
+        path = tmp_path / f"python.{name}"
+        path.write_text(PYTHON.format(site=site, python=sys.executable))
+        path.chmod(0o755)
+        return {"python": str(path), "runtime": "onnxruntime"}
+
+    return make
+
+
+JUMPING = """
+import time
+start, real = time.monotonic(), time.time
+time.time = lambda: real() + 500 + (3600 if time.monotonic() - start > 2 else 0)
+"""
+
+
+@needs_server
+def test_what_a_board_lacks_is_said_of_it_alone(server, boards_file, students, images_dir, python, tmp_path, capsys):
+    """One line each, and the other boards go on. What was done before a repeated run is not done again."""
+    radiance = np.full((64, 80, 3), 0.25, np.float32)
+    cv2.imwrite(str(images_dir / "images" / "1.hdr"), radiance)
+    annotations = images_dir / "annotations" / "instances_test.json"
+    document = json.loads(annotations.read_text())
+    document["images"][0].update(file_name="1.hdr", width=80, height=64)
+    annotations.write_text(json.dumps(document))
+    boards = boards_file(
+        bare={"port": server(), **python("bare", WITHOUT_OPENCV + "sys.modules['PIL'] = None\n")},
+        pillow={"port": server(), **python("pillow", WITHOUT_OPENCV)},
+        old={"port": server(), **python("old", "import sys\nsys.version_info = (3, 6, 9)\n")},
+        clock={"port": server(), **python("clock", JUMPING)},
+    )
+    words = ("--data", str(images_dir), "--images", "3", *QUICKLY)
+    assert run_fleet(boards, students[2], tmp_path / "out", *words) == 1
+    found = {board: one for (board, _), one in outcomes(tmp_path / "out").items()}
+    assert found["bare"]["reason"].startswith(
+        "predict: reading images, or Pillow in its place, needs the package opencv-python-headless"
+    )
+    assert re.match(r"predict: 1\.hdr, here .*Pillow [\d.]+ cannot decode the image", found["pillow"]["reason"])
+    assert found["old"]["reason"] == (
+        "it cannot be locked: this is Python 3.6; expected 3.8 or newer: name it as `python` in boards.toml"
+    )
+    assert found["clock"]["state"] == "ok"
+    assert found["clock"]["notes"][0] == "its clock is 8 minutes ahead, and so are its results' dates"
+    assert "its clock was set by +3600 s during latency; what is timed goes by another" in found["clock"]["notes"]
+    assert all("\n" not in (one["reason"] or "") for one in found.values())
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith(tuple(found)) for line in lines) == 4
+
+    image = next((tmp_path / "on the boards" / "clock" / "images").iterdir())
+    image.write_bytes(bytes(image.stat().st_size))
+    (tmp_path / "out" / "gone").mkdir()
+    shutil.copy(tmp_path / "out" / "clock" / "int8.latency.result.json", tmp_path / "out" / "gone")
+    boards = boards_file(clock={"port": server(), "python": sys.executable, "runtime": "onnxruntime"})
+    assert run_fleet(boards, students[2], tmp_path / "out", *words, "--fps", "90") == 1
+    (again,) = outcomes(tmp_path / "out").values()
+    assert again["steps"]["predict"] == again["steps"]["bench"] == "done before"
+    assert "was damaged on the board and is removed" in again["reason"]
+    assert f"{tmp_path}/out/gone is of an earlier run" in capsys.readouterr().out
+    assert run_fleet(boards, students[2], tmp_path / "out", *words, "--fps", "90") == 0
+    (again,) = outcomes(tmp_path / "out").values()
+    assert again["steps"]["images"] == again["steps"]["paced"] == "done"
+
+
+@needs_server
+def test_a_board_without_space(server, boards_file, tmp_path):
+    (board,) = boards_from_file(boards_file(full={"port": server()}))
+    large = tmp_path / "large"
+    large.touch()
+    os.truncate(large, 1 << 42)
+
+    async def send():
+        async with ssh.connected(board) as remote:
+            await remote.send_files({"large": large, "small": Path(__file__)}, f"{tmp_path}/there/images", "images")
+
+    with pytest.raises(
+        ssh.BoardError, match=r"images: the board has \d+ MiB free, and 4194305 MiB are to be sent\. Make"
+    ):
+        asyncio.run(send())
+    assert list((tmp_path / "there" / "images").iterdir()) == []
+
+
+@needs_server
+def test_a_runtime_that_the_bundle_has_nothing_for(boards_file, students, tmp_path, capsys):
+    tensorrt = boards_file(orin={"port": 1, "precisions": ["int8"]})
+    assert run_fleet(tensorrt, students[2], tmp_path / "out") == 2
     assert "[[board]] 'orin': --int8 needs the graph quantised for TensorRT, which is not" in capsys.readouterr().err
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.boards.list import Board, boards_from_file
+from benchmarks.boards.list import Board, boards_from_file, build_options
 from deploy.errors import ConfigError
+from deploy.tensorrt.options import BuildOptions
 
 EXAMPLE = Path(__file__).parents[3] / "docs" / "boards.example.toml"
 GOOD = "[[board]]\nname = 'a'\nhost = 'h'\n"
@@ -41,6 +42,10 @@ GOOD = "[[board]]\nname = 'a'\nhost = 'h'\n"
         (GOOD + "precisions = 'int8'", "precisions is 'int8'; expected a list of 1 to 3, each one of int8"),
         (GOOD + "runtime = 'torch'", "runtime is 'torch'; expected one of tensorrt, onnxruntime"),
         (GOOD + "runtime = 'onnxruntime'\nprecisions = ['fp16']", "precisions has fp16; expected some of int8, fp32"),
+        (GOOD + "build = '--verbose'", "build is '--verbose'; expected a list"),
+        (GOOD + "build = [1]", "build[0] is 1"),
+        (GOOD + "build = {int4 = []}", "build has 'int4'; expected some of int8, fp16, fp32"),
+        (GOOD + "runtime = 'onnxruntime'\nbuild = ['--verbose']", "but nothing is built for the runtime onnxruntime"),
         (GOOD + "environment = {PATH = 1}", "environment.PATH is 1; expected a line of text or an empty string"),
         (GOOD + "environment = {'A;B' = 'x'}", "environment has 'A;B'; expected the name of a variable"),
         (GOOD + "key = 'nope'", "nope' is no file"),
@@ -57,6 +62,42 @@ def test_a_list_of_boards_that_will_not_do(text, message, tmp_path):
     with pytest.raises(ConfigError, match=re.escape(message.format(folder=tmp_path))) as error:
         boards_from_file(path)
     assert "\n" not in str(error.value)
+
+
+def board_of(tmp_path, text):
+    path = tmp_path / "boards.toml"
+    path.write_text(GOOD + text)
+    (board,) = boards_from_file(path)
+    return board
+
+
+def test_options_of_a_build(tmp_path):
+    board = board_of(tmp_path, "build = ['--workspace-mib', '1024', '--shapes', '1', '2', '4', '--dla-core', '0']")
+    options = build_options(board, "int8")
+    assert (options.precision, options.workspace_mib, options.shapes, options.dla_core) == ("int8", 1024, (1, 2, 4), 0)
+    board = board_of(tmp_path, "build = {int8 = ['--scales', 'fp32']}")
+    assert build_options(board, "int8").scales == "fp32"
+    assert build_options(board, "fp16") == BuildOptions("fp16")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            "['--scales', 'fp32']",
+            "build, for fp16: --scales is given with fp16; it serves --int8 alone: leave it out. F",
+        ),
+        ("['--workspace', '9']", "build, for fp16: unrecognized arguments: --workspace 9"),
+        ("['-o', 'x.engine']", "build, for fp16: unrecognized arguments: -o x.engine"),
+        ("['--help']", "build, for fp16: unrecognized arguments: --help"),
+        ("['--workspace-mib', 'all']", "build, for fp16: argument --workspace-mib: invalid int value: 'all'"),
+        ("['--gpu-fallback']", "build, for fp16: --gpu-fallback is given without --dla-core"),
+        ("['--int8']", "build has --int8; expected that in precisions"),
+    ],
+)
+def test_options_of_a_build_that_will_not_do(words, message, tmp_path):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        build_options(board_of(tmp_path, f"build = {words}"), "fp16")
 
 
 def test_the_example_is_good(tmp_path, monkeypatch):

@@ -11,10 +11,10 @@ import cv2
 import numpy as np
 import pytest
 
-from benchmarks import accuracy
 from benchmarks.measuring.detections import replacing_detections
 from benchmarks.measuring.environment import read_environment
 from benchmarks.measuring.result import read_result, write_result
+from benchmarks.reporting import accuracy_numbers
 from benchmarks.reporting.operating_point import comparison
 from benchmarks.studies import calibration, calibration_methods
 from benchmarks.studies.calibration_methods import (
@@ -117,7 +117,7 @@ class FakeCommands:
             score = round(float(random.random()), 4)
             entry = {"image_id": box["image_id"], "category_id": box["category_id"], "bbox": place, "score": score}
             detections.append(entry)
-        numbers = accuracy.numbers_from_detections(
+        numbers = accuracy_numbers.numbers_from_detections(
             annotations, detections, [image["id"] for image in annotations["images"]]
         )
         inputs = {"model": model, "annotations": path}
@@ -143,7 +143,7 @@ class FakeCommands:
 @pytest.fixture
 def data(tmp_path, monkeypatch):
     """A data folder: 30 images to a split, three boxes each; no image files."""
-    monkeypatch.setattr(accuracy, "BOOTSTRAP_DRAWS", 50)
+    monkeypatch.setattr(accuracy_numbers, "BOOTSTRAP_DRAWS", 50)
     folder, random = tmp_path / "shapes", np.random.default_rng(0)
     (folder / "images").mkdir(parents=True)
     (folder / "annotations").mkdir()

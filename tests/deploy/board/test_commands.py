@@ -293,7 +293,7 @@ def test_a_precision_that_the_bundle_lacks(
         (["build", "--gpu-fallback"], "--gpu-fallback is given without --dla-core"),
         (["bench", "--runs", "3"], "--runs is 3; expected at least 10"),
         (["check", "--engine", "none.engine"], "no such file: none.engine"),
-        (["fly"], "unknown command 'fly'; expected one of build, check, bench, detect"),
+        (["fly"], "unknown command 'fly'; expected one of build, check, bench, predict"),
     ],
 )
 def test_wrong_words(
