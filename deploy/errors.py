@@ -58,6 +58,8 @@ FAULTS_OF_PATHS = {
     errno.EISDIR: "Expected a file, and it is a folder; give another path.",
     errno.ENAMETOOLONG: "Give a shorter path.",
     errno.ELOOP: "Its links lead in a circle; give another path.",
+    errno.ENOTEMPTY: "It is there and not empty; another process may have made it meanwhile. Give a new folder.",
+    errno.EEXIST: "It is there already; another process may have made it meanwhile. Give another path.",
     errno.ESTALE: "The network drive has lost it; mount it anew.",
     errno.EMFILE: "Too many files are open; raise the limit (`ulimit -n`).",
     errno.ENFILE: "Too many files are open on this machine; end other programs.",
@@ -342,7 +344,8 @@ def _message_of_system(error: Exception) -> Optional[str]:
         return None
     if os.path.realpath(error.filename).startswith(tuple(sysconfig.get_paths().values())):
         return None  # a file of Python or of a package
-    return f"{os.fsdecode(error.filename)}: {error.strerror}. {FAULTS_OF_PATHS[error.errno]}"
+    path = os.fsdecode(error.filename2 or error.filename)  # of two, where something should have been moved to
+    return f"{path}: {error.strerror}. {FAULTS_OF_PATHS[error.errno]}"
 
 
 def _has_temporary_folder() -> bool:

@@ -102,16 +102,25 @@ def _check_own_operators(model: onnx.ModelProto) -> None:
 
 
 def _check_finite(model: onnx.ModelProto) -> None:
-    """Infinity is fine where it means "no limit" (Clip, masks); in weights it is not, and NaN is nowhere."""
+    """
+    Infinity is fine where it means "no limit" (Clip, masks); in weights it is not, and NaN is nowhere. Every constant
+    can be read.
+    """
     import onnx
     from onnx import numpy_helper
 
     floating = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE)
     learnt = learnt_tensors(model)
     for name, tensor in {tensor.name: tensor for tensor in constants(model).values()}.items():
+        try:
+            values = numpy_helper.to_array(tensor)
+        except Exception as error:  # of a wrong type, or of more or fewer bytes than its sizes say: no common base
+            raise ExportError(
+                f"the constant {name!r} {list(tensor.dims)} cannot be read ({error}); expected one value for each "
+                "place. The file is damaged: export the model again."
+            ) from error
         if tensor.data_type not in floating:
             continue
-        values = numpy_helper.to_array(tensor)
         wrong = ~np.isfinite(values) if name in learnt else np.isnan(values)
         if wrong.any():
             raise ExportError(

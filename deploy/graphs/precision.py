@@ -409,7 +409,8 @@ class _Rewriter:
         from onnx import numpy_helper
 
         values = numpy_helper.to_array(self.constants[name])
-        half = values.astype(np.float16)
+        with np.errstate(over="ignore"):  # beyond FP16 is infinity, which a mask or a limit may mean
+            half = values.astype(np.float16)
         if at_least:
             half = np.maximum(half, np.float16(at_least))  # TensorRT refuses a scale of 0
         half_name = f"{self.constants[name].name}_float16"  # one for all the names of a shared weight

@@ -113,6 +113,17 @@ def test_what_the_system_refuses_of_a_path_is_one_message(number: int, capsys: p
     assert "Traceback" not in message
 
 
+def test_of_two_paths_that_which_is_in_the_way_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "made").mkdir()
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "x").write_text("")
+    with pytest.raises(OSError) as refused:
+        os.replace(tmp_path / "made", tmp_path / "there")
+    status, message = _message(refused.value, capsys)
+    assert status == 2
+    assert message.startswith(f"error: {tmp_path / 'there'}: ")
+
+
 @pytest.mark.parametrize(
     "error",
     [

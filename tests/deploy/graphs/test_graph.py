@@ -126,6 +126,19 @@ def test_weights_that_are_no_numbers_are_refused(model, value):
         graph.check_graph(model)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.int64])
+def test_a_constant_with_more_bytes_than_its_sizes_say_is_refused(dtype):
+    kind = {np.float32: "float", np.int64: "int64"}[dtype]
+    text = f"""<ir_version: 8, opset_import: ["" : 17]> g ({kind}[1] x) => ({kind}[1] y) <{kind}[1] c = {{2}}>
+    {{ y = Mul (x, c) }}"""
+    model = parser.parse_model(text)
+    graph.check_graph(model)
+    model.graph.initializer[0].CopyFrom(numpy_helper.from_array(np.zeros(8, dtype), "c"))
+    model.graph.initializer[0].dims[:] = [1]
+    with pytest.raises(ExportError, match=r"the constant 'c' \[1\] cannot be read .*The file is damaged"):
+        graph.check_graph(model)
+
+
 def test_weights_are_looked_at_through_quantisers_and_identity():
     text = """<ir_version: 8, opset_import: ["" : 17]> g (float[1, 1, 2, 2] x) => (float[1, 1, 2, 2] y)
     <float[1, 1, 1, 1] w = {1}, float s = {0.5}, int8 z = {0}>
