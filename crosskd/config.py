@@ -202,7 +202,8 @@ def overrides_from_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
     Dotted key -> value of `--set`; a value that is no Python literal is a string.
 
     Raises:
-        ConfigError: a word without '=', or a key whose value the command line or the data give.
+        ConfigError: a word without '=', a key whose value the command line or the data give, or a value that is nested
+            too deeply.
     """
     overrides = {}
     for word in arguments.overrides:
@@ -212,8 +213,10 @@ def overrides_from_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
         check_given_key(key)
         try:
             overrides[key] = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError):
             overrides[key] = text
+        except (MemoryError, RecursionError) as error:
+            raise ConfigError(f"--set {key}=... has a value that is nested too deeply; expected a literal") from error
     return overrides
 
 

@@ -4,8 +4,8 @@ The structure that data of a file must have: one table of types for each kind of
 Our own, not jsonschema: a board has numpy alone, and a table says in a line what takes JSON Schema five. Its kinds:
 
 - `str`, `bool`, `int` (of 64 bits), `float` (a finite number, whole or not), `dict`, `list`, `object` (anything); None.
-- `[kind]`: a list of such. `{str: kind}`: an object with any names. `{"name": kind}`: an object with these keys; others
-  may be there. `(kind, other)`: one of them, most often `(kind, None)`.
+- `[kind]`: a list of such. `{"name": kind}`: an object with these keys; others may be there. `{str: kind}`: an object
+  with any names; both together: what the others are. `(kind, other)`: one of them, most often `(kind, None)`.
 - `Maybe`, `Number`, `Whole`, `Choice`, `Items`, `FileName`, `Matching`: as below.
 """
 
@@ -143,8 +143,9 @@ def _fault_of_choices(value: Any, kinds: Tuple[Any, ...], name: str) -> Optional
 def _fault_of_object(value: Any, kinds: Any, name: str) -> Optional[Fault]:
     if not isinstance(value, dict):
         return Fault(name, short(value), words_of(kinds))
-    named = dict.fromkeys(value, kinds[str]) if str in kinds else kinds
-    for key, kind in named.items():
+    named = {key: kind for key, kind in kinds.items() if key is not str}
+    others = dict.fromkeys(value, kinds[str]) if str in kinds else {}
+    for key, kind in {**others, **named}.items():
         inner = f"{name}.{_shown(key)}" if name else _shown(key)
         if key not in value:
             if not isinstance(kind, Maybe):

@@ -66,6 +66,7 @@ _COMMON: Dict[str, Any] = {
     "environment": {
         "cpu": _STRING_OR_NULL, "cores": (Whole(0), None), "os": _STRING_OR_NULL,
         "machine": Maybe(_STRING_OR_NULL), "gpu": Maybe(_STRING_OR_NULL), "nvpmodel": Maybe(_STRING_OR_NULL),
+        str: object,
     },
     "inputs": INPUTS,
     "command": [str],

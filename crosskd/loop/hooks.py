@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import random
 import re
@@ -24,7 +25,7 @@ from mmengine.model import is_model_wrapper
 from mmengine.registry import FUNCTIONS, HOOKS, MODELS
 from torch import nn
 
-from deploy.errors import CheckpointError, ConfigError, PipelineError, TrainingError
+from deploy.errors import CheckpointError, ConfigError, PipelineError, TrainingError, fault_of_storage
 from deploy.files import AnyPath, replacing
 
 
@@ -393,6 +394,7 @@ def errors_of_training(first_step: FirstStepHook, run_dir: Path, new_files: Sequ
         ConfigError: in place of what mmengine and mmdet raise of settings that they do not take.
         TrainingError: in place of what is raised after the first step: by a metric, a hook, a device without memory.
     """
+    logging.raiseExceptions = False  # of a log on a full disk: the first that else cannot be written is one message
     try:
         yield
     except BaseException as error:
@@ -401,6 +403,11 @@ def errors_of_training(first_step: FirstStepHook, run_dir: Path, new_files: Sequ
                 path.unlink(missing_ok=True)
         if isinstance(error, PipelineError) or not isinstance(error, Exception):
             raise
+        fault = fault_of_storage(error)
+        if fault is not None:
+            raise TrainingError(
+                f"cannot write into {run_dir}: {fault} --resume goes on from the last checkpoint"
+            ) from error
         MMLogger.get_current_instance().info("the training ends by an error", exc_info=True)
         lines = [line for line in str(error.args[0] if error.args else error).splitlines() if line.strip()] or [""]
         words = lines[-1 if "Traceback" in lines[0] or "worker process" in lines[0] else 0]

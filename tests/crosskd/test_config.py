@@ -175,6 +175,9 @@ def test_override_words() -> None:
         return overrides_from_arguments(parser.parse_args(["--set", *words]))
 
     assert overrides("a.b=3", "c=x=y", "d=[1, 2]", "e=") == {"a.b": 3, "c": "x=y", "d": [1, 2], "e": ""}
+    assert overrides("a={[]: 1}") == {"a": "{[]: 1}"}
+    with pytest.raises(ConfigError, match=r"--set a=\.\.\. has a value that is nested too deeply"):
+        overrides(f"a={'-' * 100_000}1")
     with pytest.raises(ConfigError, match="--set a: expected KEY=VALUE"):
         overrides("a")
 

@@ -102,8 +102,8 @@ def test_load_from_is_what_a_training_starts_with_and_the_sidecar_names_it(
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        (["optim_wrapper.optimizer.lrr=0.1"], "optim_wrapper.optimizer is SGD, which has no lrr; it takes lr, "),
-        (["optim_wrapper.optimizer.type=Adam"],
+        (["optim_wrapper.optimizer.lrr=0.1"], "optim_wrapper.optimizer is AdamW, which has no lrr; it takes lr, "),
+        (["optim_wrapper.optimizer.type=Adam", "optim_wrapper.optimizer.momentum=0.9"],
          r"is Adam, which has no momentum; it takes lr, betas, .*_delete_=True, type='Adam', lr=0.0"),
         (["model.neck.in_channels=[8, 16, 32, 72]"], "cannot take its first step: RuntimeError: .*72"),
         (["model.backbone.init_cfg={'_delete_': True, 'type': 'Pretrained', 'checkpoint': '/nowhere/r18.pth'}"],

@@ -47,6 +47,9 @@ def deep(levels):
         ({"a": {"b": "\ud800"}}, {"a": dict}, "a", "an object"),
         ({"a": deep(60)}, {"a": list}, "a", "a list"),
         ({"a": "x"}, {"a": Maybe(int)}, "a", "a whole number"),
+        ({"a": 1, "b": float("-inf")}, {"a": int, str: object}, "b", "a value of few levels"),
+        ({"a": "x", "b": None}, {"a": int, str: object}, "a", "a whole number"),
+        ({"b": None}, {"a": int, str: object}, "a", "a whole number"),
         ([], {"a": int}, "", "an object with a"),
         ({"a\nb": 1}, {str: str}, r"'a\nb'", "a string"),
     ],
@@ -62,6 +65,7 @@ def test_what_does_not_fit_is_named(value, kind, name, expected):
     [
         ({"a": 1, "more": deep(900)}, {"a": float}),
         ({}, {"a": Maybe(str)}),
+        ({"a": 1, "b": {"c": [None]}}, {"a": int, str: object}),
         ({"a": None, "b": [1, 2.5]}, {"a": ([int], None), "b": Items(float, 2, 2)}),
         ({"x": {"y": ["z", None]}}, {str: dict}),
         ({"f": "weights.pth"}, {"f": FileName()}),
