@@ -16,14 +16,14 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, Iterator, List, Optional
 
 from benchmarks.measuring.environment import read_environment
 from deploy.contract import package_versions
 from deploy.files import write_json
 from tests.faults import conditions, inputs
 from tests.faults.campaign import Summary, counts_of_faults, fuzzed, make_bench
-from tests.faults.kills import Job, killed_jobs, make_work
+from tests.faults.kills import Chain, Job, killed_jobs, make_work
 
 PER_CHAIN = 10
 """Kills of a job before it is let through."""
@@ -55,14 +55,14 @@ def main(argv: Optional[List[str]] = None) -> int:
     with tempfile.TemporaryDirectory(prefix="faults.") as folder:
         for part, run in PARTS.items():
             if arguments.only in (None, part):
-                start = time.monotonic()
-                document = run(Path(folder), arguments)
-                document.update(
-                    command=words, seed=arguments.seed, elapsed_s=round(time.monotonic() - start), **where()
-                )
-                write_json(arguments.output / f"{part}.json", document)
-                print(f"{part}: {document['sentence']}", flush=True)
-                found += document["faults"]
+                start, found_here = time.monotonic(), 0
+                for document in run(Path(folder), arguments):  # what there is so far
+                    elapsed_s = round(time.monotonic() - start)
+                    document.update(command=words, seed=arguments.seed, elapsed_s=elapsed_s, **where())
+                    write_json(arguments.output / f"{part}.json", document)
+                    found_here = document["faults"]
+                    print(f"{part}: {document['sentence']}, {elapsed_s} s", flush=True)
+                found += found_here
     return 1 if found else 0
 
 
@@ -73,8 +73,8 @@ def where() -> Dict[str, Any]:
     return {"versions": package_versions(), "environment": {key: environment[key] for key in told}}
 
 
-def fuzz_all(folder: Path, arguments: argparse.Namespace) -> Dict[str, Any]:
-    """Takes damaged inputs of every kind, and prints a line for each."""
+def fuzz_all(folder: Path, arguments: argparse.Namespace) -> Iterator[Dict[str, Any]]:
+    """Takes damaged inputs of every kind."""
     bench = folder / "bench"
     make_bench(bench)
     shutil.copytree(bench, bench.with_name(f"{bench.name}.kept"))
@@ -86,57 +86,51 @@ def fuzz_all(folder: Path, arguments: argparse.Namespace) -> Dict[str, Any]:
             print(f"{kind.name}: left out, since {', '.join(kind.needs)} are not installed")
     summaries: List[Summary] = []
     for kind in here:
-        start = time.monotonic()
         summaries.append(fuzzed(bench, kind, arguments.seed, -(-arguments.inputs // len(here)), arguments.first))
-        summary = summaries[-1]
-        print(
-            f"{kind.name}: {summary.inputs} inputs, {summary.readings} readings, {summary.refused} refused, "
-            f"{counts_of_faults([summary]) or 'no faults'}, {time.monotonic() - start:.0f} s",
-            flush=True,
-        )
-    total = sum(summary.inputs for summary in summaries)
-    return {
-        "faults": sum(len(summary.faults) for summary in summaries),
-        "sentence": f"{total} damaged inputs, {counts_of_faults(summaries) or 'no faults'}",
-        "kinds": [dataclasses.asdict(summary) for summary in summaries],
-    }
+        total = sum(summary.inputs for summary in summaries)
+        yield {
+            "faults": sum(len(summary.faults) for summary in summaries),
+            "sentence": f"{kind.name}; so far {total} damaged inputs, {counts_of_faults(summaries) or 'no faults'}",
+            "kinds": [dataclasses.asdict(summary) for summary in summaries],
+        }
 
 
-def kill_all_over(folder: Path, arguments: argparse.Namespace) -> Dict[str, Any]:
+def kill_all_over(folder: Path, arguments: argparse.Namespace) -> Iterator[Dict[str, Any]]:
     """Kills the whole job again and again."""
-    chains = killed_jobs(folder / "job", arguments.seed, arguments.kills, PER_CHAIN)
-    kills = [kill for chain in chains for kill in chain.kills]
-    survived = sum(not kill.fault and not chains[kill.chain].fault for kill in kills)
-    return {
-        "faults": len(kills) - survived,
-        "sentence": f"{survived} of {len(kills)} kills survived, in {len(chains)} jobs",
-        "kills": [dataclasses.asdict(kill) for kill in kills],
-        "ends": [chain.fault for chain in chains],
-    }
+    chains: List[Chain] = []
+    for chain in killed_jobs(folder / "job", arguments.seed, arguments.kills, PER_CHAIN):
+        chains.append(chain)
+        kills = [kill for one in chains for kill in one.kills]
+        survived = sum(not kill.fault and not chains[kill.chain].fault for kill in kills)
+        yield {
+            "faults": len(kills) - survived,
+            "sentence": f"{survived} of {len(kills)} kills survived, in {len(chains)} jobs",
+            "kills": [dataclasses.asdict(kill) for kill in kills],
+            "ends": [one.fault for one in chains],
+        }
 
 
-def try_conditions(folder: Path, arguments: argparse.Namespace) -> Dict[str, Any]:
+def try_conditions(folder: Path, arguments: argparse.Namespace) -> Iterator[Dict[str, Any]]:
     """Full disks, signals, outputs that nobody reads, devices, two at once."""
     bench, job = folder / "conditions", folder / "job"
     make_bench(bench)
-    found = conditions.trials(bench, conditions.COMMANDS, arguments.seed, arguments.signals)
-    if any(kind.needs and inputs.has_packages(kind) for kind in inputs.kinds()):
-        if not job.exists():
+    found: List[conditions.Trial] = []
+    for place, commands in ((bench, conditions.COMMANDS), (job, conditions.TRAINING)):
+        if place == job and not job.exists():
             make_work(job)
             Job(job, "undisturbed").run()
-        found += conditions.trials(job, conditions.TRAINING, arguments.seed, arguments.signals)
-    faults = [trial for trial in found if trial.fault]
-    for trial in faults:
-        print(f"{trial.condition}, {trial.command}: {trial.fault}")
-    return {
-        "faults": len(faults),
-        "sentence": f"{len(found)} trials of {len({trial.command for trial in found})} commands, {len(faults)} faults",
-        "trials": [dataclasses.asdict(trial) for trial in found],
-    }
+        found += conditions.trials(place, commands, arguments.seed, arguments.signals)
+        faults = [trial for trial in found if trial.fault]
+        yield {
+            "faults": len(faults),
+            "sentence": f"{len(found)} trials of {len({trial.command for trial in found})} commands, "
+            f"{len(faults)} faults",
+            "trials": [dataclasses.asdict(trial) for trial in found],
+        }
 
 
 PARTS = {"inputs": fuzz_all, "kills": kill_all_over, "conditions": try_conditions}
-"""Part -> what runs it in a folder of its own and returns its record."""
+"""Part -> what runs it in a folder, and yields its record as it grows."""
 
 if __name__ == "__main__":
     sys.exit(main())

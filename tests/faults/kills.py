@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 from tests.faults.fuzz import ROOT
 from tests.faults.hook.sitecustomize import kill_all
@@ -164,7 +164,7 @@ def fault_at_end(folder: Path, expected: Dict[str, str], status: int, output: st
     return f"left behind: {', '.join(left)}" if left else ""
 
 
-def killed_jobs(work: Path, seed: int, kills: int, per_chain: int, tell: Any = print) -> List[Chain]:
+def killed_jobs(work: Path, seed: int, kills: int, per_chain: int, tell: Any = print) -> Iterator[Chain]:
     """
     Chains of so many kills together, each of a job in a new folder.
 
@@ -178,12 +178,11 @@ def killed_jobs(work: Path, seed: int, kills: int, per_chain: int, tell: Any = p
     if status not in (0, 1) or "" in expected.values():
         raise RuntimeError(f"the job fails undisturbed, with {status}:\n{output[-4000:]}")
     tell(f"undisturbed: {events} events of writing")
-    chains: List[Chain] = []
-    left = kills
-    while left > 0:
-        chains.append(_chain(work, seed, len(chains), min(left, per_chain), events, expected, tell))
-        left -= len(chains[-1].kills)
-    return chains
+    number = 0
+    while kills > 0:
+        chain = _chain(work, seed, number, min(kills, per_chain), events, expected, tell)
+        yield chain
+        number, kills = number + 1, kills - max(1, len(chain.kills))
 
 
 def _chain(work: Path, seed: int, number: int, most: int, events: int, expected: Dict[str, str], tell: Any) -> Chain:
