@@ -95,8 +95,8 @@ def check_resumed(record: dict[str, Any], run_dir: Path) -> None:
             f"the run in {run_dir} was started with the classes {started['class_names']}, the data have "
             f"{record['class_names']}. {advice}"
         )
-    for split, before in started["annotations"].items():
-        now = record["annotations"][split]
+    for split in ("train", "val"):
+        before, now = started["annotations"][split], record["annotations"][split]
         if now != before:
             raise ConfigError(
                 f"the run in {run_dir} was started with other {split} data ({before['images']} images, "

@@ -298,7 +298,7 @@ def _is_line_until(line: str, iteration: int) -> bool:
     """Whether a line is whole, a killed run may leave half of one, and not of steps that a resumed run repeats."""
     try:
         return json.loads(line)["iter"] <= iteration
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return False
 
 

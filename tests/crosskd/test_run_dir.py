@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from crosskd.run_dir import load_run
-from deploy.errors import CheckpointError, ContractError
+from crosskd.run_dir import RECORD, check_resumed, load_run
+from deploy.errors import CheckpointError, ConfigError, ContractError
+from deploy.files import write_json
 
 
 def test_a_finished_run_is_read_back(student_run: Path) -> None:
@@ -34,3 +35,16 @@ def test_a_changed_or_unfinished_run_is_refused(student_run: Path, tmp_path: Pat
     (run_dir / "student.pth").unlink()
     with pytest.raises(ContractError, match=r"student\.pth and detector\.pth; expected one"):
         load_run(run_dir)
+
+
+def test_the_start_of_a_run_is_compared_by_what_it_must_have(tmp_path: Path) -> None:
+    split = {"images": 1, "boxes": 2, "sha256": "0"}
+    record = {"class_names": ["a"], "annotations": {"train": split, "val": split}, "inputs": {}, "settings": {"x": 1}}
+    write_json(tmp_path / RECORD, {**record, "annotations": {**record["annotations"], "more": split}})
+    check_resumed(record, tmp_path)
+    write_json(tmp_path / RECORD, {**record, "annotations": {"train": split}})
+    with pytest.raises(ConfigError, match=r"annotations\.val is missing"):
+        check_resumed(record, tmp_path)
+    write_json(tmp_path / RECORD, {**record, "settings": {"x": "y" * 1000}})
+    with pytest.raises(ConfigError, match=r"another setting: x was 'yyy.*\.\.\., now it is 1"):
+        check_resumed(record, tmp_path)

@@ -153,6 +153,8 @@ def test_the_log_has_a_line_per_interval_and_goes_on_where_the_checkpoint_is(tmp
     steps(5, 8)
     assert len(lines()) == 5
     runner.iter = 5
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write("[" * 100_000 + '\n[1]\n{"iter": "5"}\n{"iter": 5, "ki')  # damaged, or of a run that was killed
     hook.before_train(runner)  # resumed from the checkpoint of the first epoch
     assert lines() == before
 
