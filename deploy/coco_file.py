@@ -428,7 +428,7 @@ def _bad_boxes(
         fits = (boxes[:, :2] + boxes[:, 2:] <= swapped + 1).all(axis=1)
         if fits[known & numeric].mean() > 1 - SHARE_OF_BAD_BOXES:
             hint += ". Width and height of the images look exchanged"
-    form = "four finite numbers [x, y, width, height], in pixels"
+    form = f"four finite numbers [x, y, width, height], in pixels, none above {FURTHEST_PX:.0e}"
     if any(not entries[row].get("bbox") and entries[row].get("segmentation") for row in np.flatnonzero(~numeric)):
         form += f". Some have a segmentation in its place: {COMMAND} makes boxes of polygons"
     for code, chosen, what, expected in (

@@ -25,7 +25,7 @@ DEEPEST = 50
 """Levels of lists and objects in what has no table of its own; our files have five."""
 _WORDS = {
     str: "a string", bool: "true or false", int: "a whole number", float: "a number", dict: "an object",
-    list: "a list", object: "a value of few levels", None: "null",
+    list: "a list", object: "a value of few levels and finite numbers", None: "null",
 }  # fmt: skip
 
 

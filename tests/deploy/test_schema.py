@@ -47,7 +47,7 @@ def deep(levels):
         ({"a": {"b": "\ud800"}}, {"a": dict}, "a", "an object"),
         ({"a": deep(60)}, {"a": list}, "a", "a list"),
         ({"a": "x"}, {"a": Maybe(int)}, "a", "a whole number"),
-        ({"a": 1, "b": float("-inf")}, {"a": int, str: object}, "b", "a value of few levels"),
+        ({"a": 1, "b": float("-inf")}, {"a": int, str: object}, "b", "a value of few levels and finite numbers"),
         ({"a": "x", "b": None}, {"a": int, str: object}, "a", "a whole number"),
         ({"b": None}, {"a": int, str: object}, "a", "a whole number"),
         ([], {"a": int}, "", "an object with a"),
