@@ -9,6 +9,7 @@ lines that follow its own:
 - quantizer: all that decides how a model is quantised
 - correction, blocks: biases; convolutions that belong together
 - qdq, collect, float_model: the Q/DQ pairs written; statistics over images; the float model read and checked
+- affine: affine nodes folded into convolutions
 - placement, ranges, images, measure: where pairs go; range methods; the choice of images; AP and error of a model
 - activation_statistics, messages: histograms and their file; what commands tell people
 """

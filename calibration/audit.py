@@ -4,17 +4,22 @@ What a quantised graph really does: each convolution in INT8, weight-only or flo
     python -m calibration.audit student.int8.onnx
     python -m calibration.audit student.int8.onnx --json
 
-Reads any ONNX file with Q/DQ pairs, whoever wrote it; needs onnx. A convolution is
+Reads any ONNX file with Q/DQ pairs, whoever wrote it; needs onnx, and onnxruntime for files of that target. A
+convolution is
 
 - INT8 where both its input and its weight come from a DequantizeLinear (the input also through operators that only
   choose or move values, past which runtimes move the pair: MaxPool, nearest Resize, Reshape, Transpose, Slice, Split);
 - weight-only where only the weight does: it is computed in float from rounded weights, accuracy lost and no time won;
 - float otherwise.
 
+A file for ONNX Runtime is also compared, node by node, with what that really runs: its optimised graph. A convolution
+that has its pairs and runs in float there counts as float, and is a fault.
+
 Beside them: norms between INT8 convolutions, each of which costs a way to float and back; the input scales of the
 convolutions that share a weight, level by level; the share of multiplications that is done in INT8.
 
-Exit status 1 where something is wrong: weight-only convolutions, final predictions in INT8 or rounded after it.
+Exit status 1 where something is wrong: weight-only convolutions, final predictions in INT8 or rounded after it,
+convolutions that ONNX Runtime runs in float in spite of their pairs.
 """
 
 from __future__ import annotations
@@ -25,6 +30,7 @@ import dataclasses
 import json
 import math
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, Iterable, List, Mapping, Optional, Set, Tuple
 
@@ -48,6 +54,8 @@ if TYPE_CHECKING:
 NORMS = ("InstanceNormalization", "GroupNormalization", "LayerNormalization")
 PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 """The operators whose multiplications are counted."""
+FLOAT_OPERATORS = ("Conv", "FusedConv")
+"""Of ONNX Runtime, for convolutions in float."""
 INT8, WEIGHT_ONLY, FLOAT = "INT8", "weight-only", "float"
 
 
@@ -83,6 +91,8 @@ class Audit:
     """`norm`, and one INT8 convolution `before` and one `after` it."""
     shared_weights: Dict[str, List[Tuple[str, float]]]
     """Weight of several INT8 convolutions -> (convolution, scale of its input), in the order of the graph."""
+    runtime: Optional[str] = None
+    """Whose optimised graph the states were compared with; None: they were not."""
 
     @property
     def faults(self) -> List[str]:
@@ -140,12 +150,42 @@ class _Tables:
         return convolutions
 
 
-def audit(model: onnx.ModelProto, details: Optional[Mapping[str, Any]] = None) -> Audit:
+def operators_of_onnxruntime(model: onnx.ModelProto) -> Dict[str, str]:
+    """
+    Node name -> operator, of the graph that ONNX Runtime makes of a model before it runs it on the CPU.
+
+    Raises:
+        CalibrationError: it cannot run it.
+    """
+    import onnx
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    # The level above only changes the layout of data, and the nodes' names with it.
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    with tempfile.TemporaryDirectory() as folder:
+        options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
+        try:
+            onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime raises a dozen types, none of them documented
+            raise CalibrationError(f"ONNX Runtime, for which the file was made, cannot run it: {error}") from error
+        optimized = onnx.load(options.optimized_model_filepath)
+    return {node.name: node.op_type for node in optimized.graph.node}
+
+
+def audit(
+    model: onnx.ModelProto,
+    details: Optional[Mapping[str, Any]] = None,
+    run_as: Optional[Mapping[str, str]] = None,
+    runtime: Optional[str] = None,
+) -> Audit:
     """
     What the quantised model does.
 
     Args:
         details: of the model's sidecar, which says why convolutions are in float.
+        run_as: as `operators_of_onnxruntime`, to compare with. runtime: its name and version.
 
     Raises:
         ExportError: it has control flow.
@@ -162,7 +202,9 @@ def audit(model: onnx.ModelProto, details: Optional[Mapping[str, Any]] = None) -
         raise CalibrationError("the graph has no DequantizeLinear; expected a quantised model, of calibration.quantize")
     tables = _Tables(model)
     convolutions = {
-        node.output[0]: _convolution(tables, node, details or {}) for node in tables.nodes if node.op_type == "Conv"
+        node.output[0]: _as_run(_convolution(tables, node, details or {}), run_as or {}, runtime)
+        for node in tables.nodes
+        if node.op_type == "Conv"
     }
     shared: Dict[str, List[Tuple[str, float]]] = {}
     for entry in convolutions.values():
@@ -173,7 +215,19 @@ def audit(model: onnx.ModelProto, details: Optional[Mapping[str, Any]] = None) -
         _int8_share(tables, convolutions),
         _norm_sandwiches(tables, convolutions),
         {weight: levels for weight, levels in shared.items() if len(levels) > 1},
+        runtime,
     )
+
+
+def _as_run(entry: Convolution, run_as: Mapping[str, str], runtime: Optional[str]) -> Convolution:
+    """The convolution in the state in which the runtime has it."""
+    operator = run_as.get(entry.name)
+    if entry.state != INT8 or operator not in FLOAT_OPERATORS:
+        return entry
+    why = f"{runtime} runs it in float, as {operator}, in spite of its pairs"
+    fault = entry.fault or f"{why}: accuracy lost and no time won; leave them out, with --keep-float {entry.name}"
+    code = FloatReason.RUNTIME.code
+    return dataclasses.replace(entry, state=FLOAT, why=why, code=code, input_scale=None, fault=fault)
 
 
 def _convolution(tables: _Tables, node: onnx.NodeProto, details: Mapping[str, Any]) -> Convolution:
@@ -294,6 +348,8 @@ def table_from_audit(result: Audit) -> str:
         lines.append(
             "the share of multiplications in INT8 is not known: onnx cannot infer all shapes (onnxslim may help)"
         )
+    if result.runtime:
+        lines.append(f"compared with what {result.runtime} runs, node by node")
     for weight, levels in result.shared_weights.items():
         scales = ", ".join(f"{scale:.4g}" for _, scale in levels)
         lines.append(f"weight {weight} at {len(levels)} levels, input scales {scales}")
@@ -319,7 +375,16 @@ def main(argv: Optional[List[str]] = None) -> int:
     details: Dict[str, Any] = {}
     if sidecar_path(Path(arguments.model)).is_file():  # who else wrote the file need not have left one
         details = read_sidecar(arguments.model).get("details", {})
-    result = audit(model, details)
+    run_as, runtime = None, None
+    if details.get("target") == "onnxruntime":
+        try:
+            import onnxruntime
+
+            runtime = f"ONNX Runtime {onnxruntime.__version__}"
+            run_as = operators_of_onnxruntime(model)
+        except ImportError:
+            print("note: onnxruntime is not installed: what it runs is not compared", file=sys.stderr)
+    result = audit(model, details, run_as, runtime)
     if arguments.json:
         print(json.dumps({**dataclasses.asdict(result), "faults": result.faults}, indent=1))
     else:

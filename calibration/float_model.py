@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Sequence, Tuple
+import sys
+from typing import TYPE_CHECKING, Sequence, Tuple
 
+from calibration.affine import fold_affine
 from calibration.placement import INTEGER_PRODUCTS, FloatGraph, node_name
 from deploy.contract import ModelContract, load_contract
 from deploy.errors import CalibrationError
 from deploy.files import AnyPath
 from deploy.graphs.graph import check_graph, check_static, load_onnx
+
+if TYPE_CHECKING:
+    import onnx
 
 SMALLEST_OPSET = 13
 """The first in which QuantizeLinear has an axis."""
@@ -17,7 +22,7 @@ QUANTIZING_OPS = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear",
 
 def read_model(path: AnyPath, keep_float: Sequence[str]) -> Tuple[FloatGraph, ModelContract]:
     """
-    The float model and its contract, checked.
+    The float model and its contract, checked; what is affine beside its convolutions is folded, and said to be.
 
     Raises:
         ContractError: the file does not match its sidecar or cannot be read.
@@ -29,19 +34,28 @@ def read_model(path: AnyPath, keep_float: Sequence[str]) -> Tuple[FloatGraph, Mo
     model = load_onnx(path)
     check_graph(model)
     check_static(model, dynamic_batch=contract.input_shape[0] == -1, dynamic_outputs=contract.outputs == "nms")
+    check_not_quantized(model)
+    folded = fold_affine(model)
+    if folded:
+        print(f"note: {folded}", file=sys.stderr)
     graph = FloatGraph(model, keep_float)
     check_quantizable(graph)
     return graph, contract
 
 
-def check_quantizable(graph: FloatGraph) -> None:
-    """
-    Raises CalibrationError if the model is quantised already, of too old an opset, has batch normalisations to fold, or
-    has no convolution to quantise.
-    """
-    done = sorted({node.op_type for node in graph.nodes}.intersection(QUANTIZING_OPS))
+def check_not_quantized(model: onnx.ModelProto) -> None:
+    """Raises CalibrationError if the model is quantised already."""
+    done = sorted({node.op_type for node in model.graph.node}.intersection(QUANTIZING_OPS))
     if done:
         raise CalibrationError(f"the model is quantised already: it has {done}; expected the float model")
+
+
+def check_quantizable(graph: FloatGraph) -> None:
+    """
+    Raises CalibrationError if the model is quantised already, of too old an opset, has batch normalisations that could
+    not be folded, or has no convolution to quantise.
+    """
+    check_not_quantized(graph.model)
     opset = next((entry.version for entry in graph.model.opset_import if entry.domain in ("", "ai.onnx")), 0)
     if opset < SMALLEST_OPSET:
         raise CalibrationError(

@@ -13,7 +13,8 @@ float: rounding there shrinks scores and moves boxes. Where the pairs go depends
   itself move the pair.
   https://docs.nvidia.com/deeplearning/tensorrt/latest/inference-library/work-quantized-types.html
 - `onnxruntime` (unsigned activations, signed weights): ONNX Runtime's integer kernels want integers in and out, so
-  also on the output of each convolution, after the ReLU that it fuses with. An operator of INTEGER_OPS gets one on its
+  also on the output of each convolution, after the ReLU that it fuses with (a Clip from 0 on, too; one that saturates
+  elsewhere runs in float between two pairs). An operator of INTEGER_OPS gets one on its
   output where all of its inputs are integers and some convolution reads what comes of it; one that only chooses or
   moves values has a pair on both sides, of one scale. What has no integer kernel (bilinear Resize, HardSwish,
   HardSigmoid) runs in float between the pairs of its neighbours.
@@ -106,7 +107,16 @@ class FloatGraph:
     def activation(self, node: onnx.NodeProto) -> str:
         """The output of a node, after the ReLU or Clip that a runtime fuses with it."""
         readers = self.readers(node.output[0])
-        return readers[0].output[0] if len(readers) == 1 and readers[0].op_type in ("Relu", "Clip") else node.output[0]
+        return readers[0].output[0] if len(readers) == 1 and self._is_relu_like(readers[0]) else node.output[0]
+
+    def _is_relu_like(self, node: onnx.NodeProto) -> bool:
+        """Whether it cuts at 0, so that values in uint8 need no cutting; a Clip that saturates elsewhere does."""
+        from onnx import numpy_helper
+
+        if node.op_type != "Clip":
+            return bool(node.op_type == "Relu")
+        lowest = self.constants.get(node.input[1]) if len(node.input) > 1 else None
+        return lowest is not None and float(numpy_helper.to_array(lowest)) == 0
 
 
 def node_name(node: onnx.NodeProto) -> str:

@@ -113,6 +113,7 @@ class FloatReason(enum.Enum):
     ASKED = "asked", "kept in float as asked"
     AP_BUDGET = "ap_budget", "kept in float for the AP budget"
     NO_PAIR = "no_pair", "its weight has no pair"
+    RUNTIME = "runtime", "the runtime computes it in float"
     DEPTHWISE = "depthwise", "depthwise and not before a ReLU, for which TensorRT 8 has no INT8 kernel"
 
     def __init__(self, code: str, text: str) -> None:

@@ -7,7 +7,7 @@ import onnx
 import pytest
 from onnx import numpy_helper, parser
 
-from calibration.audit import FLOAT, INT8, WEIGHT_ONLY, audit, main, table_from_audit
+from calibration.audit import FLOAT, INT8, WEIGHT_ONLY, audit, main, operators_of_onnxruntime, table_from_audit
 from deploy.contract import sidecar_path, write_sidecar
 from deploy.errors import CalibrationError
 from deploy.graphs.graph import initializers
@@ -50,6 +50,30 @@ def test_our_own_models_have_no_fault(quantized):
     }
     assert {entry.code for entry in result.convolutions if entry.state == INT8} == {""}
     assert len(found) == 14
+
+
+def test_what_onnxruntime_runs_in_float_in_spite_of_pairs_is_a_fault(for_onnxruntime, tmp_path, capsys):
+    """Of our own models nothing; where a node that has no integer kernel stands before a pair, the convolution."""
+    path = tmp_path / "x.int8.onnx"
+    write_details = lambda: write_sidecar(path, {}, None, {"target": "onnxruntime"})  # noqa: E731
+    onnx.save(for_onnxruntime, path)
+    write_details()
+    assert main([str(path)]) == 0
+    assert "compared with what ONNX Runtime " in capsys.readouterr().out
+    assert set(operators_of_onnxruntime(for_onnxruntime).values()) >= {"QLinearConv", "QLinearAdd"}
+
+    model = onnx.ModelProto()
+    model.CopyFrom(for_onnxruntime)
+    node = next(node for node in model.graph.node if node.op_type == "Relu" and node.output[0] == "plain1_relu")
+    node.op_type = "HardSwish"
+    onnx.save(model, path)
+    write_details()
+    assert main([str(path), "--json"]) == 1
+    printed = capsys.readouterr()
+    entry = next(one for one in json.loads(printed.out)["convolutions"] if one["name"] == "node_plain1")
+    assert (entry["state"], entry["code"]) == (FLOAT, "runtime")
+    assert "node_plain1: ONNX Runtime" in printed.err
+    assert "runs it in float, as Conv, in spite of its pairs" in printed.err
 
 
 def test_share_of_multiplications(detector, quantized):

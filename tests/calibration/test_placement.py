@@ -175,11 +175,12 @@ def with_weights(text):
     return model
 
 
-def quantize_alone(model, place, target):
-    """The model in INT8, every range -4 to 4: more than enough for where the pairs go."""
+def quantize_alone(model, place, target, **ranges):
+    """The model in INT8, ranges -4 to 4 where no others are given: more than enough for where the pairs go."""
     graph = FloatGraph(model)
     placement = place(graph)
-    quantized = quantize_graph(graph, placement, dict.fromkeys(placement.pairs.values(), (-4.0, 4.0)), target)
+    ranges = {**dict.fromkeys(placement.pairs.values(), (-4.0, 4.0)), **ranges}
+    quantized = quantize_graph(graph, placement, ranges, target)
     check_graph(quantized)
     return quantized, placement
 
@@ -187,6 +188,34 @@ def quantize_alone(model, place, target):
 def test_tensorrt_gets_pairs_right_before_convolutions_of_a_channel_shuffle():
     quantized, _ = quantize_alone(with_weights(SHUFFLE), place_for_tensorrt, "tensorrt")
     assert activation_pairs(quantized) == {"x": ["a"], "right": ["c"], "shuffled": ["h"]}
+
+
+@pytest.mark.parametrize(
+    ("bounds", "is_relu_like"),
+    [("zero, six", True), ("zero", True), ("minus, six", False), ("half, six", False), ('"", six', False)],
+)
+def test_onnxruntime_runs_convolutions_before_any_clip_in_integers(tmp_path, bounds, is_relu_like):
+    """One that saturates elsewhere than at 0 is no part of the convolution: it runs between two pairs."""
+    model = with_weights(
+        f"""
+        <ir_version: 8, opset_import: ["" : 17]>
+        g (float[1, 4, 8, 8] x) => (float[1, 4, 8, 8] y)
+        <float[4, 4, 1, 1] w, float zero = {{0}}, float six = {{6}}, float minus = {{-1}}, float half = {{0.5}}>
+        {{
+            a = Conv (x, w)
+            b = Clip ({bounds})
+            c = Conv (b, w)
+            y = Conv (c, w)
+        }}
+    """.replace("Clip (", "Clip (a, ")
+    )
+    of_clip = (0.0, 4.0) if is_relu_like else (-1.0, 4.0)
+    quantized, placement = quantize_alone(model, place_for_onnxruntime, "onnxruntime", b=of_clip)
+    assert ("a" in placement.pairs) is not is_relu_like
+    assert {"x", "b", "c"} <= set(placement.pairs)
+    counts = optimized(quantized, tmp_path)
+    assert counts["QLinearConv"] == 2
+    assert counts["Conv"] + counts["FusedConv"] == 1
 
 
 def test_onnxruntime_runs_a_channel_shuffle_in_integers(tmp_path):
