@@ -2,6 +2,10 @@
 Command: result files -> one report with a verdict, as HTML, Markdown and JSON.
 
     python -m benchmarks.report *.result.json -o report.html --max-ap-drop 1.5 --max-latency-ms 40
+    python -m benchmarks.report student.fleet/*/*.result.json -o fleet.html --limits limits.toml
+
+Results of boards, in a folder for each as benchmarks.fleet leaves them, become one page with a verdict for each board;
+roll out only where all boards do.
 
 It measures nothing: the same result files give the same report. Exit status 0: roll out, or no limits were given;
 1: do not roll out, or it cannot be told; 2: bad input. Needs jinja2, and the detections beside the accuracy results;
@@ -13,7 +17,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from benchmarks.measuring.power import check_power_is_told
 from benchmarks.measuring.result import read_result
@@ -22,6 +26,7 @@ from benchmarks.reporting.changes import changes_from_reports, read_report
 from benchmarks.reporting.document import (
     REPORT_VERSION,
     SHIPPED_FORMS,
+    ReadResult,
     detections_of_roles,
     group_results,
     report_from_results,
@@ -29,9 +34,16 @@ from benchmarks.reporting.document import (
     teacher_of_accuracy,
 )
 from benchmarks.reporting.figures import distribution_from_samples
+from benchmarks.reporting.fleet import failures_from_files, fleet_report, results_by_board
 from benchmarks.reporting.int8_budget import read_int8_budget
 from benchmarks.reporting.junit import junit_from_limits
-from benchmarks.reporting.page import curves_from_groups, gallery_from_report, plot_from_report, render
+from benchmarks.reporting.page import (
+    curves_from_groups,
+    gallery_from_report,
+    plot_from_report,
+    render,
+    render_fleet,
+)
 from benchmarks.reporting.verdict import LIMITS, check_limits, limits_from_file
 from deploy.contract import sealed
 from deploy.errors import ConfigError, command
@@ -136,6 +148,36 @@ def main(argv: Optional[List[str]] = None) -> int:
         check_writable(arguments.junit)
     old = read_report(arguments.against, REPORT_VERSION) if arguments.against is not None else None
     read = [(path, read_result(path)) for path in arguments.results]
+    failures = failures_from_files(arguments.results)
+    boards = results_by_board(read, failures)
+    if boards is None:
+        report, page, text, limits = _of_one_machine(arguments, read, allowed, old)
+    elif old is not None or arguments.int8_budget is not None:
+        flag = "--int8-budget" if old is None else "--against"
+        raise ConfigError(f"{flag} is for the report of one machine, but these results are of boards; leave it out")
+    else:
+        report = fleet_report(arguments.results, boards, failures, arguments.ship, allowed)
+        page, text = (render_fleet(report, f"fleet.{suffix}.jinja") for suffix in ("html", "md"))
+        limits = {f"{entry['ship'] or 'what ships'} on {entry['board']}": entry["limits"] for entry in report["boards"]}
+    for path, content in ((html, page), (markdown, text)):
+        with replacing(path) as temporary:
+            temporary.write_text(content, encoding="utf-8", errors="backslashreplace")  # a path that is no text
+    write_json(document, sealed(report))
+    if arguments.junit is not None:
+        with replacing(arguments.junit) as temporary:
+            temporary.write_text(junit_from_limits(limits), encoding="utf-8")
+    print(report["verdict"]["sentence"])
+    print(f"report: {html}, {markdown.name}, {document.name}")
+    return 1 if report["verdict"]["roll_out"] is False else 0
+
+
+def _of_one_machine(
+    arguments: argparse.Namespace,
+    read: Sequence[ReadResult],
+    allowed: Mapping[str, float],
+    old: Optional[Mapping[str, Any]],
+) -> Tuple[Dict[str, Any], str, str, Dict[str, Any]]:
+    """(document, page, Markdown, limits by what they are on) of the results of one machine."""
     groups = group_results(read)
     budget = read_int8_budget(arguments.int8_budget, groups) if arguments.int8_budget is not None else None
     ship = role_to_ship(list(groups), arguments.ship or (budget["ships"] if budget else None))
@@ -160,16 +202,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         curves=curves_from_groups(groups, report["teacher"], ship),
         gallery=pictures,
     )
-    for path, text in ((html, page), (markdown, render(report, "report.md.jinja"))):
-        with replacing(path) as temporary:
-            temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # a path that is no text
-    write_json(document, sealed(report))
-    if arguments.junit is not None:
-        with replacing(arguments.junit) as temporary:
-            temporary.write_text(junit_from_limits(ship, report["limits"]), encoding="utf-8")
-    print(report["verdict"]["sentence"])
-    print(f"report: {html}, {markdown.name}, {document.name}")
-    return 1 if report["verdict"]["roll_out"] is False else 0
+    return report, page, render(report, "report.md.jinja"), {ship: report["limits"]}
 
 
 if __name__ == "__main__":

@@ -62,6 +62,11 @@ def _speedup_bounds(row: ReportRow) -> str:
     return f"{bounds}, against {row['speedup_against']}" if bounds else ""
 
 
+def _pace(row: ReportRow) -> str:
+    paced = row["paced"]
+    return "" if paced is None else f"{paced['fps']:g} frames/s, {paced['late']} of {paced['runs']} late"
+
+
 def _estimate(row: ReportRow, name: str) -> Optional[float]:
     found = row["estimates"][name]
     return found["value"] if found else None
@@ -71,18 +76,36 @@ _GAIN = Column(
     "vs teacher", lambda row: signed_points(row["AP_gain"]), lambda row: row["AP_gain"],
     lambda row: _bounds(row, "AP_gain", signed_points),
 )  # fmt: skip
+_AP = Column("AP", lambda row: points(row["AP"]), lambda row: row["AP"], lambda row: _bounds(row, "AP", points))
+_MEDIAN = Column(
+    "median, ms", lambda row: ms(_estimate(row, "median_ms")), lambda row: _estimate(row, "median_ms"),
+    lambda row: _bounds(row, "median_ms", ms),
+)  # fmt: skip
+_P99 = Column(
+    "p99, ms", lambda row: ms(_estimate(row, "p99_ms")), lambda row: _estimate(row, "p99_ms"),
+    lambda row: _bounds(row, "p99_ms", ms),
+)  # fmt: skip
+_PACED = Column(
+    "paced p99", lambda row: ms(row["paced"] and row["paced"]["p99_ms"]),
+    lambda row: row["paced"] and row["paced"]["p99_ms"], _pace,
+)  # fmt: skip
+_SPEEDUP = Column("speed-up", lambda row: times(row["speedup"]), lambda row: row["speedup"], _speedup_bounds)
+_MEMORY = Column(
+    "memory, MiB", lambda row: decimals(_estimate(row, "memory_mib"), 0), lambda row: _estimate(row, "memory_mib")
+)
+_ENERGY = Column(
+    "energy, mJ", lambda row: decimals(_estimate(row, "energy_mj"), 1), lambda row: _estimate(row, "energy_mj")
+)
+FLEET_COLUMNS = (_AP, _GAIN, _MEDIAN, _P99, _PACED, _SPEEDUP, _MEMORY, _ENERGY)
 _SIZE = Column("disk, MiB", lambda row: mib(row["bytes"]), lambda row: row["bytes"])
 TABLES: Tuple[Tuple[str, str, str, Tuple[Column, ...]], ...] = (
     ("models", "All models", "rows", (
-        Column("AP", lambda row: points(row["AP"]), lambda row: row["AP"], lambda row: _bounds(row, "AP", points)),
+        _AP,
         _GAIN,
         Column("gain kept", lambda row: part(row["gain_kept"]), lambda row: row["gain_kept"]),
-        Column("median, ms", lambda row: ms(_estimate(row, "median_ms")), lambda row: _estimate(row, "median_ms"),
-               lambda row: _bounds(row, "median_ms", ms)),
-        Column("p99, ms", lambda row: ms(_estimate(row, "p99_ms")), lambda row: _estimate(row, "p99_ms"),
-               lambda row: _bounds(row, "p99_ms", ms)),
-        Column("speed-up", lambda row: times(row["speedup"]), lambda row: row["speedup"],
-               _speedup_bounds),
+        _MEDIAN,
+        _P99,
+        _SPEEDUP,
         _SIZE,
     )),
     ("accuracy", "Accuracy in detail", "measured", (
@@ -98,11 +121,10 @@ TABLES: Tuple[Tuple[str, str, str, Tuple[Column, ...]], ...] = (
     ("latency", "Latency and cost in detail", "timed", (
         *(_stage(name, "total", name) for name in STATISTICS),
         _stage("inference median", "inference", "median"),
+        _PACED,
         Column("by image", lambda row: _range_ms(row["by_image_ms"]), lambda row: (row["by_image_ms"] or [None])[-1]),
-        Column("memory, MiB", lambda row: decimals(_estimate(row, "memory_mib"), 0),
-               lambda row: _estimate(row, "memory_mib")),
-        Column("energy, mJ", lambda row: decimals(_estimate(row, "energy_mj"), 1),
-               lambda row: _estimate(row, "energy_mj")),
+        _MEMORY,
+        _ENERGY,
         Column("params, M", lambda row: millions(row["parameters"]), lambda row: row["parameters"]),
     )),
 )  # fmt: skip

@@ -192,6 +192,7 @@ def _row(role: str, groups: Mapping[str, Results], seed: int) -> ReportRow:
         "speedup": estimates["speedup"].value if estimates["speedup"] else None,
         "speedup_against": ROLES.get(slower) if slower else None,
         "doubts": {"speedup": doubt} if doubt else {},
+        "paced": _pace(group["paced"]["numbers"]) if "paced" in group else None,
         "by_image_ms": [min(medians_ms), max(medians_ms)] if len(medians_ms) > 1 else None,
         "latency_ms": latency.get("summary_ms"),
         **{
@@ -208,6 +209,16 @@ def _row(role: str, groups: Mapping[str, Results], seed: int) -> ReportRow:
         },
         "runs_on": latency.get("description"),
         "estimates": {name: dataclasses.asdict(found) if found else None for name, found in estimates.items()},
+    }
+
+
+def _pace(numbers: Mapping[str, Any]) -> Dict[str, Any]:
+    """What a latency at a camera's pace says: frames per second, p99 in ms, how many of how many runs began late."""
+    return {
+        "fps": numbers["fps"],
+        "p99_ms": numbers["summary_ms"]["total"]["p99"],
+        "late": numbers["late_frames"],
+        "runs": len(numbers["samples_ms"]["total"]),
     }
 
 
@@ -415,10 +426,8 @@ def environments_from_groups(groups: Mapping[str, Results]) -> List[Dict[str, An
     return list(found.values())
 
 
-def notes_from_groups(
-    groups: Mapping[str, Results], lineage: Sequence[Mapping[str, Any]], distillation: Optional[Mapping[str, float]]
-) -> List[str]:
-    """What a reader must know before trusting the numbers."""
+def notes_on_latency(groups: Mapping[str, Results]) -> List[str]:
+    """What speaks against comparing the latencies."""
     notes = []
     latencies = {role: group["latency"] for role, group in groups.items() if "latency" in group}
     reasons: Dict[str, List[str]] = {}
@@ -438,6 +447,14 @@ def notes_from_groups(
         values = {str([one[key] for key in keys]) for one in settings if keys != ("threads",) or one["threads"]}
         if len(values) > 1:
             notes.append(f"Latencies were measured with different {what}: no speed-up is told from one to another.")
+    return notes
+
+
+def notes_from_groups(
+    groups: Mapping[str, Results], lineage: Sequence[Mapping[str, Any]], distillation: Optional[Mapping[str, float]]
+) -> List[str]:
+    """What a reader must know before trusting the numbers."""
+    notes = notes_on_latency(groups)
     for role, group in groups.items():
         if "paced" in group:
             numbers = group["paced"]["numbers"]

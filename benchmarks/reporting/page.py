@@ -8,7 +8,7 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 from benchmarks.measuring.detections import NO_BOXES, Boxes, boxes_by_image
 from benchmarks.measuring.result import STAGES
 from benchmarks.measuring.subject import ROLES
-from benchmarks.reporting.columns import CHANGED, TABLES
+from benchmarks.reporting.columns import CHANGED, FLEET_COLUMNS, TABLES
 from benchmarks.reporting.document import Results
 from benchmarks.reporting.figures import LINE_STYLES, curves_from_precisions, plot_from_points
 from benchmarks.reporting.gallery import Side, gallery, most_disagreed
@@ -169,3 +169,10 @@ def render(report: Mapping[str, Any], template: str, **pictures: Any) -> str:
     return environment.get_template(template).render(
         report=report, tables=TABLES, stages=bars, changed=CHANGED, line_styles=LINE_STYLES, **pictures
     )
+
+
+def render_fleet(report: Mapping[str, Any], template: str) -> str:
+    """The text of a fleet's template, as `render`."""
+    flags = {limit["flag"]: limit for board in report["boards"] for limit in board["limits"]}
+    given = [flags[kind.flag] for kind in LIMITS if kind.flag in flags]
+    return render(report, template, columns=FLEET_COLUMNS, given=given)

@@ -164,6 +164,14 @@ def check_limits(allowed: Mapping[str, float]) -> None:
             raise ConfigError(f"{kind.flag} is {value}; expected {expected}")
 
 
+def say_what_is_missing(ship: ReportRow) -> None:
+    """Adds to the row's doubts each estimate that was not measured: a limit on it cannot be told, and is no error."""
+    for kind in LIMITS:
+        if ship["estimates"][kind.estimate] is None:
+            needs = kind.needs.format(f" of {ship['role']}")
+            ship["doubts"].setdefault(kind.estimate, f"it needs {needs}, which was not measured")
+
+
 def judge(ship: ReportRow, allowed: Mapping[str, float], reasons: Reasons = ()) -> List[Dict[str, Any]]:
     """
     Each limit with what was measured (None: it may not be told), its bounds, and the outcome: 'pass', 'fail' or, where

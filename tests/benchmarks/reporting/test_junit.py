@@ -22,7 +22,7 @@ def limit(flag, outcome):
 
 def test_a_case_per_limit_and_a_failure_per_limit_that_does_not_pass():
     limits = [limit("--a", "pass"), limit("--min-ap", "fail"), limit("--max-p99-ms", "cannot tell")]
-    suite = ElementTree.fromstring(junit_from_limits("a<b>", limits)).find("testsuite")
+    suite = ElementTree.fromstring(junit_from_limits({"a<b>": limits})).find("testsuite")
     assert suite.get("name") == "limits on a<b>"
     assert (suite.get("tests"), suite.get("failures"), suite.get("errors")) == ("3", "2", "0")
     failures = {case.get("name"): case.find("failure") for case in suite.findall("testcase")}
