@@ -2,6 +2,8 @@
 Command: build, check and measure a bundle on many boards over SSH, and bring the results back.
 
     python -m benchmarks.fleet boards.toml student.tar.gz --data DIR -o student.fleet
+    python -m benchmarks.fleet boards.toml student.tar.gz --data DIR -o student.fleet --activate --limits limits.toml
+    python -m benchmarks.fleet boards.toml --rollback
 
 Each board gets the files of the bundle and the test images, and runs its `run.py build`, `check`, `predict` and
 `bench`; nothing else is executed there but a lock on its folder, by Python, which keeps a second fleet from it. For a
@@ -15,6 +17,10 @@ image is sent once, whatever bundle is measured.
 In the output folder: BOARD/PRECISION.accuracy.result.json, .latency. and .paced. for `benchmarks.report`, which are of
 this run alone, BOARD/STEP.PRECISION.log, and fleet.json.
 
+With --activate each board's results are judged as `benchmarks.report` does, and where the verdict is to roll out, the
+model becomes current there (`deploy.board.release`); of several precisions the first of the board's list. --rollback
+makes the former one current again.
+
 Exit status: 0 if all went well on every board, 1 if not, 2 for bad input. Needs asyncssh, for images also OpenCV and
 faster-coco-eval; the boards need what run.py does, an SSH server with SFTP, and `timeout` of coreutils or busybox.
 """
@@ -27,16 +33,18 @@ import dataclasses
 import sys
 import tempfile
 from pathlib import Path
-from typing import List, Optional, Sequence, Tuple
+from typing import Awaitable, Callable, Dict, List, Optional, Sequence, Tuple, TypeVar
 
+from benchmarks.boards.activation import activate, judge_board, roll_back
 from benchmarks.boards.list import Board, boards_from_file, build_options
 from benchmarks.boards.sending import TestImages, images_from_coco
 from benchmarks.boards.ssh import check_asyncssh
 from benchmarks.boards.visit import Job, Outcome, visit
 from benchmarks.measuring.coco import check_evaluator
-from benchmarks.measuring.result import LEAST_RUNS
+from benchmarks.measuring.result import LEAST_RUNS, read_result
 from benchmarks.measuring.subject import SPLIT, load_test_set
 from benchmarks.measuring.timing import LatencyOptions
+from benchmarks.reporting.verdict import check_limits, limits_from_file
 from benchmarks.reporting.wording import UNKNOWN, decimals, ms, points
 from deploy.board.archive import SUFFIX, unpack
 from deploy.board.commands import Bundle
@@ -50,6 +58,7 @@ from deploy.folder_lock import locked
 from deploy.tensorrt.options import check_shapes
 
 FLEET_VERSION = 2
+T = TypeVar("T")
 FPS = 30.0
 COLUMNS = ("board", "device", "runtime", "precision", "state", "AP", "median ms", "p99 ms", "mJ", "why")
 
@@ -57,11 +66,9 @@ COLUMNS = ("board", "device", "runtime", "precision", "state", "AP", "median ms"
 @command
 def main(argv: Optional[List[str]] = None) -> int:
     arguments = _parser().parse_args(argv)
-    for flag, least in (("jobs", 1), ("images", 1), ("runs", LEAST_RUNS)):
-        value = getattr(arguments, flag)
-        if value is not None and value < least:
-            raise ConfigError(f"--{flag} is {value}; expected at least {least}")
-    LatencyOptions(fps=arguments.fps)  # which checks it
+    _check_arguments(arguments)
+    if arguments.rollback:
+        return _roll_back(boards_from_file(arguments.boards), arguments.jobs)
     output: Path = arguments.output or Path(arguments.bundle.name.replace(SUFFIX, "") + ".fleet")
     with locked(output, MeasurementError), tempfile.TemporaryDirectory(prefix="fleet.") as temporary:
         check_writable(output / "fleet.json")
@@ -75,6 +82,8 @@ def main(argv: Optional[List[str]] = None) -> int:
         images = _test_images(arguments, bundle)
         job = Job(bundle, f"{bundle.folder.name}-{sha256[:16]}", output, arguments.runs, images, arguments.fps or FPS)
         outcomes, faults = asyncio.run(_visit_all(boards, job, arguments.jobs))
+        if arguments.activate:
+            _activate(boards, job, outcomes, arguments)
         document = {
             "fleet_version": FLEET_VERSION,
             **provenance({"boards": arguments.boards, "bundle": arguments.bundle}),
@@ -88,7 +97,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     _tell_of_others(output, boards, arguments.boards)
     for fault in faults:  # bugs of ours, which the other boards are not to suffer from
         raise fault
-    return 0 if all(outcome.state == "ok" for outcome in outcomes) else 1
+    return 0 if all(outcome.state == "ok" and outcome.roll_out is not False for outcome in outcomes) else 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -96,7 +105,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks.fleet", description="Build, check and measure a bundle on many boards over SSH."
     )
     parser.add_argument("boards", type=Path, metavar="BOARDS", help="TOML file, as docs/boards.example.toml")
-    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help=f"archive of deploy.bundle, NAME{SUFFIX}")
+    parser.add_argument(
+        "bundle", type=Path, nargs="?", metavar="BUNDLE", help=f"archive of deploy.bundle, NAME{SUFFIX}"
+    )
     parser.add_argument(
         "-o", "--output", type=Path, metavar="DIR", help="folder for results and logs (default: NAME.fleet)"
     )
@@ -115,8 +126,48 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--runs", type=int, default=200, metavar="N", help="runs of a measurement that count (default: 200)"
     )
+    parser.add_argument(
+        "--activate",
+        action="store_true",
+        help="make the model current on each board whose verdict is to roll out; needs --limits",
+    )
+    parser.add_argument("--limits", type=Path, metavar="FILE", help="TOML file of limits, as of benchmarks.report")
+    parser.add_argument(
+        "--reference",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="RESULT",
+        help="results of the teacher, for limits against it",
+    )
+    parser.add_argument(
+        "--rollback", action="store_true", help="only make the former model of each board current again"
+    )
     parser.add_argument("--jobs", type=int, default=4, metavar="N", help="boards at a time (default: 4)")
     return parser
+
+
+def _check_arguments(arguments: argparse.Namespace) -> None:
+    """Raises ConfigError for flags that do not go together, or a value that cannot be."""
+    for flag, least in (("jobs", 1), ("images", 1), ("runs", LEAST_RUNS)):
+        value = getattr(arguments, flag)
+        if value is not None and value < least:
+            raise ConfigError(f"--{flag} is {value}; expected at least {least}")
+    LatencyOptions(fps=arguments.fps)  # which checks it
+    alone = _parser().parse_args([str(arguments.boards), "--rollback", "--jobs", str(arguments.jobs)])
+    if arguments.rollback and arguments != alone:
+        raise ConfigError("--rollback is given with a bundle or options; expected the boards, and --jobs, alone")
+    if not arguments.rollback and arguments.bundle is None:
+        raise ConfigError(f"no bundle is given; expected an archive of deploy.bundle, NAME{SUFFIX}, or --rollback")
+    if arguments.activate != (arguments.limits is not None) or (arguments.reference and not arguments.activate):
+        raise ConfigError("expected --activate and --limits together: the verdict of a board is by the limits")
+    if arguments.limits is not None:
+        allowed = limits_from_file(arguments.limits)
+        check_limits(allowed)
+        if not allowed:
+            raise ConfigError(f"{arguments.limits} has no limits; expected one at least: by none there is no verdict")
+    for path in arguments.reference:
+        read_result(path)
 
 
 def _test_images(arguments: argparse.Namespace, bundle: Bundle) -> Optional[TestImages]:
@@ -157,23 +208,56 @@ def _with_precisions(board: Board, bundle: Bundle) -> Board:
 
 async def _visit_all(boards: Sequence[Board], job: Job, jobs: int) -> Tuple[List[Outcome], List[Exception]]:
     """What came of each precision on each board, and the exceptions that nobody expected."""
-    free = asyncio.Semaphore(jobs)
 
-    async def visit_in_turn(board: Board) -> List[Outcome]:
-        async with free:
-            outcomes = [Outcome(board.name, board.host, precision) for precision in board.precisions]
-            try:
-                await visit(board, job, outcomes)
-            except Exception as error:
-                faults.append(error)
-                for outcome in outcomes:
-                    if outcome.state != "ok":
-                        outcome.reason = f"a fault of this program: {type(error).__name__}: {one_line(error)}"
-            return outcomes
+    async def visit_one(board: Board) -> List[Outcome]:
+        outcomes = [Outcome(board.name, board.host, precision) for precision in board.precisions]
+        try:
+            await visit(board, job, outcomes)
+        except Exception as error:
+            faults.append(error)
+            for outcome in outcomes:
+                if outcome.state != "ok":
+                    outcome.reason = f"a fault of this program: {type(error).__name__}: {one_line(error)}"
+        return outcomes
 
     faults: List[Exception] = []
-    of_boards = await asyncio.gather(*map(visit_in_turn, boards))
+    of_boards = await _in_turn(visit_one, boards, jobs)
     return [outcome for outcomes in of_boards for outcome in outcomes], faults
+
+
+def _activate(boards: Sequence[Board], job: Job, outcomes: Sequence[Outcome], arguments: argparse.Namespace) -> None:
+    """Judges the results of each board and makes the first model that is to roll out its current one."""
+    allowed = limits_from_file(arguments.limits)
+    chosen: Dict[str, Outcome] = {}
+    for outcome in outcomes:
+        if outcome.state == "ok" and judge_board(job, outcome, allowed, arguments.reference):
+            chosen.setdefault(outcome.board, outcome)
+
+    async def work(board: Board) -> None:
+        if board.name in chosen:
+            await activate(board, job, chosen[board.name])
+
+    asyncio.run(_in_turn(work, boards, arguments.jobs))
+
+
+def _roll_back(boards: Sequence[Board], jobs: int) -> int:
+    """Makes the former models current again, says what came of it, and returns the exit status."""
+    check_asyncssh()
+    reasons = asyncio.run(_in_turn(roll_back, boards, jobs))
+    for board, reason in zip(boards, reasons):
+        print(f"{board.name}: {reason or 'the former model is current again'}")
+    return 1 if any(reasons) else 0
+
+
+async def _in_turn(work: Callable[[Board], Awaitable[T]], boards: Sequence[Board], jobs: int) -> List[T]:
+    """What `work` gives for each board, so many at a time."""
+    free = asyncio.Semaphore(jobs)
+
+    async def one(board: Board) -> T:
+        async with free:
+            return await work(board)
+
+    return list(await asyncio.gather(*map(one, boards)))
 
 
 # What is said
@@ -199,8 +283,11 @@ def _tell_of_others(output: Path, boards: Sequence[Board], boards_file: Path) ->
 def _cells(outcome: Outcome) -> Sequence[str]:
     state = outcome.state
     if state == "ok":
-        before = {state for step, state in outcome.steps.items() if step != "check"} == {"done before"}
+        before = {state for step, state in outcome.steps.items() if step not in ("check", "activate")} == {
+            "done before"
+        }
         state = ("done before" if before else "ok") + ("" if outcome.stable else ", unstable")
+        state += ", current" if outcome.current else ""
     return (
         outcome.board,
         outcome.device or UNKNOWN,

@@ -80,6 +80,12 @@ class Outcome:
     stable: Optional[bool] = None
     results: List[str] = dataclasses.field(default_factory=list)
     """The result files, in the output folder."""
+    verdict: Optional[str] = None
+    """The label of its report's verdict; None where none was asked for."""
+    roll_out: Optional[bool] = None
+    """What it says; None where none was asked for."""
+    current: bool = False
+    """Whether it was made the board's current model."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -863,6 +863,72 @@ def test_a_runner_that_was_changed_on_the_board_is_not_run(server, boards_file, 
     assert not (runner.parent / "ran").exists()
 
 
+@needs_server
+def test_what_is_to_roll_out_becomes_current_and_the_former_comes_back(
+    server, boards_file, images_dir, tmp_path, capsys
+):
+    """Nothing in it is a fake: the bundles' own runner, ONNX Runtime, and SSH servers."""
+    pytest.importorskip("onnxruntime")
+    archives = [tmp_path / "one.tar.gz", tmp_path / "two.tar.gz"]
+    for archive, kind in zip(archives, (None, np.uint8), strict=True):
+        model = write_detector(tmp_path / f"student.{archive.name[:3]}.onnx", kind)
+        assert make_bundle([str(model), "-o", str(archive)]) == 0
+    boards = boards_file(
+        pi={"port": server(), "runtime": "onnxruntime"}, cut={"port": free_port(), "runtime": "onnxruntime"}
+    )
+    limits, board = tmp_path / "limits.toml", tmp_path / "on the boards" / "pi"
+    words = ("--data", str(images_dir), "--images", "2", *QUICKLY, "--activate", "--limits", str(limits))
+
+    def run(archive, most_mib):
+        limits.write_text(f"max_memory_mib = {most_mib}")
+        status = run_fleet(boards, archive, tmp_path / "out", *words)
+        found = outcomes(tmp_path / "out")
+        return status, next(outcome for (name, _), outcome in found.items() if name == "pi")
+
+    def current():
+        return os.path.realpath(board / "current" / "model.onnx").partition("student.")[2]
+
+    status, outcome = run(archives[0], 1)
+    assert (status, outcome["roll_out"], outcome["current"]) == (1, False, False)
+    assert outcome["reason"].startswith("not activated: Do not roll out ONNX FP32: Peak memory is")
+    assert not (board / "current").exists()
+    status, outcome = run(archives[0], 100000)
+    assert (status, outcome["verdict"], outcome["current"]) == (1, "Roll out", True)  # 1: the other board
+    assert ", current" in capsys.readouterr().out
+    assert current() == "one.onnx"
+    assert run(archives[1], 100000)[1]["current"]
+    assert current() == "two.onnx"
+    assert fleet.main([str(boards), "--rollback"]) == 1
+    out = capsys.readouterr().out
+    assert "pi: the former model is current again" in out
+    assert "cut: no connection to 127.0.0.1" in out
+    assert current() == "one.onnx"
+
+    limits.write_text("max_ap_drop = 1")  # for which there is no teacher
+    assert run_fleet(boards, archives[1], tmp_path / "out", *words) == 1
+    assert "not activated, since there is no verdict: " in capsys.readouterr().out
+    assert current() == "one.onnx"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "no bundle is given; expected an archive of deploy.bundle"),
+        (["x.tar.gz", "--rollback"], "--rollback is given with a bundle"),
+        (["--rollback", "--fps", "10"], "--rollback is given with a bundle or options; expected the boards"),
+        (["x.tar.gz", "--activate"], "expected --activate and --limits together"),
+        (["x.tar.gz", "--limits", "limits.toml"], "expected --activate and --limits together"),
+        (["x.tar.gz", "--activate", "--limits", "limits.toml"], "limits.toml has no limits; expected one at least"),
+    ],
+)
+def test_flags_that_do_not_go_together(words, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "limits.toml").write_text("")
+    assert fleet.main(["boards.toml", *words]) == 2
+    assert message in capsys.readouterr().err
+    assert sorted(os.listdir(tmp_path)) == ["home", "limits.toml"]
+
+
 def test_without_the_package(bundle, tmp_path, capsys, monkeypatch):
     (tmp_path / "boards.toml").write_text(GOOD)
     monkeypatch.setitem(sys.modules, "asyncssh", None)
