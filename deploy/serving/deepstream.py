@@ -22,8 +22,8 @@ import numpy as np
 from deploy.contract import DYNAMIC, ModelContract, write_sidecar
 from deploy.errors import ConfigError, ContractError
 from deploy.files import new_folder
-from deploy.graphs.decoding import rename_tensors
-from deploy.graphs.graph import check_graph, constants, save_onnx
+from deploy.graphs.decoding import free_names, rename_tensors
+from deploy.graphs.graph import check_graph, save_onnx
 from deploy.graphs.precision import check_symmetric_int8
 from deploy.serving.model import ServedModel
 from deploy.serving.triton import quoted
@@ -201,21 +201,15 @@ def graph_for_nvinfer(model: ServedModel, contract: ModelContract) -> Tuple[onnx
         name = contract.output_names[2]
         (value,) = (value for value in graph.graph.output if value.name == name)
         if value.type.tensor_type.elem_type == TensorProto.INT64:
-            wide = next(
-                f"{name}_int64{'_' * count}" for count in range(99) if f"{name}_int64{'_' * count}" not in _names(graph)
-            )
+            wide = f"{name}_int64"
+            free_names(graph, [wide])
             rename_tensors(graph, {name: wide})
-            graph.graph.node.append(
-                helper.make_node("Cast", [wide], [name], name=f"{name}/int32", to=TensorProto.INT32)
-            )
+            cast = helper.make_node("Cast", [wide], [name], name=f"{name}/int32", to=TensorProto.INT32)
+            graph.graph.node.append(cast)
             value.name, value.type.tensor_type.elem_type = name, TensorProto.INT32
             notes.append("labels are int32 in place of int64, which not every nvinfer reads")
     check_graph(graph)
     return graph, contract, notes
-
-
-def _names(model: onnx.ModelProto) -> List[str]:
-    return [*constants(model), *(name for node in model.graph.node for name in (*node.input, *node.output))]
 
 
 # ---- files
