@@ -14,13 +14,16 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import List, Optional
+from typing import TYPE_CHECKING, List, Mapping, Optional
 
 from deploy.board.archive import SUFFIX, files_of_bundle, name_of_bundle, pack, sources_from_paths
 from deploy.board.run import MANIFEST
 from deploy.board.signature import SIGNATURE, UNSIGNED, check_key, sign
 from deploy.errors import command
 from deploy.files import check_writable, sha256_of
+
+if TYPE_CHECKING:
+    from deploy.graphs.onnx_file import OnnxFile
 
 
 @command
@@ -30,15 +33,22 @@ def main(argv: Optional[List[str]] = None) -> int:
     check_writable(arguments.output)
     if arguments.sign is not None:
         check_key(arguments.sign)
-    files = files_of_bundle(sources_from_paths(arguments.models))
+    sources = sources_from_paths(arguments.models)
+    files = files_of_bundle(sources)
     if arguments.sign is not None:
         files[SIGNATURE] = sign(files[MANIFEST], arguments.sign)
     pack(name, files, arguments.output)
     size = arguments.output.stat().st_size
     print(f"{arguments.output}: {size / 2**20:.1f} MiB, {len(files)} files, SHA-256 {sha256_of(arguments.output)}")
     print(f"signed with {arguments.sign}" if arguments.sign is not None else f"{UNSIGNED}; --sign KEY signs it")
-    print(f"on the board: tar xzf {arguments.output.name} && cd {name} && python3 run.py build")
+    print(f"on the board: tar xzf {arguments.output.name} && cd {name} && python3 run.py {_first_command(sources)}")
     return 0
+
+
+def _first_command(sources: Mapping[str, OnnxFile]) -> str:
+    """What run.py is to do first: for ONNX Runtime alone there is nothing to build."""
+    alone = list(sources) == ["int8_onnxruntime"]
+    return f"check --engine {sources['int8_onnxruntime'].path.name}" if alone else "build"
 
 
 def _parser() -> argparse.ArgumentParser:

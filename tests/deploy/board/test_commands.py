@@ -246,6 +246,7 @@ def test_onnx_runtime_runs_the_files_of_the_bundle(
 
     alone = detector_file("alone.onnx", np.uint8)
     assert make_bundle([str(alone), "-o", str(tmp_path / "b.tar.gz")]) == 0
+    assert "python3 run.py check --engine alone.onnx" in capsys.readouterr().out
     there = unpack(tmp_path / "b.tar.gz", tmp_path / "there")
     assert run.main(["check", "--engine", str(there / "alone.onnx")], there) == 0
     capsys.readouterr()
@@ -292,6 +293,9 @@ def test_a_precision_that_the_bundle_lacks(
         (["build", "--shapes", "1", "2", "4"], "--shapes is given for a model that takes 1 image"),
         (["build", "--gpu-fallback"], "--gpu-fallback is given without --dla-core"),
         (["bench", "--runs", "3"], "--runs is 3; expected at least 10"),
+        (["bench", "--fps", "30"], "--fps does not go without --set"),
+        (["bench", "--set", "x.json"], "one of --set and --images-dir is given; expected both"),
+        (["bench", "--set", "x", "--images-dir", "x", "--warmup", "5"], "--warmup does not go with --set"),
         (["check", "--engine", "none.engine"], "no such file: none.engine"),
         (["fly"], "unknown command 'fly'; expected one of build, check, bench, predict"),
     ],
