@@ -8,4 +8,5 @@ model = dict(
     teacher=dict(config="teacher.py", checkpoint=None),
     distill=dict(method="crosskd", split=1),
 )
-report_limits = dict(max_ap_drop=12.0, min_speedup=2.0, min_ap=25.0)
+# What the student is for: an AP that its user needs, at a speed that the teacher does not have.
+report_limits = dict(min_ap=25.0, min_speedup=2.0)

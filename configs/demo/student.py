@@ -8,9 +8,8 @@ model = dict(
 )
 
 input_size = (128, 128)  # width, height
-train_dataloader = dict(batch_size=16)
 val_dataloader = dict(batch_size=16)
 test_dataloader = dict(batch_size=16)
 
-max_epochs = 10
+max_epochs = 14
 train_cfg = dict(val_interval=100)  # only at the end

@@ -3,3 +3,6 @@
 _base_ = "./student.py"
 
 model = dict(backbone=dict(base_channels=32), neck=dict(in_channels=[32, 64, 128, 256]))
+
+train_dataloader = dict(batch_size=16)
+max_epochs = 10

@@ -15,7 +15,7 @@ from crosskd.models.detector import CrossKDDetector, detector_from_config
 from deploy.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
-MODULES = ("nanodet_detector.py",)
+MODULES = ("nanodet_detector.py", "half_weights.py")
 """Beside the configs that import them."""
 SHIPPED = sorted(
     path for path in (ROOT / "configs").rglob("*.py") if path.parent.name != "_base_" and path.name not in MODULES
