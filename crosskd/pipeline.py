@@ -388,7 +388,9 @@ def stages_to_int8(
         "blocks in float": [*auto, "--max-ap-drop", f"{budget:g}", "--nearest"],
     }.items():
         int8 = file_of(role, ".onnx")
-        measure_rung(role, add(f"quantise by {role}", int8, *quantise, *flags, "-o", int8))
+        add(f"quantise by {role}", int8, *quantise, *flags, "-o", int8,
+            advice=f"; where nothing of it can be INT8, measure and ship {onnx} as it is")  # fmt: skip
+        measure_rung(role, int8)
     if options.int8_training:
         check_no_averages(config, options.config, "give --no-int8-training")
         run, start = options.output / "int8_aware", options.output / "student" / "student.pth"
