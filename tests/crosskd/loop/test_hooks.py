@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -19,11 +21,13 @@ from crosskd.loop.hooks import (
     AtomicBackend,
     AtomicCheckpointHook,
     EpochSeedHook,
+    FirstStepHook,
     FreezeHeadNormsHook,
     JsonLinesHook,
     StudentEMAHook,
+    errors_of_training,
 )
-from deploy.errors import CheckpointError, ConfigError
+from deploy.errors import CheckpointError, ConfigError, TrainingError
 
 
 class _RandomNumbers(torch.utils.data.Dataset):
@@ -224,3 +228,19 @@ def test_the_norms_of_the_head_are_held_still_after_their_share_of_the_run(
     assert not detector.student.backbone.bn1.training
     with pytest.raises(ConfigError, match=r"FreezeHeadNormsHook.begin is 60; expected a share of the run, 0 to 1"):
         FreezeHeadNormsHook(begin=60)
+
+
+@pytest.mark.parametrize("steps", [0, 7])
+def test_a_full_disk_is_said_whatever_the_training_has_done(steps: int, tmp_path: Path) -> None:
+    hook = FirstStepHook(lambda _runner: None)
+    hook.taken = steps
+    written = tmp_path / "annotations_train.json"
+    written.write_text("{}")
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    message = r"cannot write into .*: No space left on device\. Is the disk full\?.*--resume"
+    with (
+        pytest.raises(TrainingError, match=message),
+        errors_of_training(hook, tmp_path, [written]),
+    ):
+        raise RuntimeError("torch cannot write the archive") from full
+    assert written.exists() == (steps > 0)
