@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.errors import ConfigError
+from deploy.schema import short
 
 READ_KEYS = frozenset({
     # by mmengine's runner
@@ -140,6 +141,23 @@ def check_shapes(config: Any, name: str) -> None:
             raise ConfigError(
                 f"{name}: {key} has {wrong[0] if wrong else dict(entries)!r}; expected a list of dicts with types"
             )
+    for key in ("train_dataloader", "val_dataloader", "test_dataloader"):
+        _check_parts(config.get(key), key, name)
+
+
+def _check_parts(part: Any, place: str, name: str) -> None:
+    """Raises ConfigError if a loader, its data set, or one that this wraps, is no dict, or a pipeline none of dicts."""
+    if part is None:
+        return
+    if not isinstance(part, dict):
+        raise ConfigError(f"{name}: {place} is {short(part)}; expected a dict")
+    steps = part.get("pipeline") or []
+    if not isinstance(steps, (list, tuple)) or not all(isinstance(step, dict) and "type" in step for step in steps):
+        raise ConfigError(f"{name}: {place}.pipeline is {short(steps)}; expected a list of dicts with types")
+    for key in ("dataset", "datasets"):
+        inner = part.get(key) or None
+        for one in inner if isinstance(inner, (list, tuple)) else [inner]:
+            _check_parts(one, f"{place}.{key}", name)
 
 
 def check_overrides(config: Any, overrides: dict[str, Any]) -> None:
@@ -335,7 +353,8 @@ def _check_checkpoint_hook(hook: Any) -> None:
 
 def _check_optimizer(optimizer: Any, registry: Any) -> None:
     """Refuses what an optimiser does not take, such as SGD's momentum that a config with Adam has inherited."""
-    kind = registry.get(optimizer["type"]) if isinstance(optimizer, dict) and "type" in optimizer else None
+    given = optimizer.get("type") if isinstance(optimizer, dict) else None
+    kind = registry.get(given) if isinstance(given, str) else None
     if kind is None:
         return  # told as other types are
     takes = inspect.signature(kind).parameters

@@ -229,3 +229,21 @@ def test_a_variable_that_no_setting_uses_is_said(
 def test_a_variable_of_mmdets_own_configs_is_not_taken_for_the_input_size() -> None:
     for name in ("ssd/ssd300_coco.py", "yolo/yolov3_d53_8xb8-320-273e_coco.py"):
         check_settings(load_config(f"mmdet::{name}"), f"mmdet::{name}")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        ({"train_dataloader": "x"}, "train_dataloader is 'x'; expected a dict"),
+        ({"train_dataloader.dataset": 3}, r"train_dataloader\.dataset is 3; expected a dict"),
+        ({"val_dataloader.dataset": {"_delete_": True, "type": "R", "dataset": [{"type": "A"}, 7]}},
+         r"val_dataloader\.dataset\.dataset is 7; expected a dict"),
+        ({"train_dataloader.dataset.pipeline": "load"}, r"dataset\.pipeline is 'load'; expected a list of dicts"),
+        ({"train_dataloader.dataset.pipeline": [{"no": "type"}]}, "expected a list of dicts with types"),
+    ],
+)  # fmt: skip
+def test_a_part_of_a_loader_that_is_no_dict_is_one_message(
+    overrides: dict[str, Any], named: str, configs: Path
+) -> None:
+    with pytest.raises(ConfigError, match=f"gfl_tiny.py: .*{named}"):
+        load_config(configs / "gfl_tiny.py", overrides)
