@@ -134,6 +134,9 @@ def check_shapes(config: Any, name: str) -> None:
     for key in ("train_cfg", "default_hooks", "optim_wrapper", "env_cfg", "randomness"):
         if not isinstance(config.get(key) or {}, dict):
             raise ConfigError(f"{name}: {key} is {config[key]!r}; expected a dict")
+    for key, part in (config.get("env_cfg") or {}).items():
+        if key in ("dist_cfg", "mp_cfg") and not isinstance(part or {}, dict):
+            raise ConfigError(f"{name}: env_cfg.{key} is {short(part)}; expected a dict")
     for key in ("param_scheduler", "custom_hooks"):
         entries = schedulers_of(config) if key == "param_scheduler" else config.get(key) or []
         wrong = [one for one in entries if not (isinstance(one, dict) and "type" in one)] if entries else []

@@ -235,6 +235,7 @@ def test_a_variable_of_mmdets_own_configs_is_not_taken_for_the_input_size() -> N
     ("overrides", "named"),
     [
         ({"train_dataloader": "x"}, "train_dataloader is 'x'; expected a dict"),
+        ({"env_cfg": {"dist_cfg": "gloo"}}, r"env_cfg\.dist_cfg is 'gloo'; expected a dict"),
         ({"train_dataloader.dataset": 3}, r"train_dataloader\.dataset is 3; expected a dict"),
         ({"val_dataloader.dataset": {"_delete_": True, "type": "R", "dataset": [{"type": "A"}, 7]}},
          r"val_dataloader\.dataset\.dataset is 7; expected a dict"),
