@@ -224,7 +224,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="variants: " + "; ".join(f"{name}: {words}" for name, words in VARIANTS.items()),
     )
     parser.add_argument("config", metavar="CONFIG", help="config of a distillation")
-    parser.add_argument("--variant", choices=VARIANTS, required=True, help="what is timed, see below")
+    parser.add_argument("--variant", choices=VARIANTS, required=True, metavar="NAME", help="what is timed, see below")
     parser.add_argument(
         "--size", type=int, nargs=2, default=[320, 320], metavar=("WIDTH", "HEIGHT"), help="pixels (default: 320 320)"
     )
