@@ -9,9 +9,9 @@ from typing import List, Mapping, Sequence
 from benchmarks.boards.list import Board
 from benchmarks.boards.ssh import BoardError, connected
 from benchmarks.boards.visit import Job, Outcome
-from benchmarks.measuring.result import check_same_data, read_result, reasons_from_numbers
-from benchmarks.reporting.document import group_results, rows_from_groups
-from benchmarks.reporting.verdict import judge, verdict_from_limits
+from benchmarks.measuring.result import read_result
+from benchmarks.reporting.document import ReadResult
+from benchmarks.reporting.fleet import fleet_report
 from deploy.board.release import CURRENT
 from deploy.errors import MeasurementError
 
@@ -31,18 +31,14 @@ def judge_board(job: Job, outcome: Outcome, allowed: Mapping[str, float], refere
     results = [
         path for path in (folder / f"{outcome.precision}.{kind}.result.json" for kind in JUDGED) if path.is_file()
     ]
-    read = [(str(path), read_result(path)) for path in (*results, *references)]
+    read: List[ReadResult] = [(path, read_result(path)) for path in (*results, *references)]
+    role = str(read[0][1]["role"])
     try:
-        check_same_data(read)
-        groups = group_results(read)
-        role = str(read[0][1]["role"])
-        row = next(row for row in rows_from_groups(groups) if row["role"] == role)
-        timed = groups[role].get("latency")
-        limits = judge(row, allowed, reasons_from_numbers(timed["numbers"]) if timed else ())
+        report = fleet_report([path for path, _ in read], {outcome.board: read}, {}, role, allowed)
     except MeasurementError as error:
         outcome.roll_out, outcome.reason = False, f"not activated, since there is no verdict: {error}"
         return False
-    verdict = verdict_from_limits(row, limits)
+    verdict = report["boards"][0]["verdict"]
     outcome.verdict, outcome.roll_out = str(verdict["label"]), bool(verdict["roll_out"])
     if not outcome.roll_out:
         outcome.reason = f"not activated: {verdict['sentence']}"

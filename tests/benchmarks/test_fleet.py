@@ -906,7 +906,7 @@ def test_what_is_to_roll_out_becomes_current_and_the_former_comes_back(
 
     limits.write_text("max_ap_drop = 1")  # for which there is no teacher
     assert run_fleet(boards, archives[1], tmp_path / "out", *words) == 1
-    assert "not activated, since there is no verdict: " in capsys.readouterr().out
+    assert "not activated: It cannot be told whether to roll out" in capsys.readouterr().out
     assert current() == "one.onnx"
 
 
