@@ -10,6 +10,6 @@ only those that follow it:
 - models: the detector of student and teacher, methods of distillation, families of heads, losses, backbones, weights.
 
 What commands and workers share of int8, loop and models stands above these three: training, stages (of the pipeline),
-run_dir, and config, which registers what a config may name. Ground, below all: data, schedule, written_config,
-transforms, download, corrections, disk_space; settings.
+run_dir, recipes (those of configs/recipes), and config, which registers what a config may name. Ground, below all:
+data, schedule, written_config, transforms, download, corrections, disk_space; settings.
 """

@@ -27,11 +27,18 @@ if TYPE_CHECKING:
     from mmengine.config import Config
 
 
+FLIPS = {
+    "horizontal": dict(prob=[0.5], direction=["horizontal"]),
+    "all": dict(prob=[0.25, 0.25, 0.25], direction=["horizontal", "vertical", "diagonal"]),
+}
+"""`flips` of a config -> what RandomFlip does: of photos, and of images without an up and a down."""
+
+
 def load_config(path: str | Path, overrides: dict[str, Any] | None = None, substitute: bool = True) -> Config:
     """
     The config at `path`, ready to build: mmdet is registered, the schedule is stretched to the config's `max_epochs`
-    (if it has one), images are brought to its `input_size`, the student's head and neck get BatchNorm if its
-    `batchnorm_head` is true (and the hook that goes with it), a teacher's own config is read into
+    (if it has one), images are brought to its `input_size` and flipped as its `flips` says, the student's head and neck
+    get BatchNorm if its `batchnorm_head` is true (and the hook that goes with it), a teacher's own config is read into
     `model.teacher.model`.
 
     Args:
@@ -96,6 +103,8 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None, subst
         set_epochs(config, config.max_epochs)
     if "input_size" in config:
         set_input_size(config, config.input_size)
+    if "flips" in config:
+        set_flips(config, config.flips)
     student = config.model.get("student", config.model)
     batchnorm_head = config.get("batchnorm_head", False)
     if not isinstance(batchnorm_head, bool):
@@ -127,7 +136,7 @@ def published_name(config: Config, name: str) -> str:
 
 def set_input_size(config: Config, size: Any) -> None:
     """
-    Makes every FitResize and FitPad of the config's pipelines use `size`: width and height in pixels.
+    Makes every FitResize, FitJitter and FitPad of the config's pipelines use `size`: width and height in pixels.
 
     mmdet's own configs of SSD and YOLO have a variable of this name, which their other transforms have used: it stays.
 
@@ -136,7 +145,7 @@ def set_input_size(config: Config, size: Any) -> None:
     """
     loaders = (config.get(f"{name}_dataloader") for name in ("train", "val", "test"))
     transforms = [one for loader in loaders if loader for one in transforms_of(loader)]
-    fitted = [one for one in transforms if one.get("type") in ("FitResize", "FitPad")]
+    fitted = [one for one in transforms if one.get("type") in ("FitResize", "FitJitter", "FitPad")]
     if not fitted and any(one.get("scale") in (size, (size, size)) for one in transforms):
         return
     if not (
@@ -144,11 +153,37 @@ def set_input_size(config: Config, size: Any) -> None:
         and len(size) == 2
         and all(isinstance(side, int) and side > 0 and side % 32 == 0 for side in size)
     ):
-        raise ConfigError(f"input_size is {size!r}; expected (width, height), positive multiples of 32")
+        raise ConfigError(
+            f"input_size is {size!r}; expected (width, height), positive multiples of 32, the strides of the backbone"
+            f"{_closest_sizes(size)}"
+        )
     if not fitted:
         raise ConfigError(f"input_size is {size!r}, but no pipeline of this config has FitResize or FitPad to use it")
     for one in fitted:
-        one["scale" if one.type == "FitResize" else "size"] = tuple(size)
+        one["size" if one.type == "FitPad" else "scale"] = tuple(size)
+
+
+def _closest_sizes(size: Any) -> str:
+    sides = size if isinstance(size, (tuple, list)) and len(size) == 2 else ()
+    if not sides or not all(isinstance(side, int) and not isinstance(side, bool) for side in sides):
+        return ""
+    return f", such as {tuple(max(32, round(side / 32) * 32) for side in sides)}"
+
+
+def set_flips(config: Config, flips: Any) -> None:
+    """
+    Makes every RandomFlip of the training's pipeline flip as FLIPS says.
+
+    Raises:
+        ConfigError: it says nothing of `flips`, or no pipeline would change by it.
+    """
+    flipped = [one for one in transforms_of(config.get("train_dataloader")) if one.get("type") == "RandomFlip"]
+    if flips not in FLIPS:
+        raise ConfigError(f"flips is {flips!r}; expected one of {', '.join(FLIPS)}")
+    if not flipped:
+        raise ConfigError(f"flips is {flips!r}, but the training's pipeline has no RandomFlip to use it")
+    for one in flipped:
+        one.update(FLIPS[flips])
 
 
 def set_batchnorm_head(detector: Any) -> None:

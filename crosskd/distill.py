@@ -197,10 +197,12 @@ def fine_tuning_options(config: Any, config_path: str, training: TrainingOptions
     Sets length and learning rate of INT8-aware training in `config`, and its precision in the options that it returns,
     where nobody did; says so.
 
-    Raises:
-        ConfigError: the config averages the weights.
+    A moving average of the weights is left out: it would not average the ranges.
     """
-    int8_aware.check_no_averages(config, config_path, "--set custom_hooks=[]")
+    hooks = config.get("custom_hooks", [])
+    config.custom_hooks = [hook for hook in hooks if hook["type"] != "EMAHook"]
+    if len(config.custom_hooks) < len(hooks):
+        print(f"the EMAHook of {config_path} is left out: it would not average the ranges of --quantize int8")
     if not any(key.endswith("max_epochs") for key in training.overrides):
         set_epochs(config, max(1, round(config.train_cfg.max_epochs / 4)))
     if not any(LEARNING_RATE.startswith(key) for key in training.overrides):  # a whole optimiser may have been given

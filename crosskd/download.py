@@ -97,7 +97,7 @@ def fetched_checkpoint(url: str) -> Path:
         CheckpointError: it cannot be downloaded, has another hash than its name says, or has none in its name.
         PipelineError: the cache cannot be written.
     """
-    from torch.hub import download_url_to_file, get_dir
+    from torch.hub import get_dir
 
     name = url.rsplit("/", 1)[-1]
     match = HASHED.search(name)
@@ -118,10 +118,38 @@ def fetched_checkpoint(url: str) -> Path:
                 "it; the next run downloads it again."
             )
         return path
+    _download(url, path, match[1])
+    return path
+
+
+def fetched_from_hub(repository: str, name: str = "model.safetensors") -> Path:
+    """
+    A file of a repository of the Hugging Face hub, such as timm's weights; from its client's cache, or downloaded once.
+
+    Raises:
+        CheckpointError: it cannot be downloaded.
+        PipelineError: the cache cannot be written.
+    """
+    from huggingface_hub import hf_hub_url, try_to_load_from_cache
+
+    known = try_to_load_from_cache(repository, name)
+    path = Path(known) if isinstance(known, str) else cache_dir() / f"{repository.replace('/', '--')}.{name}"
+    if not path.is_file():  # without the client, whose many tries without a network fill the screen
+        _download(hf_hub_url(repository, name), path, None)
+    return path
+
+
+def _download(url: str, path: Path, hash_prefix: str | None) -> None:
+    """
+    Raises:
+        CheckpointError: it cannot be downloaded, or has another hash. PipelineError: `path` cannot be written.
+    """
+    from torch.hub import download_url_to_file
+
     check_writable(path)
     print(f"downloading {url} to {path}", file=sys.stderr)
     try:
-        download_url_to_file(url, str(path), hash_prefix=match[1], progress=sys.stderr.isatty())
+        download_url_to_file(url, str(path), hash_prefix=hash_prefix, progress=sys.stderr.isatty())
     except RuntimeError as error:  # torch's word for a wrong hash
         raise CheckpointError(
             f"what {url} sent is not the published file ({error}); it was not kept. Try again, or see what answers "
@@ -132,7 +160,6 @@ def fetched_checkpoint(url: str) -> Path:
             f"cannot download {url} ({getattr(error, 'reason', None) or error}). Without a network: fetch it elsewhere "
             f"and put it at {path}, or give a file of weights in its place."
         ) from error
-    return path
 
 
 def cache_dir() -> Path:

@@ -19,15 +19,15 @@ from crosskd.config import load_config, path_beside, published_name, set_classes
 from crosskd.data import add_training_data_arguments, load_splits
 from crosskd.disk_space import bytes_of_models, bytes_of_training, check_disk_space
 from crosskd.download import local_weights
-from crosskd.int8.int8_aware import check_no_averages
+from crosskd.recipes import RecipeOptions, add_recipe_arguments, recipe_options_from_arguments, write_recipe
 from crosskd.settings import check_settings
 from crosskd.stages import Stage, run_stages
 from deploy.ap_drop import FEWEST_IMAGES, checked_budget
 from deploy.commands import run_captured
 from deploy.data_arguments import add_data_argument
 from deploy.dataset import CocoSet
-from deploy.errors import ConfigError, DataError, PipelineError, command
-from deploy.files import check_writable
+from deploy.errors import CheckpointError, ConfigError, DataError, PipelineError, command
+from deploy.files import check_writable, read_json
 from deploy.folder_lock import locked
 from deploy.layouts import SPLITS, has_split, split_paths
 from deploy.targets import QUANTISED_FOR, SUFFIXES, TARGETS
@@ -69,8 +69,11 @@ class PipelineOptions:
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    options = PipelineOptions(**vars(command_parser().parse_args(argv)))
+    arguments = command_parser().parse_args(argv)
+    options, recipe = options_from_arguments(arguments)
     with locked(options.output):
+        if recipe is not None:
+            write_recipe(Path(options.config).parent, recipe, number_of_images(options.data))
         config = load_config(options.config)
         stages = planned_stages(options, config)
         class_names = check_before_work(options, config, stages)
@@ -78,6 +81,71 @@ def main(argv: list[str] | None = None) -> int:
         status = run_stages(stages)
     print(f"report: {options.output / 'report.html'}")
     return status
+
+
+def options_from_arguments(arguments: argparse.Namespace) -> tuple[PipelineOptions, RecipeOptions | None]:
+    """
+    The options that the arguments of `command_parser` ask for, and those of the recipes, if no config is given.
+
+    Raises:
+        ConfigError: recipes are chosen, and a config is given; or an image size of no use.
+    """
+    values = vars(arguments)
+    chosen = {name: values[name] for name in ("student", "teacher", "input_size", "flips")}
+    rest = {name: value for name, value in values.items() if name not in chosen}
+    given = [f"--{name.replace('_', '-')}" for name, value in chosen.items() if value is not None]
+    if arguments.config is not None:
+        if given:
+            raise ConfigError(
+                f"{given[0]} chooses a recipe, and {arguments.config} is given; expected one of the two: change the "
+                "config, or leave it out"
+            )
+        return PipelineOptions(**rest), None
+    recipe = recipe_options_from_arguments(arguments)
+    return PipelineOptions(**{**rest, "config": str(arguments.output / "recipe" / "crosskd.py")}), recipe
+
+
+def number_of_images(data: str) -> int:
+    """
+    Of the training set, as its annotations list them; they are checked later.
+
+    Raises:
+        DataError: they cannot be read, or are no annotations.
+    """
+    annotations, _ = split_paths(data, "train")
+    document = read_json(annotations, DataError, "annotations in COCO format")
+    images = document.get("images") if isinstance(document, dict) else None
+    if not isinstance(images, list):
+        raise DataError(f"{annotations} has no list of images; expected annotations in COCO format")
+    return len(images)
+
+
+def fetch_weights(config: Any, stages: list[Stage], detector: Any) -> None:
+    """
+    Fetches all weights that the trainings start from, so that none of them is missing after hours.
+
+    Args:
+        config: of the distillation. detector: of that config.
+
+    Raises:
+        ConfigError, CheckpointError: they cannot be had.
+    """
+    from crosskd.models.starting_weights import pretrained_parts
+
+    trained = [(config, "", detector.student)]
+    if stages[0].is_training:
+        trained.append((load_config(stages[0].words[1]), stages[0].words[1], detector.teacher))
+    missing = []
+    for given, name, part in trained:
+        try:
+            if given.get("load_from"):
+                local_weights(given.load_from, name)
+            elif part is not None:
+                pretrained_parts(part)
+        except CheckpointError as error:  # all of them at once: a person may have to carry them here
+            missing.append(str(error))
+    if missing:
+        raise CheckpointError(" Also: ".join(missing))
 
 
 def check_before_work(options: PipelineOptions, config: Any, stages: list[Stage]) -> tuple[str, ...]:
@@ -106,7 +174,7 @@ def check_before_work(options: PipelineOptions, config: Any, stages: list[Stage]
     budget = budget_of(options, config)
     if budget is not None:
         check_validation_set(sets["val"], budget)
-    check_space(options, config, stages, list(sets.values()))
+    fetch_weights(config, stages, check_space(options, config, stages, list(sets.values())))
     return next(iter(sets.values())).class_names
 
 
@@ -173,13 +241,16 @@ def check_packages(target: str) -> None:
         raise PipelineError(f"some of its stages need what is not here. Do: {'; '.join(to_do)}")
 
 
-def check_space(options: PipelineOptions, config: Any, stages: list[Stage], sets: list[CocoSet]) -> None:
+def check_space(options: PipelineOptions, config: Any, stages: list[Stage], sets: list[CocoSet]) -> Any:
     """
-    Raises PipelineError if the models cannot be built, do not fit each other, or are too large for the disk.
+    The detector of a config, built to see how much room all that is made of it takes.
 
     Args:
         config: of the distillation; its classes are set here.
         sets: the data of train, val and, if there is one, test.
+
+    Raises:
+        PipelineError: the models cannot be built, do not fit each other, or are too large for the disk.
     """
     from crosskd.models.detector import detector_from_config
 
@@ -201,13 +272,17 @@ def check_space(options: PipelineOptions, config: Any, stages: list[Stage], sets
             trained = load_config(stage.words[1]) if is_teacher else config
             needed.append(bytes_of_training(trained, teacher if is_teacher else student, annotation_bytes))
     check_disk_space(options.output, needed)
+    return detector
 
 
 def command_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m crosskd.pipeline", description="Train, distil, export, quantise, measure, report."
     )
-    parser.add_argument("config", metavar="CONFIG", help="a config whose model is a CrossKDDetector")
+    parser.add_argument(
+        "config", metavar="CONFIG", nargs="?", help="a config whose model is a CrossKDDetector (default: recipes)"
+    )
+    add_recipe_arguments(parser)
     add_data_argument(parser, required=True)
     add_training_data_arguments(parser)
     parser.add_argument(
@@ -392,7 +467,6 @@ def stages_to_int8(
             advice=f"; where nothing of it can be INT8, measure and ship {onnx} as it is")  # fmt: skip
         measure_rung(role, int8)
     if options.int8_training:
-        check_no_averages(config, options.config, "give --no-int8-training")
         run, start = options.output / "int8_aware", options.output / "student" / "student.pth"
         int8 = add(
             "INT8-aware CrossKD", run / "student.int8.onnx", *distil[:-2], "--quantize", "int8", "--from", start,

@@ -25,7 +25,7 @@ READ_KEYS = frozenset({
     "visualizer", "default_scope", "randomness", "experiment_name", "model_wrapper_cfg", "find_unused_parameters",
     "sync_bn", "activation_checkpointing", "efficient_conv_bn_eval", "custom_imports",
     # by us
-    "max_epochs", "input_size", "batchnorm_head", "report_limits", "max_int8_drop",
+    "max_epochs", "input_size", "flips", "batchnorm_head", "report_limits", "max_int8_drop",
 })  # fmt: skip
 """Keys of a config's first level that something reads. Others are variables of the file, used up when it is read."""
 VERSION_2_KEYS = ("data", "optimizer", "optimizer_config", "lr_config", "runner", "evaluation", "checkpoint_config")

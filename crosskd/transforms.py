@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import mmcv
+import numpy as np
 from mmcv.transforms import BaseTransform
 from mmcv.transforms import LoadImageFromFile as MmcvLoadImageFromFile
-from mmdet.datasets.transforms import Resize
+from mmdet.datasets.transforms import RandomCrop, Resize
 from mmdet.registry import TRANSFORMS
 
 from deploy.errors import DataError
@@ -54,6 +55,28 @@ class FitResize(Resize):
         results["img_shape"] = results["img"].shape[:2]
         results["scale_factor"] = size[0] / width, size[1] / height
         results["keep_ratio"] = self.keep_ratio
+
+
+@TRANSFORMS.register_module()
+class FitJitter(BaseTransform):
+    """
+    As FitResize, times a random factor; of an image that is larger than `scale` then, a random part of that size.
+
+    Args:
+        scale: (width, height) in pixels.
+        factors: the smallest and the largest.
+    """
+
+    def __init__(self, scale: tuple[int, int], factors: tuple[float, float] = (0.5, 1.5)) -> None:
+        self.scale, self.factors = tuple(scale), tuple(factors)
+        width, height = self.scale
+        self.crop = RandomCrop((height, width), allow_negative_crop=True)
+
+    def transform(self, results: dict[str, Any]) -> dict[str, Any] | None:
+        smallest, largest = self.factors
+        factor = np.random.uniform(smallest, largest)
+        width, height = (max(1, round(factor * side)) for side in self.scale)
+        return self.crop(FitResize((width, height))(results))
 
 
 @TRANSFORMS.register_module()

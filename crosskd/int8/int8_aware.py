@@ -23,15 +23,6 @@ START = "start.int8.onnx"
 """In the run directory: the student before the training, quantised."""
 
 
-def check_no_averages(config: Any, config_path: str, to_do: str) -> None:
-    """Raises ConfigError if the config averages weights, whose ranges of INT8 would not be averaged with them."""
-    if any(hook["type"] == "EMAHook" for hook in config.get("custom_hooks", [])):
-        raise ConfigError(
-            f"{config_path}: custom_hooks has an EMAHook, which would not average the ranges of --quantize int8; "
-            f"give a config without it, or {to_do}"
-        )
-
-
 def check_start(weights: Path) -> None:
     """Raises CheckpointError if `--from` is not the weights file of a finished run."""
     if not weights.is_file() or weights != weights_of_run(weights.parent):

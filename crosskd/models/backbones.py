@@ -19,6 +19,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from crosskd.download import fetched_from_hub
 from crosskd.models.checkpoint import (
     detector_weights_in,
     read_checkpoint,
@@ -105,9 +106,10 @@ class TimmBackbone(BaseModule):
         Raises:
             CheckpointError: they cannot be had, or are those of another model.
         """
-        if self.pretrained is False:
+        path = self.pretrained_file()
+        if path is None and self.pretrained is False:
             return
-        if self.pretrained is True:
+        if path is None:
             try:
                 source = self._features(pretrained=True)
             except Exception as error:  # of the network, of the hub's client, or timm has no weights of this model
@@ -116,8 +118,23 @@ class TimmBackbone(BaseModule):
                     "backbone.pretrained to a file of them, or to False."
                 ) from error
         else:
-            source = self.features_from_file(self.pretrained)
+            source = self.features_from_file(path)
         self.model.load_state_dict(source.state_dict())
+
+    def pretrained_file(self) -> str | None:
+        """
+        The file of the pretrained weights, which is fetched if they are timm's own; None if there are to be none, or
+        timm has them in no file of its hub.
+
+        Raises:
+            CheckpointError: it cannot be fetched.
+        """
+        if isinstance(self.pretrained, str):
+            return self.pretrained
+        facts = self.model.pretrained_cfg
+        if not self.pretrained or facts.get("file") or not facts.get("hf_hub_id"):
+            return None
+        return str(fetched_from_hub(facts["hf_hub_id"]))
 
     def features_from_file(self, path: str) -> nn.Module:
         """

@@ -71,10 +71,10 @@ def pretrained_file(checkpoint: str) -> Path | None:
 def pretrained_parts(detector: Any) -> dict[str, str]:
     """
     Name of a part -> where its config takes pretrained weights from, of those parts that have any. What is an address
-    has been fetched, so that it is a file, with a few exceptions (`pretrained_file`; timm's own weights).
+    has been fetched, so that it is a file, where that can be (`pretrained_file`).
 
     Raises:
-        CheckpointError: as `pretrained_file`.
+        CheckpointError: it cannot be fetched.
     """
     named = {}
     for name, part in detector.named_children():
@@ -83,7 +83,7 @@ def pretrained_parts(detector: Any) -> dict[str, str]:
             one for one in (init if isinstance(init, list) else [init]) if one and one["type"] == "Pretrained"
         ]
         if isinstance(part, TimmBackbone) and part.pretrained:
-            named[name] = part.pretrained if isinstance(part.pretrained, str) else f"timm's weights of {part.name}"
+            named[name] = part.pretrained_file() or f"timm's weights of {part.name}"
         elif pretrained:
             checkpoint = pretrained[-1]["checkpoint"]
             named[name] = str(pretrained_file(checkpoint) or checkpoint)

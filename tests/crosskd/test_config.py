@@ -140,7 +140,7 @@ def test_input_size_is_that_of_every_pipeline() -> None:
     ("name", "size", "named"),
     [
         ("gfl_r18_half_320.py", 640, "input_size is 640; expected"),
-        ("gfl_r18_half_320.py", [640, 500], r"multiples of 32"),
+        ("gfl_r18_half_320.py", [640, 500], r"multiples of 32.*such as \(640, 512\)"),
         ("crosskd_gfl_r50_r101_1x_coco.py", [640, 512], "no pipeline of this config has FitResize"),
     ],
 )
@@ -217,3 +217,19 @@ def test_the_number_of_classes_goes_into_student_and_teacher(configs: Path) -> N
     set_classes(config, ("a", "b", "c"))
     detector = detector_from_config(config, load_weights=False)
     assert detector.student.bbox_head.num_classes == detector.teacher.bbox_head.num_classes == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "flips", "named"),
+    [
+        ("gfl_r18_half_320.py", "vertical", "flips is 'vertical'; expected one of horizontal, all"),
+        (
+            "../tests/crosskd/configs/gfl_tiny.py",
+            "all",
+            "flips is 'all', but the training's pipeline has no RandomFlip",
+        ),
+    ],
+)
+def test_flips_that_cannot_be_are_refused(name: str, flips: str, named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        load_config(ROOT / "configs" / name, {"flips": flips})

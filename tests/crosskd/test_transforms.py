@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 from mmdet.registry import MODELS, TRANSFORMS
+from mmdet.structures.bbox import HorizontalBoxes
 from mmengine.dataset import Compose, pseudo_collate
 
 from crosskd.config import load_config
 from crosskd.models.contract import contract_from_config
+from crosskd.transforms import FitJitter
 from deploy.runtime.preprocess import preprocess
 
 
@@ -43,3 +45,22 @@ def test_boxes_are_resized_with_their_image() -> None:
     found = resize({"img": np.zeros((128, 100, 3), np.uint8), "gt_bboxes": boxes})
     assert found["img"].shape == (64, 50, 3)  # a tall image is fitted by its height
     torch.testing.assert_close(found["gt_bboxes"].tensor, torch.tensor([[5.0, 10.0, 25.0, 50.0]]))
+
+
+def test_fit_jitter_never_gives_more_than_fits_and_boxes_follow() -> None:
+    image = np.zeros((40, 80, 3), np.uint8)
+    image[10:20, 40:60] = 255
+    sizes = set()
+    for _ in range(30):
+        boxes = HorizontalBoxes(np.array([[40.0, 10.0, 60.0, 20.0]], np.float32))
+        results = dict(img=image, img_shape=(40, 80), gt_bboxes=boxes, gt_bboxes_labels=np.zeros(1, np.int64),
+                       gt_ignore_flags=np.zeros(1, bool))  # fmt: skip
+        results = FitJitter((64, 64), (0.5, 2.0)).transform(results)
+        height, width = results["img"].shape[:2]
+        assert (height, width) == results["img_shape"]
+        assert height <= 64
+        assert width <= 64
+        sizes.add((height, width))
+        for x1, y1, x2, y2 in results["gt_bboxes"].tensor.round().int().tolist():
+            assert results["img"][y1:y2, x1:x2].mean() > 200  # the white part, wherever it went
+    assert len(sizes) > 10

@@ -190,15 +190,18 @@ def test_the_float_model_is_found_in_a_folder_that_was_moved(run_dir: Path, stud
 @pytest.mark.parametrize(
     "override", [{}, {"optim_wrapper.optimizer.lr": 0.5}, {"optim_wrapper.optimizer": {"type": "SGD", "lr": 0.5}}]
 )
-def test_the_learning_rate_is_a_tenth_unless_it_is_given(override: dict[str, Any], configs: Path) -> None:
+def test_the_learning_rate_is_a_tenth_unless_it_is_given_and_weights_are_not_averaged(
+    override: dict[str, Any], configs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     training = TrainingOptions(Path("run"), override)
     config = load_config(configs / "crosskd_tiny.py", override)
     default = load_config(configs / "crosskd_tiny.py").optim_wrapper.optimizer.lr / 10
     assert distill.fine_tuning_options(config, "c.py", training).precision == "fp32"
     assert config.optim_wrapper.optimizer.lr == (0.5 if override else default)
-    config.custom_hooks = [dict(type="EMAHook")]
-    with pytest.raises(ConfigError, match=r"c.py: custom_hooks has an EMAHook, .* --set custom_hooks=\[\]"):
-        distill.fine_tuning_options(config, "c.py", training)
+    config.custom_hooks = [dict(type="EMAHook"), *config.custom_hooks]
+    distill.fine_tuning_options(config, "c.py", training)
+    assert [hook.type for hook in config.custom_hooks] == ["FreezeHeadNormsHook"]
+    assert "the EMAHook of c.py is left out" in capsys.readouterr().out
 
 
 def test_weights_that_are_no_finished_run_are_refused(student_run: Path, tmp_path: Path) -> None:
