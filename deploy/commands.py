@@ -33,6 +33,7 @@ NEEDS: Dict[str, Tuple[str, ...]] = {
     "crosskd.pipeline": (*TRAINING, "onnx", "onnxruntime", "onnxslim", "faster-coco-eval", "jinja2"),
     "crosskd.shapes": ("numpy", "opencv"),
     "crosskd.check_data": ("numpy", "opencv"),
+    "crosskd.choose": (*TRAINING, "onnx", "onnxruntime", "onnxslim"),
     "crosskd.train": TRAINING,
     "crosskd.adopt": TRAINING,
     "crosskd.distill": TRAINING,

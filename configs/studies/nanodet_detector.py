@@ -38,11 +38,11 @@ KEYS = {
 
 @MODELS.register_module()
 class NanoDetBackbone(BaseModule):
-    """torchvision's ShuffleNetV2 1.0x with LeakyReLU, strides 8, 16 and 32."""
+    """torchvision's ShuffleNetV2 with LeakyReLU, strides 8, 16 and 32; `width` is x1_0 as in NanoDet-m, or x0_5."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        source = torchvision.models.shufflenet_v2_x1_0()
+    def __init__(self, width: str = "x1_0", init_cfg: Any = None) -> None:
+        super().__init__(init_cfg)
+        source = getattr(torchvision.models, f"shufflenet_v2_{width}")()
         for parent in list(source.modules()):
             for name, child in list(parent.named_children()):
                 if isinstance(child, nn.ReLU):

@@ -1,0 +1,10 @@
+# The student of `make bench-transfer` under NanoDet-m, trained on COCO.
+_base_ = "./nanodet_half.py"
+
+model = dict(
+    _delete_=True,
+    type="CrossKDDetector",
+    student={{_base_.model}},
+    teacher=dict(config="nanodet.py", checkpoint=None),
+    distill=dict(method="crosskd", split=1),
+)
