@@ -1,5 +1,5 @@
-# NanoDet with half of its backbone's width, whose weights (../shared/data/weights/shufflenetv2_x0_5.pth) want pixels from
-# 0 to 1: the student of `make bench-transfer`. To be used from the folder of the checkout.
+# NanoDet with half of its backbone's width: a student that can start from ../shared/data/weights/shufflenetv2_x0_5.pth,
+# which wants pixels from 0 to 1, and from its teacher's head. To be used from the folder of the checkout.
 _base_ = "./nanodet.py"
 
 model = dict(

@@ -1,4 +1,4 @@
-# The student of `make bench-transfer` under NanoDet-m, trained on COCO.
+# NanoDet of half width under NanoDet-m, trained on COCO.
 _base_ = "./nanodet_half.py"
 
 model = dict(
