@@ -60,6 +60,7 @@ BAD_INPUT = {
     "crosskd.adopt": ["nope.py", "--checkpoint", "nope.pth", "--data", "nope", "-o", "out"],
     "crosskd.export": ["nope", "-o", "out.onnx"],
     "crosskd.distill": ["nope.py", "--data", "nope", "-o", "out"],
+    "crosskd.choose": ["--budget-ms", "5", "--data", "nope", "-o", "out"],
     "crosskd.pipeline": ["nope.py", "--data", "nope", "-o", "out"],
     "crosskd.predict": ["nope", "--annotations", "nope.json", "--images-dir", "nope", "-o", "out.json"],
     "crosskd.shapes": ["out", "--images", "1"],

@@ -163,11 +163,16 @@ def export(candidate: Candidate, data: CocoSet, path: Path) -> None:
 
     config = config_of(candidate, data.class_names)
     torch.manual_seed(0)
-    detector = detector_from_config(config, load_weights=False).eval()
-    for module in detector.modules():
-        if isinstance(module, _BatchNorm) and not module.weight.any():
-            torch.nn.init.constant_(module.weight, 0.2)  # timm begins some with zeros, of which there is no range
+    detector = detector_from_config(config, load_weights=False)
     contract = contract_from_config(config, data.class_names, data.category_ids)
+    for module in detector.modules():
+        if isinstance(module, _BatchNorm):
+            module.momentum = 1.0
+            if not module.weight.any():
+                torch.nn.init.constant_(module.weight, 0.2)  # timm begins some with zeros, of which there is no range
+    with torch.no_grad():  # the statistics of noise, or values would grow from layer to layer, beyond what compares
+        detector.train().bbox_head(detector.extract_feat(torch.randn(2, *contract.input_shape[1:])))
+    detector.eval()
     onnx_from_detector(detector, contract, path)
     parameters = sum(one.numel() for one in detector.parameters())
     write_sidecar(path, {}, contract, {"opset": OPSET, "parameters": parameters})

@@ -74,16 +74,17 @@ def best_within(
     The candidate with the most multiplications that keeps the limits; None if none does.
 
     Takes it that in a family what is larger is slower, and halves each family between what keeps the limits and what
-    does not. Of a later family only what would be better than the best so far is looked at, the smallest first.
+    does not. Of a later family only what would be better than the best so far is looked at, the smallest first: often
+    that is too much already.
 
     Args:
         families: candidates of one backbone each.
     """
     best: Candidate | None = None
-    for family in families:
+    for number, family in enumerate(families):
         better = sorted((one for one in family if best is None or one.macs > best.macs), key=lambda one: one.macs)
         low, high = 0, len(better)  # those before `low` keep the limits, those from `high` on do not
-        middle = high // 2 if best is None else 0
+        middle = high // 2 if number == 0 else 0
         while low < high:
             if limits.broken_by(measure(better[middle])):
                 high = middle
