@@ -171,7 +171,7 @@ def export(candidate: Candidate, data: CocoSet, path: Path) -> None:
             if not module.weight.any():
                 torch.nn.init.constant_(module.weight, 0.2)  # timm begins some with zeros, of which there is no range
     with torch.no_grad():  # the statistics of noise, or values would grow from layer to layer, beyond what compares
-        detector.train().bbox_head(detector.extract_feat(torch.randn(2, *contract.input_shape[1:])))
+        detector.train().bbox_head(detector.extract_feat(torch.randn(4, *contract.input_shape[1:])))
     detector.eval()
     onnx_from_detector(detector, contract, path)
     parameters = sum(one.numel() for one in detector.parameters())

@@ -18,8 +18,8 @@ from deploy.dataset import load_split
 from deploy.errors import MeasurementError
 from deploy.files import write_json
 
-SMALL = Candidate("mobilenetv4_conv_small_050", 32, 1, 64, 10**8)
-LARGE = dataclasses.replace(SMALL, side_px=96, macs=2 * 10**8)
+SMALL = Candidate("mobilenetv4_conv_small_050", 32, 1, 160, 10**8)
+LARGE = dataclasses.replace(SMALL, side_px=192, macs=2 * 10**8)
 
 
 def _never(*_: object) -> Measured:
@@ -49,7 +49,7 @@ def test_a_candidate_is_exported_with_its_contract(shapes_dir: Path, tmp_path: P
     data = load_split(shapes_dir, "val")
     export(SMALL, data, tmp_path / "student.onnx")
     contract = load_contract(tmp_path / "student.onnx")
-    assert contract.input_shape == (1, 3, 64, 64)
+    assert contract.input_shape == (1, 3, 160, 160)
     assert contract.class_names == data.class_names
 
 
@@ -87,9 +87,9 @@ def test_the_command_writes_the_choice_and_goes_on_from_what_was_measured(
     printed = capsys.readouterr().out
     assert f"chosen: {SMALL.name}, measured again: p99 10.00 ms; 2 of 2 students were measured" in printed
     assert f"{LARGE.name:<34}    0.20    20.00    1.0       -  too much" in printed
-    assert json.loads((tmp_path / "choice.json").read_text())["chosen"]["side_px"] == 64
+    assert json.loads((tmp_path / "choice.json").read_text())["chosen"]["side_px"] == 160
     assert "<circle" in (tmp_path / "choice.svg").read_text()
-    assert "(64, 64)" in (tmp_path / "student.py").read_text()
+    assert "(160, 160)" in (tmp_path / "student.py").read_text()
     monkeypatch.setattr(measure, "measured_once", _never)
     assert choose.main(["--budget-ms", "5", *words]) == 2
     assert "no student keeps the limits: the fastest" in capsys.readouterr().err
