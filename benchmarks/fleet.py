@@ -74,6 +74,8 @@ def main(argv: Optional[List[str]] = None) -> int:
         check_writable(output / "fleet.json")
         boards = boards_from_file(arguments.boards)
         bundle = Bundle(unpack(arguments.bundle, temporary))
+        if arguments.teacher:
+            boards = [dataclasses.replace(board, precisions=()) for board in boards]
         boards = [_with_precisions(board, bundle) for board in boards]
         signature = signer(bundle.folder, arguments.allowed_signers)
         check_asyncssh()
@@ -143,6 +145,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--rollback", action="store_true", help="only make the former model of each board current again"
     )
+    parser.add_argument("--teacher", action="store_true", help="the bundle is the teacher's: its best precision alone, "
+                        "whatever boards.toml says, for benchmarks.report --teacher")  # fmt: skip
     parser.add_argument("--jobs", type=int, default=4, metavar="N", help="boards at a time (default: 4)")
     return parser
 

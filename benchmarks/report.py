@@ -2,10 +2,10 @@
 Command: result files -> one report with a verdict, as HTML, Markdown and JSON.
 
     python -m benchmarks.report *.result.json -o report.html --max-ap-drop 1.5 --max-latency-ms 40
-    python -m benchmarks.report student.fleet/*/*.result.json -o fleet.html --limits limits.toml
+    python -m benchmarks.report student.fleet --teacher teacher.fleet -o fleet.html --limits limits.toml
 
-Results of boards, in a folder for each as benchmarks.fleet leaves them, become one page with a verdict for each board;
-roll out only where all boards do.
+Results of boards, a folder that benchmarks.fleet wrote or its */*.result.json, become one page with a verdict for each
+board; roll out only where all boards do.
 
 It measures nothing: the same result files give the same report. Exit status 0: roll out, or no limits were given;
 1: do not roll out, or it cannot be told; 2: bad input. Needs jinja2, and the detections beside the accuracy results;
@@ -34,7 +34,14 @@ from benchmarks.reporting.document import (
     teacher_of_accuracy,
 )
 from benchmarks.reporting.figures import distribution_from_samples
-from benchmarks.reporting.fleet import failures_from_files, fleet_report, results_by_board
+from benchmarks.reporting.fleet import (
+    as_teachers,
+    failures_from_files,
+    fleet_report,
+    notes_on_other_boards,
+    result_files,
+    results_by_board,
+)
 from benchmarks.reporting.int8_budget import read_int8_budget
 from benchmarks.reporting.junit import junit_from_limits
 from benchmarks.reporting.page import (
@@ -57,7 +64,17 @@ def _parser() -> argparse.ArgumentParser:
         "1: do not roll out, or it cannot be told; 2: bad input.",
     )
     parser.add_argument(
-        "results", nargs="+", metavar="RESULT", help="result files of benchmarks.accuracy and benchmarks.latency"
+        "results",
+        nargs="+",
+        metavar="RESULT",
+        help="result files of benchmarks.accuracy and benchmarks.latency, or the folder that benchmarks.fleet wrote",
+    )
+    parser.add_argument(
+        "--teacher",
+        nargs="+",
+        default=[],
+        metavar="RESULT",
+        help="such files or folders of the teacher, whatever their role: onnx-fp32 counts as teacher-onnx-fp32",
     )
     parser.add_argument(
         "-o", "--output", required=True, metavar="FILE", help="report.html; report.md and report.json go beside it"
@@ -135,11 +152,12 @@ def main(argv: Optional[List[str]] = None) -> int:
     """Writes the files, prints the verdict, and returns 1 if it is not to roll out."""
     arguments = _parser().parse_args(argv)
     allowed = limits_from_arguments(arguments)
+    given = [*arguments.results, *arguments.teacher]
     html, markdown, document = output_paths(
-        arguments.output, [*arguments.results, arguments.against, arguments.limits, arguments.int8_budget]
+        arguments.output, [*given, arguments.against, arguments.limits, arguments.int8_budget]
     )
     if arguments.check:
-        if "max_energy_mj" in allowed:
+        if "max_energy_mj" in allowed and all(path.endswith(".json") for path in given):  # else boards tell it
             check_power_is_told()
         return 0
     if arguments.junit is not None:
@@ -147,16 +165,18 @@ def main(argv: Optional[List[str]] = None) -> int:
             raise ConfigError("--junit writes limits, but none are given")
         check_writable(arguments.junit)
     old = read_report(arguments.against, REPORT_VERSION) if arguments.against is not None else None
-    read = [(path, read_result(path)) for path in arguments.results]
-    failures = failures_from_files(arguments.results)
-    boards = results_by_board(read, failures)
+    results, teachers = result_files(arguments.results), result_files(arguments.teacher)
+    read = [(path, read_result(path)) for path in results]
+    read += [(path, as_teachers(read_result(path))) for path in teachers]
+    failures = failures_from_files(results)
+    boards = results_by_board(read, failures, any(Path(path).is_dir() for path in arguments.results))
     if boards is None:
-        report, page, text, limits = _of_one_machine(arguments, read, allowed, old)
+        report, page, text, limits = _of_one_machine(arguments, read, allowed, old, failures)
     elif old is not None or arguments.int8_budget is not None:
         flag = "--int8-budget" if old is None else "--against"
         raise ConfigError(f"{flag} is for the report of one machine, but these results are of boards; leave it out")
     else:
-        report = fleet_report(arguments.results, boards, failures, arguments.ship, allowed)
+        report = fleet_report([*results, *teachers], boards, failures, arguments.ship, allowed)
         page, text = (render_fleet(report, f"fleet.{suffix}.jinja") for suffix in ("html", "md"))
         limits = {f"{entry['ship'] or 'what ships'} on {entry['board']}": entry["limits"] for entry in report["boards"]}
     for path, content in ((html, page), (markdown, text)):
@@ -176,19 +196,20 @@ def _of_one_machine(
     read: Sequence[ReadResult],
     allowed: Mapping[str, float],
     old: Optional[Mapping[str, Any]],
+    failures: Mapping[str, Mapping[str, str]],
 ) -> Tuple[Dict[str, Any], str, str, Dict[str, Any]]:
     """(document, page, Markdown, limits by what they are on) of the results of one machine."""
     groups = group_results(read)
     budget = read_int8_budget(arguments.int8_budget, groups) if arguments.int8_budget is not None else None
     ship = role_to_ship(list(groups), arguments.ship or (budget["ships"] if budget else None))
     detections = detections_of_roles(read, [teacher_of_accuracy(groups), ship, "student", *SHIPPED_FORMS])
-    files = [*arguments.results, *filter(None, [arguments.int8_budget])]
+    files = [*(path for path, _ in read), *filter(None, [arguments.int8_budget])]
     report = report_from_results(files, groups, detections, ship, allowed, budget)
     data = report["data"]
     pictures, notes = gallery_from_report(
         report, detections, arguments.annotations or data["annotations"], arguments.images_dir or data["images_dir"]
     )
-    report["notes"] += notes
+    report["notes"] += notes + notes_on_other_boards([result for _, result in read], failures)
     if old is not None:
         report["changes"] = changes_from_reports(old, report, arguments.against)
     timed = {ROLES.get(role, role): group["latency"] for role, group in groups.items() if "latency" in group}

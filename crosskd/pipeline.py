@@ -65,6 +65,13 @@ class PipelineOptions:
     """Leave out the classes that have no box in any split."""
     no_teacher_export: bool = False
     """Measure the teacher in torch alone: then no speed-up can be told."""
+    boards: str | None = None
+    """TOML file of the boards that measure and decide; None: this machine does."""
+
+    @property
+    def engines_here(self) -> bool:
+        """Whether engines are built and measured on this machine; with boards they are built there."""
+        return self.target == "tensorrt" and self.boards is None
 
 
 @command
@@ -79,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
         class_names = check_before_work(options, config, stages)
         stages[0] = with_classes_taught(stages[0], config, class_names, options.seed)
         status = run_stages(stages)
-    print(f"report: {options.output / 'report.html'}")
+    print(f"report: {stages[-1].artefact.with_suffix('.html')}")
     return status
 
 
@@ -156,10 +163,12 @@ def check_before_work(options: PipelineOptions, config: Any, stages: list[Stage]
         PipelineError: an output cannot be written, a package is missing, the data, the model or the limits will not
             do, or the disk is too small.
     """
+    if options.boards is not None and not Path(options.boards).is_file():
+        raise ConfigError(f"--boards is {options.boards}; expected a TOML file, as docs/boards.example.toml")
     for stage in stages:
         check_output(options.output, stage.artefact)
-    check_packages(options.target)
-    if options.target == "tensorrt":
+    check_packages("tensorrt" if options.engines_here else "onnxruntime", options.boards is not None)
+    if options.engines_here:
         load_tensorrt("--target tensorrt")
         load_cuda("--target tensorrt").close()
     # Judged as they will be: by the command of the last stage, with its very arguments.
@@ -232,10 +241,11 @@ def check_output(output: Path, artefact: Path) -> None:
         check_writable(artefact)
 
 
-def check_packages(target: str) -> None:
+def check_packages(target: str, boards: bool = False) -> None:
     """Raises PipelineError if a package is missing that some stage needs."""
     commands = json.loads(run_captured("deploy.doctor", "--json"))["commands"]
     labels = ["crosskd.pipeline", f"benchmarks.latency {TARGETS[target].model_arguments}"]
+    labels += ["benchmarks.fleet"] if boards else []
     to_do = list(dict.fromkeys(step for label in labels for step in commands[label]["to_do"]))
     if to_do:
         raise PipelineError(f"some of its stages need what is not here. Do: {'; '.join(to_do)}")
@@ -316,6 +326,8 @@ def command_parser() -> argparse.ArgumentParser:
         help="do without INT8-aware CrossKD, the longest of these ways",
     )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of the trainings (%(default)s)")
+    parser.add_argument("--boards", metavar="FILE", help="TOML file of boards, as benchmarks.fleet takes it: they "
+                        "measure student and teacher over SSH, and their report decides")  # fmt: skip
     parser.add_argument("--no-teacher-export", action="store_true", help="for a teacher that cannot be exported: "
                         "measure it in torch alone, so that no speed-up is told")  # fmt: skip
     return parser
@@ -350,7 +362,7 @@ def planned_stages(options: PipelineOptions, config: Any) -> list[Stage]:
     teacher_forms: dict[str, Path] = {}
     if not options.no_teacher_export:  # before hours of training, since it may fail
         teacher_onnx = add("export teacher", out / "teacher.onnx", "deploy.export", teacher, "-o", out / "teacher.onnx")
-        if options.target == "tensorrt":
+        if options.engines_here:
             engine = out / "teacher-engine-fp16.engine"
             words = ("deploy.build_trt", teacher_onnx, "--fp16", "-o", engine)
             teacher_forms["teacher-engine-fp16"] = add("build teacher-engine-fp16", engine, *words)
@@ -368,7 +380,7 @@ def planned_stages(options: PipelineOptions, config: Any) -> list[Stage]:
     models = {"teacher": teacher, **teacher_forms, "baseline": baseline, "student": student}
     models.update({"onnx-fp32": onnx, "onnx-int8": int8})
     quantise: list[str | Path] = ["calibration.quantize", onnx, "--data", data, *strict, "--target", options.target]
-    if options.target == "tensorrt":
+    if options.engines_here:
         for precision in ("fp32", "fp16") if otherwise(options) == "engine-fp32" else ("fp16",):
             role = f"engine-{precision}"
             models[role] = add(f"build {role}", out / f"{role}.engine", "deploy.build_trt", onnx, f"--{precision}",
@@ -377,7 +389,7 @@ def planned_stages(options: PipelineOptions, config: Any) -> list[Stage]:
         add("quantise", int8, *quantise, "-o", int8)
     else:
         stages += stages_to_int8(options, config, quantise, distil, budget)
-    if options.target == "tensorrt":
+    if options.engines_here:
         engine = out / "engine-int8.engine"
         models["engine-int8"] = add("build engine-int8", engine, "deploy.build_trt", int8, "--int8", "-o", engine)
     results = []
@@ -395,7 +407,38 @@ def planned_stages(options: PipelineOptions, config: Any) -> list[Stage]:
         else [f"--{name.replace('_', '-')}={value}" for name, value in limits_of(options, config).items()]
     )
     reached: list[str | Path] = [] if budget is None else ["--int8-budget", int8]
-    add("report", out / "report.json", "benchmarks.report", *results, *limits, *reached, "-o", out / "report.html")
+    report = [*results, *([] if options.boards else limits), *reached, "-o", out / "report.html"]
+    stages.append(Stage("report", ["benchmarks.report", *map(str, report)], out / "report.json", is_answer=True))
+    if options.boards is not None:
+        stages += stages_on_boards(options, measured, limits)
+    return stages
+
+
+def stages_on_boards(options: PipelineOptions, measured: list[str], limits: list[str]) -> list[Stage]:
+    """
+    Student and teacher on the boards, and the report of the fleet, whose limits decide.
+
+    Args:
+        measured: words of the images. limits: words of the limits.
+    """
+    out, folder = options.output, options.output / "boards"
+    stages: list[Stage] = []
+    teacher: list[str | Path] = [out / "results" / "teacher.accuracy.result.json"]
+
+    def add_fleet(name: str, models: list[Path], *flags: str) -> None:
+        bundle, fleet = out / f"{name}.tar.gz", folder / name
+        words = [["deploy.bundle", *models, "-o", bundle],
+                 ["benchmarks.fleet", options.boards, bundle, *measured, *flags, "-o", fleet]]  # fmt: skip
+        pack, visit = ([str(word) for word in one] for one in words)
+        stages.append(Stage(f"bundle {name}", pack, bundle, is_answer=True))
+        stages.append(Stage(f"{name} on boards", visit, fleet / "fleet.json", is_answer=True))
+
+    if not options.no_teacher_export:
+        add_fleet("teacher", [out / "teacher.onnx"], "--teacher")
+        teacher.append(folder / "teacher")
+    add_fleet("student", [out / "student.int8.onnx", out / "student.onnx"])
+    words = ["benchmarks.report", folder / "student", "--teacher", *teacher, *limits, "-o", out / "boards.html"]
+    stages.append(Stage("report of boards", [str(word) for word in words], out / "boards.json", is_answer=True))
     return stages
 
 
@@ -490,6 +533,11 @@ def budget_of(options: PipelineOptions, config: Any) -> float | None:
     Raises:
         ConfigError: it is no number from 0 to 100, or what goes with it is given without it.
     """
+    if options.boards and options.target == "tensorrt" and (options.max_int8_drop or config.get("max_int8_drop")):
+        raise ConfigError(
+            "a budget of INT8 with --target tensorrt is measured with engines on this machine, but with --boards they "
+            "are built on the boards; expected one of both"
+        )
     if options.max_int8_drop is not None:
         return checked_budget(options.max_int8_drop, "--max-int8-drop")
     if config.get("max_int8_drop") is not None:

@@ -39,6 +39,8 @@ class Stage:
     """That budget, in points of AP."""
     advice: str = ""
     """What else to do, if it fails."""
+    is_answer: bool = False
+    """Whether it runs each time, and its status 1 is an answer, not a failure, as the last stage's: a board failed."""
 
     @property
     def makes_run(self) -> bool:
@@ -62,7 +64,7 @@ class Stage:
 
 def run_stages(stages: list[Stage]) -> int:
     """
-    Runs what is not up to date and returns the status of the last stage, the report's: 0 roll out, 1 do not.
+    Runs what is not up to date and returns the status of the last stage, a report's: 0 roll out, 1 do not.
 
     Raises:
         PipelineError: a stage failed, or did not write its file. Its own message is on stderr.
@@ -71,11 +73,11 @@ def run_stages(stages: list[Stage]) -> int:
     status = 0
     for number, stage in enumerate(stages, start=1):
         head = f"[{number}/{len(stages)}] {stage.name}"
-        is_report = stage is stages[-1]
         if not stage.is_needed:
             print(f"{head}: not needed, INT8 keeps its budget without it", flush=True)
             continue
-        if not is_report and is_up_to_date(stage):
+        is_answer = stage.is_answer or stage is stages[-1]
+        if not is_answer and is_up_to_date(stage):
             print(f"{head}: up to date, {stage.artefact}", flush=True)
             continue
         words = [*stage.words, "--resume"] if can_resume(stage) else stage.words
@@ -85,7 +87,7 @@ def run_stages(stages: list[Stage]) -> int:
         began = time.monotonic()
         before = file_identity(stage.artefact)
         status = run_status(*words)
-        if status != 0 and not (is_report and status == 1):
+        if status != 0 and not (is_answer and status == 1):
             raise PipelineError(
                 f"stage {stage.name!r} ended with status {status}; its message is above. Put that right and run the "
                 f"same command again: what is finished is kept{stage.advice}"

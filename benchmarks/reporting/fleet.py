@@ -37,25 +37,64 @@ _TEACHERS = (TEACHER, *TEACHER_FORMS)
 BoardResults = Dict[str, List[ReadResult]]
 
 
-def results_by_board(read: Sequence[ReadResult], failures: Mapping[str, Any]) -> Optional[BoardResults]:
+def result_files(given: Sequence[AnyPath]) -> List[AnyPath]:
     """
-    Board, the folder's name -> its results; None where all are of one machine.
+    `given`, with the result files of its boards in place of a folder.
 
-    They are of boards where a fleet's file names the folders, or where the same was measured in several. Accuracy in a
-    folder that has nothing but the teacher's is taken for each board that lacks it.
+    Raises:
+        MeasurementError: a folder has none.
+    """
+    files: List[AnyPath] = []
+    for path in given:
+        if not Path(path).is_dir():
+            files.append(path)
+            continue
+        of_boards = sorted(Path(path).glob("*/*.result.json"))
+        if not of_boards:
+            raise MeasurementError(f"{path} has no */*.result.json; expected a folder that benchmarks.fleet wrote")
+        files += of_boards
+    return files
+
+
+def as_teachers(result: Dict[str, Any]) -> Dict[str, Any]:
+    """
+    The result with the teacher's role on its runtime in place of the student's.
+
+    Raises:
+        MeasurementError: its role is that of no runtime.
+    """
+    role = result["role"] if result["role"] in _TEACHERS else f"{TEACHER}-{result['role']}"
+    if role not in _TEACHERS:
+        raise MeasurementError(
+            f"--teacher has a result of role {result['role']!r}; expected {TEACHER}, or a form of it: "
+            f"{', '.join(form[len(TEACHER) + 1 :] for form in TEACHER_FORMS)}"
+        )
+    return {**result, "role": role}
+
+
+def results_by_board(
+    read: Sequence[ReadResult], failures: Mapping[str, Any], is_fleet: bool = False
+) -> Optional[BoardResults]:
+    """
+    Board -> its results; None where all are of one machine.
+
+    A result is of the board that it names, else of the one that its folder is called after. There are several where
+    the same was measured on each. Accuracy in a folder that has nothing but the teacher's is taken for each board that
+    lacks it.
 
     Args:
-        failures: as `failures_from_files`.
+        failures: as `failures_from_files`; these boards are on the page, too.
+        is_fleet: whether it is a fleet, if of one board alone.
     """
     folders: BoardResults = collections.defaultdict(list)
     for path, result in read:
-        folders[_folder(path).name].append((path, result))
+        folders[result["environment"].get("board") or _folder(path).name].append((path, result))
     measured = collections.Counter(
         what
         for results in folders.values()
         for what in {(result["role"], result["kind"]) for _, result in results if result["role"] not in _TEACHERS}
     )
-    if not set(folders) & set(failures) and max(measured.values(), default=0) < 2:
+    if not is_fleet and max(measured.values(), default=0) < 2:
         return None
     boards = {
         name: results
@@ -99,6 +138,15 @@ def failures_from_files(paths: Sequence[AnyPath]) -> Dict[str, Dict[str, str]]:
             if outcome["state"] != "ok":
                 failed[outcome["precision"]] = outcome["reason"] or "it failed"
     return failures
+
+
+def notes_on_other_boards(results: Sequence[Mapping[str, Any]], failures: Mapping[str, Mapping[str, str]]) -> List[str]:
+    """In a report of one board: which others of its fleet it does not speak of."""
+    there = {result["environment"].get("board") for result in results}
+    others = [name for name in failures if name not in there]
+    if there == {None} or not others:
+        return []
+    return [f"This is the report of one board. Its fleet has others, which it does not judge: {', '.join(others)}."]
 
 
 def fleet_report(

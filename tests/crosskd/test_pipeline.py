@@ -198,6 +198,35 @@ def test_a_validation_set_for_a_budget_has_boxes_and_enough_images(
         check_validation_set(dataclasses.replace(data, images=bare), 0.5)
 
 
+@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
+def test_with_boards_student_and_teacher_are_measured_there_and_their_report_decides(
+    configs: Path, target: str
+) -> None:
+    stages = _planned(configs / "crosskd_tiny.py", "--boards", "boards.toml", "--target", target)
+    names = [stage.name for stage in stages]
+    assert names[-6:] == [
+        "report", "bundle teacher", "teacher on boards", "bundle student", "student on boards", "report of boards",
+    ]  # fmt: skip
+    assert not [name for name in names if "engine" in name]  # they are built on the boards
+    assert _command(stages, "bundle student") == "deploy.bundle O/student.int8.onnx O/student.onnx -o O/student.tar.gz"
+    assert _command(stages, "teacher on boards") == (
+        "benchmarks.fleet boards.toml O/teacher.tar.gz --data D --split val --teacher -o O/boards/teacher"
+    )
+    assert "--max-ap-drop" not in _command(stages, "report")
+    assert _command(stages, "report of boards") == (
+        "benchmarks.report O/boards/student --teacher O/results/teacher.accuracy.result.json O/boards/teacher "
+        "--max-ap-drop=5.0 -o O/boards.html"
+    )
+    without = _planned(configs / "crosskd_tiny.py", "--boards", "boards.toml", "--no-teacher-export")
+    assert "O/boards/teacher" not in _command(without, "report of boards")
+
+
+def test_a_budget_that_engines_here_would_have_to_measure_does_not_go_with_boards(configs: Path) -> None:
+    words = ("--boards", "boards.toml", "--target", "tensorrt", "--max-int8-drop", "1")
+    with pytest.raises(ConfigError, match="expected one of both"):
+        _planned(configs / "crosskd_tiny.py", *words)
+
+
 def test_a_trained_teacher_is_taken_in_instead_of_trained(configs: Path) -> None:
     words = _command(_planned(configs / "crosskd_tiny.py", "--teacher-checkpoint", "t.pth"), "teacher")
     assert words == f"crosskd.adopt {configs}/gfl_tiny_teacher.py --data D -o O/teacher --checkpoint t.pth"
@@ -282,7 +311,7 @@ def test_limits_are_judged_before_hours_of_training(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.setattr(pipeline, "run_stages", lambda _stages: pytest.fail("it ran"))
-    monkeypatch.setattr(pipeline, "check_packages", lambda _target: None)
+    monkeypatch.setattr(pipeline, "check_packages", lambda *_words: None)
     config = tmp_path / "limited.py"
     config.write_text(
         f"_base_ = {str(configs / 'crosskd_tiny.py')!r}\n"

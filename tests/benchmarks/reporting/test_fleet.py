@@ -21,7 +21,7 @@ def on_board(result, tmp_path):
     """on_board("orin-1", "engine-int8", ap=0.5): a result file as the fleet leaves it, of that board."""
 
     def make(board, role, **facts):
-        path = result(role, **{"environment__machine": f"{board} kit", **facts})
+        path = result(role, **{"environment__machine": f"{board} kit", "environment__board": board, **facts})
         folder = tmp_path / "fleet" / board
         folder.mkdir(parents=True, exist_ok=True)
         pace = "paced" if facts.get("numbers__mode") == "paced" else path.name.split(".")[-3]
@@ -93,7 +93,10 @@ def test_a_board_that_failed_is_on_the_page_with_its_reason(fleet, run_report, t
     outcomes = [{"board": "orin-1", "precision": "int8", "state": "ok", "reason": None}]
     outcomes += [{"board": "nano", "precision": "int8", "state": "failed", "reason": "build: no space left"}]
     (tmp_path / "fleet" / "fleet.json").write_text(json.dumps({"outcomes": outcomes}))
-    status, _, document = run_report([path for path in fleet if path.parent.name == "orin-1"], "--max-p99-ms", 40)
+    for path in fleet:
+        if path.parent.name != "orin-1":
+            path.unlink()
+    status, _, document = run_report([tmp_path / "fleet"], "--max-p99-ms", 40)
     assert status == 1
     boards = {board["board"]: board["verdict"] for board in document["boards"]}
     assert boards["nano"]["sentence"] == "int8: build: no space left"
@@ -102,17 +105,23 @@ def test_a_board_that_failed_is_on_the_page_with_its_reason(fleet, run_report, t
     assert "build: no space left" in (tmp_path / "out" / "report.html").read_text()
 
 
-def test_a_fleet_of_one_board_is_told_by_its_file(fleet, run_report, tmp_path):
+def test_one_boards_results_are_an_ordinary_report_that_names_the_others(fleet, run_report, tmp_path):
     of_one = [path for path in fleet if path.parent.name == "pi-5"]
-    assert "boards" not in run_report(of_one)[2]
-    outcomes = [{"board": "pi-5", "precision": "int8", "state": "ok", "reason": None}]
+    outcomes = [{"board": board, "precision": "int8", "state": "ok", "reason": None} for board in ("pi-5", "orin-1")]
     (tmp_path / "fleet" / "fleet.json").write_text(json.dumps({"outcomes": outcomes}))
-    assert [board["board"] for board in run_report(of_one)[2]["boards"]] == ["pi-5"]
+    document = run_report(of_one)[2]
+    assert "boards" not in document
+    assert "Its fleet has others, which it does not judge: orin-1." in document["notes"][-1]
+
+
+def test_boards_are_told_by_their_folders_where_results_do_not_name_them(data_dir, on_board, run_report):
+    paths = [on_board(board, "onnx-int8", ap=0.5, environment__board=None) for board in "ab"]
+    assert [board["board"] for board in run_report(paths)[2]["boards"]] == ["a", "b"]
 
 
 def test_the_teachers_accuracy_from_elsewhere_is_taken_for_all_boards(data_dir, on_board, run_report):
     paths = [on_board("a", "onnx-int8", ap=0.50), on_board("b", "onnx-int8", ap=0.45)]
-    paths += [on_board("here", "teacher", ap=0.52), on_board("here", "teacher", ms=100.0)]
+    paths += [on_board("here", "teacher", **{facts: 0.52 if facts == "ap" else 90.0}) for facts in ("ap", "ms")]
     document = run_report(paths, "--max-ap-drop", 3)[2]
     assert [board["board"] for board in document["boards"]] == ["a", "b"]
     assert [board["verdict"]["outcome"] for board in document["boards"]] == ["pass", "fail"]
@@ -163,6 +172,32 @@ def test_without_limits_a_fleet_has_no_verdict(fleet, run_report):
 def test_how_far_within_a_limit_a_board_is(bound, allowed, expected):
     limit = {"measured": 13.0, "low": 12.0, "high": 15.0, "allowed": allowed, "bound": bound, "why": None}
     assert slack(limit) == pytest.approx(expected)
+
+
+def test_a_fleets_folder_stands_for_its_results(fleet, run_report, tmp_path):
+    assert run_report([tmp_path / "fleet"])[2]["boards"] == run_report(sorted(fleet))[2]["boards"]
+    (tmp_path / "empty").mkdir()
+    status, error, _ = run_report([tmp_path / "empty"])
+    assert (status, error.count("\n")) == (2, 1)
+    assert "empty has no */*.result.json; expected a folder that benchmarks.fleet wrote" in error
+
+
+def test_results_given_as_the_teachers_count_as_its_forms(data_dir, on_board, run_report, tmp_path):
+    ours = [on_board(board, "onnx-int8", ms=9.0) for board in "ab"]
+    ours += [on_board(board, "onnx-int8", ap=0.5) for board in "ab"]
+    for board in "ab":
+        for path in (on_board(board, "onnx-fp32", ms=36.0), on_board(board, "onnx-fp32", ap=0.52)):
+            to = tmp_path / "teacher" / board / path.name
+            to.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(to)
+            if detections_path(path).exists():
+                detections_path(path).replace(detections_path(to))
+    document = run_report(ours, "--teacher", tmp_path / "teacher", "--min-speedup", 2, "--max-ap-drop", 3)[2]
+    assert document["verdict"]["outcome"] == "pass"
+    assert [row["role"] for row in document["boards"][0]["rows"]] == ["teacher-onnx-fp32", "onnx-int8"]
+    assert document["boards"][1]["rows"][1]["speedup"] == pytest.approx(4.0)
+    status, error, _ = run_report(ours, "--teacher", on_board("c", "rival", ms=9.0))
+    assert (status, "--teacher has a result of role 'rival'" in error) == (2, True)
 
 
 def test_results_of_no_board():
