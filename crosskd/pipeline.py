@@ -425,20 +425,31 @@ def stages_on_boards(options: PipelineOptions, measured: list[str], limits: list
     stages: list[Stage] = []
     teacher: list[str | Path] = [out / "results" / "teacher.accuracy.result.json"]
 
+    def add(name: str, artefact: Path, *words: str | Path) -> None:
+        stages.append(Stage(name, [str(word) for word in words], artefact, is_answer=True))
+
     def add_fleet(name: str, models: list[Path], *flags: str) -> None:
         bundle, fleet = out / f"{name}.tar.gz", folder / name
-        words = [["deploy.bundle", *models, "-o", bundle],
-                 ["benchmarks.fleet", options.boards, bundle, *measured, *flags, "-o", fleet]]  # fmt: skip
-        pack, visit = ([str(word) for word in one] for one in words)
-        stages.append(Stage(f"bundle {name}", pack, bundle, is_answer=True))
-        stages.append(Stage(f"{name} on boards", visit, fleet / "fleet.json", is_answer=True))
+        add(f"bundle {name}", bundle, "deploy.bundle", *models, "-o", bundle)
+        boards = Path(str(options.boards))
+        add(
+            f"{name} on boards",
+            fleet / "fleet.json",
+            "benchmarks.fleet",
+            boards,
+            bundle,
+            *measured,
+            *flags,
+            "-o",
+            fleet,
+        )
 
     if not options.no_teacher_export:
         add_fleet("teacher", [out / "teacher.onnx"], "--teacher")
         teacher.append(folder / "teacher")
     add_fleet("student", [out / "student.int8.onnx", out / "student.onnx"])
-    words = ["benchmarks.report", folder / "student", "--teacher", *teacher, *limits, "-o", out / "boards.html"]
-    stages.append(Stage("report of boards", [str(word) for word in words], out / "boards.json", is_answer=True))
+    add("report of boards", out / "boards.json", "benchmarks.report", folder / "student", "--teacher", *teacher, *limits,
+        "-o", out / "boards.html")  # fmt: skip
     return stages
 
 
