@@ -448,8 +448,8 @@ def stages_on_boards(options: PipelineOptions, measured: list[str], limits: list
         add_fleet("teacher", [out / "teacher.onnx"], "--teacher")
         teacher.append(folder / "teacher")
     add_fleet("student", [out / "student.int8.onnx", out / "student.onnx"])
-    add("report of boards", out / "boards.json", "benchmarks.report", folder / "student", "--teacher", *teacher, *limits,
-        "-o", out / "boards.html")  # fmt: skip
+    compared = [folder / "student", "--teacher", *teacher, *limits]
+    add("report of boards", out / "boards.json", "benchmarks.report", *compared, "-o", out / "boards.html")
     return stages
 
 
