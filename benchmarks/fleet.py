@@ -21,8 +21,9 @@ With --activate each board's results are judged as `benchmarks.report` does, and
 model becomes current there (`deploy.board.release`); of several precisions the first of the board's list. --rollback
 makes the former one current again.
 
-Exit status: 0 if all went well on every board, 1 if not, 2 for bad input. Needs asyncssh, for images also OpenCV and
-faster-coco-eval; the boards need what run.py does, an SSH server with SFTP, and `timeout` of coreutils or busybox.
+Exit status: 0 if all went well on every board, 1 if with --activate a verdict is not to roll out, 2 for bad input or a
+board that failed: what the others gave is kept, and the same command goes on. Needs asyncssh, for images also OpenCV
+and faster-coco-eval; the boards need what run.py does, an SSH server with SFTP, and `timeout` of coreutils or busybox.
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     arguments = _parser().parse_args(argv)
     _check_arguments(arguments)
     if arguments.rollback:
-        return _roll_back(boards_from_file(arguments.boards), arguments.jobs)
+        _roll_back(boards_from_file(arguments.boards), arguments.jobs)
+        return 0
     output: Path = arguments.output or Path(arguments.bundle.name.replace(SUFFIX, "") + ".fleet")
     with locked(output, MeasurementError), tempfile.TemporaryDirectory(prefix="fleet.") as temporary:
         check_writable(output / "fleet.json")
@@ -99,7 +101,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     _tell_of_others(output, boards, arguments.boards)
     for fault in faults:  # bugs of ours, which the other boards are not to suffer from
         raise fault
-    return 0 if all(outcome.state == "ok" and outcome.roll_out is not False for outcome in outcomes) else 1
+    _check_all_well(boards, [outcome.board for outcome in outcomes if not outcome.is_well])
+    return 1 if any(outcome.roll_out is False for outcome in outcomes) else 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -244,13 +247,13 @@ def _activate(boards: Sequence[Board], job: Job, outcomes: Sequence[Outcome], ar
     asyncio.run(_in_turn(work, boards, arguments.jobs))
 
 
-def _roll_back(boards: Sequence[Board], jobs: int) -> int:
-    """Makes the former models current again, says what came of it, and returns the exit status."""
+def _roll_back(boards: Sequence[Board], jobs: int) -> None:
+    """Makes the former models current again and says what came of it. Raises MeasurementError if a board failed."""
     check_asyncssh()
     reasons = asyncio.run(_in_turn(roll_back, boards, jobs))
     for board, reason in zip(boards, reasons):
         print(f"{board.name}: {reason or 'the former model is current again'}")
-    return 1 if any(reasons) else 0
+    _check_all_well(boards, [board.name for board, reason in zip(boards, reasons) if reason])
 
 
 async def _in_turn(work: Callable[[Board], Awaitable[T]], boards: Sequence[Board], jobs: int) -> List[T]:
@@ -265,6 +268,16 @@ async def _in_turn(work: Callable[[Board], Awaitable[T]], boards: Sequence[Board
 
 
 # What is said
+
+
+def _check_all_well(boards: Sequence[Board], failed: Sequence[str]) -> None:
+    """Raises MeasurementError if any board, by its name in `failed`, did not do all that it was to do."""
+    names = list(dict.fromkeys(failed))
+    if names:
+        raise MeasurementError(
+            f"{len(names)} of {len(boards)} boards failed: {', '.join(names)}; what is above says why. Put that right "
+            "and run the same command again: what is done is kept"
+        )
 
 
 def table(outcomes: Sequence[Outcome]) -> str:

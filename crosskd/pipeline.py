@@ -21,7 +21,7 @@ from crosskd.disk_space import bytes_of_models, bytes_of_training, check_disk_sp
 from crosskd.download import local_weights
 from crosskd.recipes import RecipeOptions, add_recipe_arguments, recipe_options_from_arguments, write_recipe
 from crosskd.settings import check_settings
-from crosskd.stages import Stage, run_stages
+from crosskd.stages import BOARD_FAILED, VERDICT, Stage, run_stages
 from deploy.ap_drop import FEWEST_IMAGES, checked_budget
 from deploy.commands import run_captured
 from deploy.data_arguments import add_data_argument
@@ -408,7 +408,7 @@ def planned_stages(options: PipelineOptions, config: Any) -> list[Stage]:
     )
     reached: list[str | Path] = [] if budget is None else ["--int8-budget", int8]
     report = [*results, *([] if options.boards else limits), *reached, "-o", out / "report.html"]
-    stages.append(Stage("report", ["benchmarks.report", *map(str, report)], out / "report.json", is_answer=True))
+    stages.append(Stage("report", ["benchmarks.report", *map(str, report)], out / "report.json", answers=(VERDICT,)))
     if options.boards is not None:
         stages += stages_on_boards(options, measured, limits)
     return stages
@@ -425,24 +425,14 @@ def stages_on_boards(options: PipelineOptions, measured: list[str], limits: list
     stages: list[Stage] = []
     teacher: list[str | Path] = [out / "results" / "teacher.accuracy.result.json"]
 
-    def add(name: str, artefact: Path, *words: str | Path) -> None:
-        stages.append(Stage(name, [str(word) for word in words], artefact, is_answer=True))
+    def add(name: str, artefact: Path, *words: str | Path, answers: tuple[int, ...] = ()) -> None:
+        stages.append(Stage(name, [str(word) for word in words], artefact, answers=answers))
 
     def add_fleet(name: str, models: list[Path], *flags: str) -> None:
         bundle, fleet = out / f"{name}.tar.gz", folder / name
         add(f"bundle {name}", bundle, "deploy.bundle", *models, "-o", bundle)
-        boards = Path(str(options.boards))
-        add(
-            f"{name} on boards",
-            fleet / "fleet.json",
-            "benchmarks.fleet",
-            boards,
-            bundle,
-            *measured,
-            *flags,
-            "-o",
-            fleet,
-        )
+        words: list[str | Path] = ["benchmarks.fleet", str(options.boards), bundle, *measured, *flags, "-o", fleet]
+        add(f"{name} on boards", fleet / "fleet.json", *words, answers=(BOARD_FAILED,))
 
     if not options.no_teacher_export:
         add_fleet("teacher", [out / "teacher.onnx"], "--teacher")

@@ -21,6 +21,10 @@ from deploy.layouts import annotations_path
 
 JUDGED_BY = ("report_limits", "max_int8_drop")
 """Keys of a config that no training reads."""
+VERDICT = 1
+"""Status of a report whose verdict is not to roll out."""
+BOARD_FAILED = 2
+"""Status of a fleet of which a board failed, or of bad input, but then it writes no file."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +43,8 @@ class Stage:
     """That budget, in points of AP."""
     advice: str = ""
     """What else to do, if it fails."""
-    is_answer: bool = False
-    """Whether it runs each time, and its status 1 is an answer, not a failure, as the last stage's: a board failed."""
+    answers: tuple[int, ...] = ()
+    """Statuses but 0 with which it has written its file, and no failure; a stage that has any runs each time."""
 
     @property
     def makes_run(self) -> bool:
@@ -76,8 +80,8 @@ def run_stages(stages: list[Stage]) -> int:
         if not stage.is_needed:
             print(f"{head}: not needed, INT8 keeps its budget without it", flush=True)
             continue
-        is_answer = stage.is_answer or stage is stages[-1]
-        if not is_answer and is_up_to_date(stage):
+        answers = (*stage.answers, VERDICT) if stage is stages[-1] else stage.answers
+        if not answers and is_up_to_date(stage):
             print(f"{head}: up to date, {stage.artefact}", flush=True)
             continue
         words = [*stage.words, "--resume"] if can_resume(stage) else stage.words
@@ -87,7 +91,7 @@ def run_stages(stages: list[Stage]) -> int:
         began = time.monotonic()
         before = file_identity(stage.artefact)
         status = run_status(*words)
-        if status != 0 and not (is_answer and status == 1):
+        if status not in (0, *answers):
             raise PipelineError(
                 f"stage {stage.name!r} ended with status {status}; its message is above. Put that right and run the "
                 f"same command again: what is finished is kept{stage.advice}"

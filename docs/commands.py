@@ -35,7 +35,8 @@ HEAD = """\
 # Commands
 
 What each command says to `--help`. Exit status: 0, all is well; 1, a verdict other than "roll out"; 2, something is
-wrong with the input, and the message on stderr says what, and what to do; 3, a fault of the program, with a traceback.
+wrong with the input or a board, and the message on stderr says what, and what to do; 3, a fault of the program, with a
+traceback.
 """
 ON_A_BOARD = "On a board: run.py"
 

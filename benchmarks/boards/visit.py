@@ -87,6 +87,11 @@ class Outcome:
     current: bool = False
     """Whether it was made the board's current model."""
 
+    @property
+    def is_well(self) -> bool:
+        """Whether all was done that was asked for, and where a verdict was, there is one, whatever it says."""
+        return self.state == "ok" and (self.roll_out is None or self.verdict is not None)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Job:

@@ -108,6 +108,22 @@ def test_the_reports_verdict_is_passed_on_and_its_failure_is_not(
             run_stages(stages)
 
 
+def test_boards_that_failed_are_for_their_report_to_tell(make_stage: Callable[..., Stage]) -> None:
+    Path("a").write_text("2")
+    Path("x").write_text("0")
+    fleet, report = make_stage("fleet", "a", "b"), make_stage("report", "x", "c")
+    with pytest.raises(PipelineError, match="stage 'fleet' ended with status 2"):
+        run_stages([fleet, report])
+    fleet = dataclasses.replace(fleet, answers=(2,))
+    assert run_stages([fleet, report]) == 0
+    assert run_stages([fleet, report]) == 0
+    assert _ran() == ["b", "b", "c", "b", "c"]
+    nothing = Stage("fleet", ["quiet", "2"], Path("b"), answers=(2,))  # bad input: it writes nothing
+    Path("quiet.py").write_text("import sys; sys.exit(int(sys.argv[1]))")
+    with pytest.raises(PipelineError, match="stage 'fleet' ended with status 2 and did not write b"):
+        run_stages([nothing, report])
+
+
 def test_a_report_that_is_not_written_is_not_called_done(make_stage: Callable[..., Stage]) -> None:
     Path("quiet.py").write_text("import sys; sys.exit(int(sys.argv[1]))")
     Path("d").write_text("an earlier report")
