@@ -34,7 +34,7 @@ import dataclasses
 import sys
 import tempfile
 from pathlib import Path
-from typing import Awaitable, Callable, Dict, List, Optional, Sequence, Tuple, TypeVar
+from typing import Awaitable, Callable, Collection, Dict, List, Optional, Sequence, Tuple, TypeVar
 
 from benchmarks.boards.activation import activate, judge_board, roll_back
 from benchmarks.boards.list import Board, boards_from_file, build_options
@@ -48,14 +48,15 @@ from benchmarks.measuring.timing import LatencyOptions
 from benchmarks.reporting.verdict import check_limits, limits_from_file
 from benchmarks.reporting.wording import UNKNOWN, decimals, ms, points
 from deploy.board.archive import SUFFIX, unpack
-from deploy.board.commands import Bundle
+from deploy.board.commands import KINDS, SOURCE_OF, Bundle, best_precision, source_kind
 from deploy.board.signature import signer
-from deploy.contract import provenance
+from deploy.contract import ModelContract, provenance
 from deploy.data_arguments import SetOptions, add_set_arguments, set_options
 from deploy.dataset import with_classes
 from deploy.errors import ConfigError, MeasurementError, command, one_line
 from deploy.files import check_writable, sha256_of, write_json
 from deploy.folder_lock import locked
+from deploy.targets import TARGETS
 from deploy.tensorrt.options import check_shapes
 
 FLEET_VERSION = 2
@@ -71,14 +72,16 @@ def main(argv: Optional[List[str]] = None) -> int:
     if arguments.rollback:
         _roll_back(boards_from_file(arguments.boards), arguments.jobs)
         return 0
+    if arguments.check:
+        check_asyncssh()
+        for board in _planned(arguments, arguments.check):
+            print(_plan_of(board, arguments.check))
+        return 0
     output: Path = arguments.output or Path(arguments.bundle.name.replace(SUFFIX, "") + ".fleet")
     with locked(output, MeasurementError), tempfile.TemporaryDirectory(prefix="fleet.") as temporary:
         check_writable(output / "fleet.json")
-        boards = boards_from_file(arguments.boards)
         bundle = Bundle(unpack(arguments.bundle, temporary))
-        if arguments.teacher:
-            boards = [dataclasses.replace(board, precisions=()) for board in boards]
-        boards = [_with_precisions(board, bundle) for board in boards]
+        boards = _planned(arguments, bundle.manifest["sources"], bundle.contract)
         signature = signer(bundle.folder, arguments.allowed_signers)
         check_asyncssh()
         print(f"{arguments.bundle}: {signature}", file=sys.stderr)
@@ -150,6 +153,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--teacher", action="store_true", help="the bundle is the teacher's: its best precision alone, "
                         "whatever boards.toml says, for benchmarks.report --teacher")  # fmt: skip
+    parser.add_argument("--check", nargs="+", choices=list(KINDS), help="only say what will run on each board, and "
+                        "whether BOARDS will do, for a bundle of these ONNX files; there need be none yet")  # fmt: skip
     parser.add_argument("--jobs", type=int, default=4, metavar="N", help="boards at a time (default: 4)")
     return parser
 
@@ -164,7 +169,7 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
     alone = _parser().parse_args([str(arguments.boards), "--rollback", "--jobs", str(arguments.jobs)])
     if arguments.rollback and arguments != alone:
         raise ConfigError("--rollback is given with a bundle or options; expected the boards, and --jobs, alone")
-    if not arguments.rollback and arguments.bundle is None:
+    if not arguments.rollback and not arguments.check and arguments.bundle is None:
         raise ConfigError(f"no bundle is given; expected an archive of deploy.bundle, NAME{SUFFIX}, or --rollback")
     if arguments.activate != (arguments.limits is not None) or (arguments.reference and not arguments.activate):
         raise ConfigError("expected --activate and --limits together: the verdict of a board is by the limits")
@@ -197,14 +202,33 @@ def _test_images(arguments: argparse.Namespace, bundle: Bundle) -> Optional[Test
     return images_from_coco(coco)
 
 
-def _with_precisions(board: Board, bundle: Bundle) -> Board:
-    """`board` with what is to be built there. Raises ConfigError for what the bundle does not have, or cannot be."""
+def _planned(
+    arguments: argparse.Namespace, kinds: Collection[str], contract: Optional[ModelContract] = None
+) -> List[Board]:
+    """
+    The boards, each with what is to run there.
+
+    Args:
+        kinds: of the ONNX files in the bundle. contract: the bundle's; None where there is none yet.
+
+    Raises:
+        ConfigError: the list of boards is no good, or names what the bundle does not have, or cannot be.
+    """
+    boards = boards_from_file(arguments.boards)
+    if arguments.teacher:
+        boards = [dataclasses.replace(board, precisions=()) for board in boards]
+    return [_with_precisions(board, kinds, contract) for board in boards]
+
+
+def _with_precisions(board: Board, kinds: Collection[str], contract: Optional[ModelContract]) -> Board:
     try:
         for precision in board.precisions:
-            bundle.source(precision, board.runtime)
-        precisions = board.precisions or (bundle.best_precision(board.runtime),)
+            source_kind(kinds, precision, board.runtime)
+        precisions = board.precisions or (best_precision(kinds, board.runtime),)
         for precision in precisions if board.runtime == "tensorrt" else ():
-            check_shapes(build_options(board, precision), bundle.contract)
+            options = build_options(board, precision)
+            if contract is not None:
+                check_shapes(options, contract)
     except ConfigError as error:
         raise ConfigError(f"[[board]] {board.name!r}: {error}") from error
     return dataclasses.replace(board, precisions=precisions)
@@ -285,6 +309,13 @@ def table(outcomes: Sequence[Outcome]) -> str:
     lines = [COLUMNS, *map(_cells, outcomes)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(COLUMNS))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
+
+
+def _plan_of(board: Board, kinds: Collection[str]) -> str:
+    """What will run on a board, in a line."""
+    others = [KINDS[kind] for kind in kinds if kind not in SOURCE_OF[board.runtime].values()]
+    without = f"; not INT8, since the bundle has the {others[0]}" if others and "int8" not in board.precisions else ""
+    return f"{board.name}: {', '.join(board.precisions)} with {TARGETS[board.runtime].title}{without}"
 
 
 def _tell_of_others(output: Path, boards: Sequence[Board], boards_file: Path) -> None:

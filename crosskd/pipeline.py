@@ -23,6 +23,7 @@ from crosskd.recipes import RecipeOptions, add_recipe_arguments, recipe_options_
 from crosskd.settings import check_settings
 from crosskd.stages import BOARD_FAILED, VERDICT, Stage, run_stages
 from deploy.ap_drop import FEWEST_IMAGES, checked_budget
+from deploy.board.commands import SOURCE_OF
 from deploy.commands import run_captured
 from deploy.data_arguments import add_data_argument
 from deploy.dataset import CocoSet
@@ -163,8 +164,6 @@ def check_before_work(options: PipelineOptions, config: Any, stages: list[Stage]
         PipelineError: an output cannot be written, a package is missing, the data, the model or the limits will not
             do, or the disk is too small.
     """
-    if options.boards is not None and not Path(options.boards).is_file():
-        raise ConfigError(f"--boards is {options.boards}; expected a TOML file, as docs/boards.example.toml")
     for stage in stages:
         check_output(options.output, stage.artefact)
     check_packages("tensorrt" if options.engines_here else "onnxruntime", options.boards is not None)
@@ -173,6 +172,11 @@ def check_before_work(options: PipelineOptions, config: Any, stages: list[Stage]
         load_cuda("--target tensorrt").close()
     # Judged as they will be: by the command of the last stage, with its very arguments.
     run_captured(*stages[-1].words, "--check", error_type=ConfigError)
+    for stage in stages:
+        if stage.words[0] == "benchmarks.fleet":
+            kinds = ["float"] if "--teacher" in stage.words else ["float", SOURCE_OF[options.target]["int8"]]
+            plan = run_captured(*stage.words, "--check", *kinds, error_type=ConfigError)
+            print(*(f"{stage.name}: {line}" for line in plan.splitlines()), sep="\n")
     check_settings(config, str(options.config))
     splits = SPLITS if has_split(options.data, "test") else SPLITS[:2]
     sets = load_splits(

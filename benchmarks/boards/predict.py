@@ -78,6 +78,15 @@ def predict(folder: Path, words: Optional[List[str]] = None) -> int:
     return 0
 
 
+def images(folder: Path, words: Optional[List[str]] = None) -> int:
+    """Says what reads images on this board; asked before any are sent to it."""
+    argparse.ArgumentParser(
+        prog="python3 run.py images", description="Say what reads images here: OpenCV, or Pillow in its place."
+    ).parse_args(words)
+    print(library())
+    return 0
+
+
 def prepare(folder: Path, words: Optional[List[str]] = None) -> int:
     """Writes the network's inputs of some images, as arrays named by the images' ids."""
     parser = argparse.ArgumentParser(

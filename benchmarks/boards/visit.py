@@ -171,6 +171,10 @@ async def _send_images(remote: Remote, job: Job) -> Optional[str]:
     if job.images is None:
         return None
     folder = f"{remote.path(remote.board.folder)}/{IMAGES_FOLDER}"
+    try:
+        await remote.run(f"{remote.path(remote.board.folder)}/{job.name}", ["images"], bytearray())
+    except CommandError as error:
+        raise CommandError(f"images: {error}") from error
     await remote.write(_set_path(remote, job), job.images.content)
     return await _timed(remote.board, "images", remote.send_files(job.images.files, folder, "images"))
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional
+from typing import Any, Collection, Dict, List, Mapping, NamedTuple, Optional
 
 import numpy as np
 
@@ -102,6 +102,48 @@ def golden_path(index: int, part: str) -> str:
     return f"golden/{index}.{part}.npy"
 
 
+def precisions_of(kinds: Collection[str], runtime: str) -> List[str]:
+    """What this runtime can be given of a bundle of these kinds of ONNX files, the best for a board first."""
+    return [precision for precision, kind in SOURCE_OF[runtime].items() if kind in kinds]
+
+
+def best_precision(kinds: Collection[str], runtime: str) -> str:
+    """
+    The first of `precisions_of`.
+
+    Raises:
+        ConfigError: the bundle has nothing for this runtime.
+    """
+    able = precisions_of(kinds, runtime)
+    if not able:
+        wanted = " or ".join(MADE_BY[kind] for kind in dict.fromkeys(SOURCE_OF[runtime].values()))
+        raise ConfigError(
+            f"this bundle has nothing for {TARGETS[runtime].title}, only a "
+            f"{' and a '.join(KINDS[kind] for kind in kinds)}. Give python -m deploy.bundle {wanted} too."
+        )
+    return able[0]
+
+
+def source_kind(kinds: Collection[str], precision: str, runtime: str) -> str:
+    """
+    The kind of ONNX file, of those in a bundle, that this precision is built from, or that is run.
+
+    Raises:
+        ConfigError: the bundle has none.
+    """
+    kind = SOURCE_OF[runtime].get(precision)
+    if kind in kinds:
+        return str(kind)
+    able = ", ".join(precisions_of(kinds, runtime)) or "nothing"
+    title = TARGETS[runtime].title
+    if kind is None:
+        raise ConfigError(f"{title} has no --{precision} here; of this bundle it can run {able}")
+    raise ConfigError(
+        f"--{precision} needs the {KINDS[kind]}, which is not in this bundle; of it {title} can run {able}. "
+        f"Give python -m deploy.bundle {MADE_BY[kind]} too."
+    )
+
+
 class Bundle:
     """
     An unpacked bundle.
@@ -126,24 +168,11 @@ class Bundle:
 
     def precisions(self, runtime: str) -> List[str]:
         """What this runtime can be given, the best for a board first."""
-        return [precision for precision, kind in SOURCE_OF[runtime].items() if kind in self.manifest["sources"]]
+        return precisions_of(self.manifest["sources"], runtime)
 
     def best_precision(self, runtime: str) -> str:
-        """
-        The first of `precisions`.
-
-        Raises:
-            ConfigError: the bundle has nothing for this runtime.
-        """
-        able = self.precisions(runtime)
-        if not able:
-            wanted = " or ".join(MADE_BY[kind] for kind in dict.fromkeys(SOURCE_OF[runtime].values()))
-            raise ConfigError(
-                f"this bundle has nothing for {TARGETS[runtime].title}, only a "
-                f"{' and a '.join(KINDS[kind] for kind in self.manifest['sources'])}. Give python -m deploy.bundle "
-                f"{wanted} too."
-            )
-        return able[0]
+        """As the function of that name."""
+        return best_precision(self.manifest["sources"], runtime)
 
     def source(self, precision: str, runtime: str) -> Mapping[str, Any]:
         """
@@ -152,17 +181,7 @@ class Bundle:
         Raises:
             ConfigError: the bundle has none.
         """
-        kind = SOURCE_OF[runtime].get(precision)
-        if kind not in self.manifest["sources"]:
-            able = ", ".join(self.precisions(runtime)) or "nothing"
-            title = TARGETS[runtime].title
-            if kind is None:
-                raise ConfigError(f"{title} has no --{precision} here; of this bundle it can run {able}")
-            raise ConfigError(
-                f"--{precision} needs the {KINDS[kind]}, which is not in this bundle; of it {title} can run {able}. "
-                f"Give python -m deploy.bundle {MADE_BY[kind]} too."
-            )
-        return self.manifest["sources"][kind]
+        return self.manifest["sources"][source_kind(self.manifest["sources"], precision, runtime)]
 
     def golden_inputs(self) -> List[np.ndarray]:
         """The fixed inputs, as the contract says."""

@@ -4,6 +4,7 @@ The runner of a bundle of deploy.bundle, for a board without anything of ours in
     python3 run.py build [--fp32 | --fp16 | --int8]   an engine for this board, checked before it is kept
     python3 run.py check                              whether it still answers as ONNX Runtime did
     python3 run.py bench                              its latency, as a result file
+    python3 run.py images                             what reads images here: OpenCV or Pillow
     python3 run.py predict --set FILE ...             detections in the images of benchmarks.fleet, for AP
     python3 run.py detect IMAGE...                    pictures with boxes, and detections as JSON; needs OpenCV
     python3 run.py activate, python3 run.py rollback  which model is in use on the board: ../current
@@ -31,6 +32,7 @@ COMMANDS = {
     "bench": ("benchmarks.boards.bench", "bench"),
     "predict": ("benchmarks.boards.predict", "predict"),
     "prepare": ("benchmarks.boards.predict", "prepare"),
+    "images": ("benchmarks.boards.predict", "images"),
     "detect": ("deploy.board.commands", "detect"),
     "activate": ("deploy.board.release", "activate"),
     "rollback": ("deploy.board.release", "rollback"),

@@ -681,8 +681,9 @@ def test_what_a_board_lacks_is_said_of_it_alone(server, boards_file, students, i
     assert run_fleet(boards, students[2], tmp_path / "out", *words) == 2
     found = {board: one for (board, _), one in outcomes(tmp_path / "out").items()}
     assert found["bare"]["reason"].startswith(
-        "predict: reading images, or Pillow in its place, needs the package opencv-python-headless"
+        "images: reading images, or Pillow in its place, needs the package opencv-python-headless"
     )
+    assert not (tmp_path / "on the boards" / "bare" / "images").exists()  # none was sent for nothing
     assert re.match(r"predict: 1\.hdr, here .*Pillow [\d.]+ cannot decode the image", found["pillow"]["reason"])
     assert found["old"]["reason"] == (
         "it cannot be locked: this is Python 3.6; expected 3.8 or newer: name it as `python` in boards.toml"
@@ -929,6 +930,26 @@ def test_flags_that_do_not_go_together(words, message, tmp_path, capsys, monkeyp
     assert fleet.main(["boards.toml", *words]) == 2
     assert message in capsys.readouterr().err
     assert sorted(os.listdir(tmp_path)) == ["home", "limits.toml"]
+
+
+@needs_server
+def test_what_will_run_is_told_before_there_is_a_bundle(tmp_path, capsys):
+    path = tmp_path / "boards.toml"
+    pi = "[[board]]\nname = 'pi'\nhost = 'pi'\nruntime = 'onnxruntime'\n"
+
+    def check(text, *words):
+        path.write_text(text)
+        return fleet.main([str(path), "none.tar.gz", *words])
+
+    assert check(GOOD + pi, "--check", "float", "int8") == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "a: int8 with TensorRT",
+        "pi: fp32 with ONNX Runtime; not INT8, since the bundle has the graph quantised for TensorRT",
+    ]
+    assert check(GOOD + pi + "precisions = ['int8']\n", "--check", "float", "int8") == 2
+    assert "'pi': --int8 needs the graph quantised for ONNX Runtime, which is not" in capsys.readouterr().err
+    assert check(GOOD + "build = ['--workspace-mib', 'much']\n", "--teacher", "--check", "float") == 2
+    assert "'a': build, for fp16: argument --workspace-mib: invalid int" in capsys.readouterr().err
 
 
 def test_without_the_package(bundle, tmp_path, capsys, monkeypatch):

@@ -376,6 +376,28 @@ def test_what_a_training_takes_is_not_underestimated(configs: Path, teacher_run:
 # ---- the whole job
 
 
+def test_a_list_of_boards_is_judged_before_hours_of_training(
+    configs: Path, shapes_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its keys, options of builds, and whether the bundle that will be made has what its boards are to run."""
+    pytest.importorskip("asyncssh")
+    monkeypatch.setattr(pipeline, "run_stages", lambda _stages: pytest.fail("it ran"))
+    monkeypatch.setattr(pipeline, "check_packages", lambda *_words: None)
+    boards = tmp_path / "boards.toml"
+    words = [str(configs / "crosskd_tiny.py"), "--data", str(shapes_dir), "-o", str(tmp_path / "out")]
+    board = "[[board]]\nname = 'a'\nhost = 'h'\n"
+    for text, message in (
+        ("colour = 'red'", "unknown key 'colour'"),
+        ("key = 'nowhere'", "key is 'nowhere'"),
+        ("build = ['--dla-core', 'x']", "build, for fp16: argument --dla-core: invalid int value"),
+        ("precisions = ['int8']", "--int8 needs the graph quantised for TensorRT, which is not in this bundle"),
+    ):
+        boards.write_text(board + text)
+        assert pipeline.main([*words, "--boards", str(boards), "--target", "onnxruntime"]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_bad_input_stops_it_before_anything_runs(
     configs: Path, shapes_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
