@@ -146,6 +146,7 @@ def test_of_a_link_the_target_is_replaced(tmp_path: Path) -> None:
         (b"", "it is empty"),
         (b"[" * 100_000, "nested too deeply"),
     ],
+    ids=["gzip", "git lfs", "empty", "deep"],
 )
 def test_what_stands_in_the_place_of_a_json_file_is_said(tmp_path, content, reason):
     path = tmp_path / "a.json"
