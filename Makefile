@@ -42,7 +42,7 @@ demo-teacher: $(READY)
 	$(BIN)/python -m configs.demo.half_weights demo/teacher/detector.pth -o configs/demo/teacher.pth
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow --timeout 5400

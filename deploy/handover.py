@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import List, Optional
 
 from deploy.errors import ConfigError, command
+from deploy.files import check_writable
 from deploy.serving.deepstream import write_deepstream
 from deploy.serving.model import read_served_model
 from deploy.serving.triton import write_repository
@@ -31,8 +32,10 @@ def main(argv: Optional[List[str]] = None) -> int:
     arguments = _parser().parse_args(argv)
     name = arguments.name if arguments.name is not None else arguments.model.name.partition(".")[0]
     _check_arguments(arguments, name)
-    model = read_served_model(arguments.model)
     output: Path = arguments.output
+    if not output.is_dir():  # as a model repository that has other models is
+        check_writable(output)
+    model = read_served_model(arguments.model)
     if arguments.to == "triton":
         version = arguments.model_version or 1
         notes = write_repository(model, name, version, arguments.max_batch, output)

@@ -54,6 +54,7 @@ BAD_INPUT = {
     ],
     "benchmarks.studies.tools": ["nope.onnx", "--data", "nope", "-o", "out"],
     "calibration.audit": ["nope.onnx"],
+    "calibration.choose": ["--rung", "nope.json", "nope.json", "--max-int8-drop", "0.5", "-o", "out.onnx"],
     "calibration.statistics": ["nope.npz"],
     "calibration.sensitivity": ["nope.onnx", "--data", "nope", "-o", "out.json"],
     "deploy.adopt_onnx": ["nope.onnx", "--contract", "nope.json"],

@@ -26,6 +26,16 @@ ROOT = Path(__file__).parents[2]
 SCORE = 0.6
 
 
+@pytest.fixture(autouse=True)
+def _signals_as_in_a_terminal() -> Iterator[None]:
+    """What started the tests may ignore them, as nohup and the background jobs of a shell do."""
+    wanted = {signal.SIGHUP: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, handler) for number, handler in wanted.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture
 def model(detector_file: Callable[..., Path]) -> Path:
     return detector_file("mini.onnx")
