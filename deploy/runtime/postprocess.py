@@ -17,7 +17,9 @@ from deploy.runtime.session import candidates
 BLOCK = 128
 """Candidates that are compared with each other at a time."""
 PAIRS = 16_000
-"""Pairs of boxes at a time: so few that the arrays stay in the caches, and in memory that the process keeps."""
+"""Pairs of boxes at a time, but for a block's: so few that the arrays stay in the caches, and in memory kept."""
+AHEAD = 6
+"""Candidates that are looked at for each box that is missing: in a crowd many are of objects that are kept already."""
 MARGIN = 1e-5
 """Part by which float32 may be wrong about a shared area: IoUs so near to the threshold are taken in float64."""
 UPPER = np.float32((1 + MARGIN) / (1 - MARGIN))
@@ -106,8 +108,9 @@ def suppress(
     """
     Indices of the boxes that non-maximum suppression per class keeps, the best score first, `most` of them at most.
 
-    The best BLOCK boxes are compared with each other, and those of them that stay with all others; then the best of
-    what is left, until there are enough. What stays is what OpenCV's `dnn.NMSBoxes` keeps of each class.
+    The best BLOCK boxes are compared with each other. Then as many of the next as are likely to give those that are
+    missing are compared with what is kept, and what stays with each other, until there are enough. What is kept is what
+    OpenCV's `dnn.NMSBoxes` keeps of each class.
 
     Args:
         boxes_xyxy: (n, 4), float32. scores: (n,). labels: (n,) integer.
@@ -120,21 +123,21 @@ def suppress(
     # The IoU is above t where the shared area is above t / (1 + t) of the sum of both; or nearly, see MARGIN.
     shares = (x2 - x1) * (y2 - y1) * np.float32((1 - MARGIN) * iou_threshold / (1 + iou_threshold))
     table = np.stack([x1, y1, x2, y2, shares, labels[order].astype(np.float32)])  # (6, n), float32
-    kept: List[np.ndarray] = []
-    missing = most
-    while True:
-        size = min(BLOCK, 2 * missing)
-        chosen = _greedy(_overlaps(table[:, :size], table[:, :size], iou_threshold))
-        kept.append(order[chosen])
-        missing -= len(chosen)
-        best, others, order = table[:, chosen], table[:, size:], order[size:]
-        if missing <= 0 or not len(order):
-            return np.concatenate(kept)[:most]
-        part = PAIRS // len(chosen)
-        parts = [others[:, start : start + part] for start in range(0, len(order), part)]
-        gone = [_overlaps(best, one, iou_threshold).any(axis=0) for one in parts]
-        stay = np.flatnonzero(~np.concatenate(gone))
-        table, order = others.take(stay, axis=1), order[stay]
+    kept: np.ndarray = np.zeros(0, np.int64)
+    start = 0
+    while start < len(order) and len(kept) < most:
+        window = max(BLOCK, PAIRS // len(kept)) if len(kept) else BLOCK
+        end = min(start + min(window, AHEAD * (most - len(kept))), len(order))
+        new: np.ndarray = np.arange(start, end)
+        if len(kept):
+            gone = _overlaps(table.take(kept, axis=1), table[:, start:end], iou_threshold).any(axis=0)
+            new = new[~gone]
+            if len(new) > BLOCK:
+                new, end = new[:BLOCK], int(new[BLOCK])
+        part = table.take(new, axis=1)
+        kept = np.concatenate([kept, new[_greedy(_overlaps(part, part, iou_threshold))]])
+        start = end
+    return order[kept[:most]]
 
 
 def _greedy(overlaps: np.ndarray) -> np.ndarray:
