@@ -331,7 +331,8 @@ def command_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of the trainings (%(default)s)")
     parser.add_argument("--boards", metavar="FILE", help="TOML file of boards, as benchmarks.fleet takes it: they "
-                        "measure student and teacher over SSH, and their report decides")  # fmt: skip
+                        "measure student and teacher over SSH, and their report decides; those of another runtime than "
+                        "--target's, without INT8")  # fmt: skip
     parser.add_argument("--no-teacher-export", action="store_true", help="for a teacher that cannot be exported: "
                         "measure it in torch alone, so that no speed-up is told")  # fmt: skip
     return parser
