@@ -8,7 +8,7 @@ READY := .venv/.ready
 .PHONY: help setup demo demo-teacher test test-slow test-bindings test-faults check docs bench-bccd clean
 
 help:
-	@echo "make demo        train, distil, export, quantise, measure and report on drawn images (5 to 8 minutes on 2 cores)"
+	@echo "make demo        train, distil, export, quantise, measure and report on drawn images (6 minutes on 2 cores)"
 	@echo "make demo-teacher   the weights of its teacher anew, which are in the repository"
 	@echo "make test        the tests that need minutes, not hours; no network, no GPU"
 	@echo "make test-slow   the long ones"
