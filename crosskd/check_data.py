@@ -13,9 +13,7 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
-import shutil
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,7 @@ from crosskd.corrections import ImageFiles, correct_entries, correct_sizes, imag
 from deploy.coco_file import ERROR, NOTE, Fault, coco_file_from_document, read_document
 from deploy.dataset import coco_document, coco_set_from_file, fault_of_pictures, faults_of_files, undecodable
 from deploy.errors import ConfigError, DataError, command
-from deploy.files import check_writable, sha256_of, write_json
+from deploy.files import new_folder, sha256_of, write_json
 from deploy.layouts import LAYOUT, known_splits, split_paths
 from deploy.progress import progress
 
@@ -249,20 +247,18 @@ def write_clean(clean_dir: Path, splits: dict[str, tuple[Any, Path]]) -> None:
 
     Raises:
         DataError: this file system has no links.
+        PipelineError: the folder cannot be written.
     """
-    check_writable(clean_dir)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{clean_dir.name}.", dir=clean_dir.parent))
-    try:
-        (temporary / "images").mkdir()
-        for split, (document, images_dir) in splits.items():
-            write_json(temporary / "annotations" / f"instances_{split}.json", document)
-            (temporary / "images" / split).symlink_to(images_dir.resolve(), target_is_directory=True)
-        temporary.chmod(0o755)  # mkdtemp's 0700 would keep the folder from everybody else
-        temporary.rename(clean_dir)
-    except OSError as error:
-        raise DataError(f"cannot write {clean_dir} with links to {images_dir}: {error}; choose another disk") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # gone already if all went well
+    with new_folder(clean_dir) as temporary:
+        try:
+            (temporary / "images").mkdir()
+            for split, (document, images_dir) in splits.items():
+                write_json(temporary / "annotations" / f"instances_{split}.json", document)
+                (temporary / "images" / split).symlink_to(images_dir.resolve(), target_is_directory=True)
+        except OSError as error:
+            raise DataError(
+                f"cannot write {clean_dir} with links to {images_dir}: {error}; choose another disk"
+            ) from error
 
 
 if __name__ == "__main__":

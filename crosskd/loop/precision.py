@@ -166,18 +166,20 @@ def measured_times(config: Any, data: TrainingData, device: str, precisions: lis
     return StepTimes(dict(zip(precisions, slowest_s.tolist(), strict=True)), faults)
 
 
-def seconds_of(step: Callable[[], Any], device: str) -> float:
-    """How long one call takes, with all that it starts on a GPU."""
+def now_s(device: str) -> float:
+    """The clock in seconds, once a GPU ("cuda") has done all that was started on it."""
     import torch
 
-    def now() -> float:
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
-    begin = now()
+
+def seconds_of(step: Callable[[], Any], device: str) -> float:
+    """How long one call takes, with all that it starts on a GPU."""
+    begin = now_s(device)
     step()
-    return now() - begin
+    return now_s(device) - begin
 
 
 def step_of_twin(config: Any, data: TrainingData, precision: str, device: str) -> Callable[[], Any]:

@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -75,11 +75,15 @@ def detection_of(
     from mmdet.registry import TRANSFORMS
     from mmengine.dataset import Compose, pseudo_collate
 
+    from crosskd.loop.precision import now_s
+
     if threads is not None:
         torch.set_num_threads(threads)
         cv2.setNumThreads(threads)  # mmcv resizes with OpenCV
     on_gpu = torch.cuda.is_available()
-    detector.to("cuda" if on_gpu else "cpu")
+    device = "cuda" if on_gpu else "cpu"
+    now = functools.partial(now_s, device)
+    detector.to(device)
     loaders = ("LoadImageFromFile", "LoadAnnotations")
     pipeline = Compose(
         [
@@ -88,11 +92,6 @@ def detection_of(
             if transform["type"] not in loaders
         ]
     )
-
-    def now() -> float:
-        if on_gpu:
-            torch.cuda.synchronize()
-        return time.perf_counter()
 
     @torch.no_grad()
     def detect(number: int) -> dict[str, float]:

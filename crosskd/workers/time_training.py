@@ -12,12 +12,11 @@ import argparse
 import math
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
 from crosskd.config import load_config
-from crosskd.loop.precision import WRAPPERS, precision_of_wrapper, seconds_of, set_precision
+from crosskd.loop.precision import WRAPPERS, now_s, precision_of_wrapper, seconds_of, set_precision
 from crosskd.training import seed_everything
 from deploy.errors import ConfigError, MeasurementError, command
 from deploy.files import check_writable, write_json
@@ -135,11 +134,6 @@ def times_of_training(
     classes = getattr(detector, "student", detector).bbox_head.num_classes
     step = step_of(detector, wrapper, synthetic_batch(batch, size, classes), variant)
 
-    def now() -> float:
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
     def peak_mib() -> float:
         if device == "cuda":
             return torch.cuda.max_memory_allocated() / 2**20
@@ -151,9 +145,9 @@ def times_of_training(
     ready_mib = peak_mib()
     samples_s = []
     for number in range(warmup + steps):
-        start = now()
+        start = now_s(device)
         losses = step()
-        end = now()
+        end = now_s(device)
         if number >= warmup:
             samples_s.append(end - start)
     named = {name: value.item() for name, value in losses.items()}
