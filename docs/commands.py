@@ -28,7 +28,7 @@ FOLDERS = {
     "benchmarks": "Measuring and judging",
 }
 """Folder -> title of its commands."""
-SUBCOMMANDS = {"benchmarks.studies.calibration": ("methods", "int8-aware")}
+SUBCOMMANDS = {"benchmarks.studies.calibration": ("methods", "int8-aware", "distilled")}
 """Command -> words whose own help is shown, too."""
 HEAD = """\
 <!-- Written by `make docs` with Python {version}: do not edit. -->

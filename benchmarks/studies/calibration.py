@@ -5,10 +5,12 @@ Command: what INT8 costs in AP and gains in time, and what INT8-aware training w
         --int8-aware nanodet=trained.int8.onnx -o benchmarks/results/calibration/methods
     python -m benchmarks.studies.calibration int8-aware CONFIG --student RUN_DIR --teacher teacher.pth --data DIR \\
         -o benchmarks/results/calibration/int8_aware
+    python -m benchmarks.studies.calibration distilled CONFIG --alone RUN_DIR ... --distilled RUN_DIR ... \\
+        --teacher teacher.pth --data DIR -o benchmarks/results/calibration/distilled
 
 `methods` quantises ready ONNX files, with their sidecars, by each method of calibration.quantize and measures what
 comes of it. `int8-aware` fine-tunes a student with crosskd.distill --quantize int8, and once more without, so that what
-longer training alone gains is known.
+longer training alone gains is known. `distilled` compares what students that were trained alone and distilled lose.
 
 Everything is made by the project's own commands, in processes of their own, below --runs-dir; only latency is taken
 here. What is there from the very same command and files is kept, and what was measured on the same processor: cut it
@@ -23,6 +25,7 @@ import argparse
 import sys
 from typing import List, Optional
 
+from benchmarks.studies.calibration_distilled import SINGLE_METHODS, DistilledOptions, run_distilled
 from benchmarks.studies.calibration_methods import COMPARED_METHODS, MethodsOptions, run_methods
 from benchmarks.studies.calibration_training import Int8AwareOptions, run_int8_aware
 from benchmarks.studies.jobs import Processes
@@ -37,18 +40,32 @@ from deploy.targets import QUANTISED_FOR
 def main(argv: Optional[List[str]] = None) -> int:
     """Makes and measures what is not yet done. A row of `methods` may fail, and says why in the table."""
     values = vars(_parser().parse_args(argv))
-    if values.pop("table") == "methods":
+    chosen = values.pop("table")
+    if chosen == "distilled":
+        distilled = DistilledOptions(**values)
+        for run_dir in (*distilled.alone, *distilled.distilled):
+            read_sidecar(weights_of_run(run_dir))
+        _check_splits(distilled.data)
+        check_tables(distilled.output)
+        run_distilled(distilled, Processes(1))
+        return 0
+    if chosen == "methods":
         methods = MethodsOptions(**values)
         check_tables(methods.output)
         run_methods(methods, Processes(1))
         return 0
     aware = Int8AwareOptions(**values)
     read_sidecar(weights_of_run(aware.student))
-    for split in SPLITS:
-        split_paths(aware.data, split)
+    _check_splits(aware.data)
     check_tables(aware.output)
     run_int8_aware(aware, Processes(aware.jobs))
     return 0
+
+
+def _check_splits(data: str) -> None:
+    """Raises DataError if a split is missing."""
+    for split in SPLITS:
+        split_paths(data, split)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -56,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks.studies.calibration",
         description="Measure INT8: each method of calibration, and training.",
     )
-    tables = parser.add_subparsers(dest="table", required=True, metavar="methods | int8-aware")
+    tables = parser.add_subparsers(dest="table", required=True, metavar="methods | int8-aware | distilled")
     methods = tables.add_parser("methods", help="INT8 by each method of calibration")
     methods.add_argument("models", nargs="+", metavar="NAME=MODEL.onnx:DATA_DIR[:SPLIT]",
                          help="a float detector with its sidecar, and the data to calibrate (train split) and measure "
@@ -82,9 +99,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     aware.add_argument("--jobs", type=int, default=2, help="trainings at a time, a thread each; 1: one, with all the "
                        "threads (default: %(default)s)")  # fmt: skip
-    for table in (methods, aware):
+    pairs = tables.add_parser("distilled", help="whether distilled students lose more by INT8")
+    pairs.add_argument("config", metavar="CONFIG", help="of crosskd.distill, for INT8-aware training")
+    pairs.add_argument("--alone", required=True, nargs="+", metavar="RUN_DIR", help="students that were trained alone")
+    pairs.add_argument("--distilled", required=True, nargs="+", metavar="RUN_DIR",
+                       help="distilled students of the same seeds, in the same order")  # fmt: skip
+    pairs.add_argument("--teacher", required=True, metavar="FILE.pth", help="the teacher's weights")
+    pairs.add_argument("--data", required=True, metavar="DIR", help="data folder")
+    pairs.add_argument("--targets", nargs="+", choices=QUANTISED_FOR, default=list(QUANTISED_FOR),
+                       help="(default: both); INT8-aware training is for the first")  # fmt: skip
+    pairs.add_argument("--methods", nargs="+", choices=SINGLE_METHODS, default=list(SINGLE_METHODS),
+                       help="of calibration (default: all)")  # fmt: skip
+    pairs.add_argument("--epochs", type=int, help="of INT8-aware training (default: there is none)")
+    pairs.add_argument("--learning-rate", type=float, default=1.5e-4, metavar="RATE", help="of it (%(default)s)")
+    for table, folder in ((methods, "methods"), (aware, "int8_aware"), (pairs, "distilled")):
         table.add_argument("--runs-dir", metavar="DIR", help="folder of what is made on the way (default: "
-                           f"runs/bench/calibration/{'methods' if table is methods else 'int8_aware'})")  # fmt: skip
+                           f"runs/bench/calibration/{folder})")  # fmt: skip
         table.add_argument("-o", "--output", required=True, metavar="PATH", help="result files: PATH.json, PATH.md")
     return parser
 

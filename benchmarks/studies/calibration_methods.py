@@ -175,18 +175,22 @@ def rows_of(model: Model, options: MethodsOptions, trained: Sequence[Tuple[str, 
     flags_of: Dict[str, Tuple[str, ...]] = {method: ("--method", method) for method in COMPARED_METHODS}
     budget = f"auto, at most {options.max_ap_drop:g} points lost"
     flags_of[budget] = ("--method", "auto", "--max-ap-drop", f"{options.max_ap_drop:g}")
-    number = images_to_calibrate_on(model.data)
     rows = []
     for target in options.targets:
-        for name, flags in flags_of.items():
-            file = model.folder / f"{target}-{_file_name(name)}.int8.onnx"
-            words = (
-                "calibration.quantize", str(model.file), "--data", str(model.data), "--target", target, *flags,
-                "--num-images", str(number), "--statistics", str(model.statistics(target)), "-o", str(file),
-            )  # fmt: skip
-            rows.append(MethodRow(model, target, name, file, words, name == budget))
+        rows += [method_row(model, target, name, flags, name == budget) for name, flags in flags_of.items()]
         rows += [MethodRow(model, target, "INT8-aware", file, (), False) for of, file in trained if of == target]
     return rows
+
+
+def method_row(model: Model, target: str, name: str, flags: Sequence[str], seeks_budget: bool = False) -> MethodRow:
+    """The row of a model that calibration.quantize makes with `flags`; its statistics are those of all its rows."""
+    file = model.folder / f"{target}-{_file_name(name)}.int8.onnx"
+    words = (
+        "calibration.quantize", str(model.file), "--data", str(model.data), "--target", target, *flags,
+        "--num-images", str(images_to_calibrate_on(model.data)), "--statistics", str(model.statistics(target)),
+        "-o", str(file),
+    )  # fmt: skip
+    return MethodRow(model, target, name, file, words, seeks_budget)
 
 
 def trained_files(texts: Sequence[str], models: Sequence[Model]) -> Dict[str, List[Tuple[str, Path]]]:

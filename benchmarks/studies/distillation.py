@@ -4,6 +4,9 @@ Command: whether distillation helps. Trains students with and without it, and wr
     python -m benchmarks.studies.distillation shapes      # five methods, three seeds, on drawn shapes
     python -m benchmarks.studies.distillation bccd        # with and without CrossKD, three seeds, on blood cells
     python -m benchmarks.studies.distillation ablations   # split, tap and norm of the head, one seed, on the shapes
+    python -m benchmarks.studies.distillation transfer-bccd    # from scratch and pretrained, each alone and distilled
+    python -m benchmarks.studies.distillation transfer-coco    # the same, on few photos of COCO's 80 classes
+    python -m benchmarks.studies.distillation easy        # the students of `make demo`, three seeds
 
 To be run from the folder of the checkout. Everything is trained by the training side's own commands, in processes of
 their own. The result files are written again after each run, and what is finished is kept: cut it off at any time, and
@@ -15,6 +18,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import os
 import statistics
 import sys
 import time
@@ -42,8 +46,14 @@ METRICS = {
     "AP_small": "small", "AP_medium": "medium", "AP_large": "large",
 }  # fmt: skip
 """Number of a result -> its column."""
-SHAPES = ("--images", "4000", "--size", "128", "--seed", "0", "--held-out", "0.25")
-BCCD = "../shared/data/bccd"
+SHAPES = {
+    "shapes": ("--images", "4000", "--size", "128", "--seed", "0", "--held-out", "0.25"),
+    "easy": ("--images", "1000", "--size", "128", "--held-out", "0.2", "--difficulty", "easy"),
+}
+"""Data set that is drawn -> the options of crosskd.shapes; the easy ones are those of `make demo`."""
+DATA = {"bccd": "../shared/data/bccd", "coco": "../shared/data/coco_open"}
+BACKBONE = "../shared/data/weights/shufflenetv2_x0_5.pth"
+"""Pretrained, of the students of `transfer`."""
 RESAMPLES = 1000
 GROUP_NORM = "model.student.bbox_head.norm_cfg={'type':'GN','num_groups':32,'requires_grad':True}"
 
@@ -67,9 +77,15 @@ class Method:
 class Experiment:
     name: str
     data_set: str
-    """Its configs are `configs/studies/<data set>_teacher.py` and `_crosskd.py`."""
+    """One of SHAPES, which are drawn, or of DATA."""
     seeds: Tuple[int, ...]
     methods: Tuple[Method, ...]
+    configs: str = ""
+    """Its configs are `<configs>teacher.py` and `<configs>crosskd.py`; none: `configs/studies/<data set>_`."""
+    teacher: str = ""
+    """Folder of the teacher's run in that of the runs; none: `<data set>_teacher`."""
+    teacher_words: Tuple[str, ...] = ("crosskd.train",)
+    """The command that makes the teacher, and its options besides config, data and output."""
 
 
 def _method(name: str, runs: str, method: str, *overrides: str, baseline: Optional[str] = "none") -> Method:
@@ -78,6 +94,35 @@ def _method(name: str, runs: str, method: str, *overrides: str, baseline: Option
 
 def _methods(folder: str, *names: str) -> Tuple[Method, ...]:
     return tuple(_method(name, f"{folder}/{name}", name, baseline=None if name == "none" else "none") for name in names)
+
+
+def _transfer(data_set: str) -> Experiment:
+    """From scratch against pretrained, alone and distilled, under a teacher that starts from COCO."""
+    trained = ("--precision", "fp32")  # what is faster is not measured again in each run
+    from_backbone = ("--from", BACKBONE)
+    with_head = f"model.student.backbone.init_cfg={{'type':'Pretrained','checkpoint':'{BACKBONE}'}}"
+
+    def cell(name: str, baseline: Optional[str], method: str, options: Tuple[str, ...], *overrides: str) -> Method:
+        return Method(
+            name, baseline, f"transfer-{data_set}/{name}", (f"model.distill.method={method}", *overrides),
+            (*trained, "--teacher-images", "0", *options),
+        )  # fmt: skip
+
+    return Experiment(
+        f"transfer-{data_set}",
+        data_set,
+        (0, 1, 2),
+        (
+            cell("scratch", None, "none", ()),
+            cell("scratch-crosskd", "scratch", "crosskd", ()),
+            cell("pretrained", "scratch", "none", from_backbone),
+            cell("pretrained-crosskd", "pretrained", "crosskd", from_backbone),
+            cell("teacher-head-crosskd", "pretrained-crosskd", "crosskd", ("--from", "teacher"), with_head),
+        ),
+        configs=f"configs/studies/transfer_{data_set}_",
+        teacher=f"transfer-{data_set}/teacher",
+        teacher_words=("crosskd.train", *trained),
+    )
 
 
 EXPERIMENTS = {
@@ -104,6 +149,12 @@ EXPERIMENTS = {
             _method("group-norm-crosskd", "ablations/group-norm-crosskd", "crosskd", GROUP_NORM,
                     baseline="group-norm-none"),
         ),
+    ),
+    "transfer-bccd": _transfer("bccd"),
+    "transfer-coco": _transfer("coco"),
+    "easy": Experiment(
+        "easy", "easy", (0, 1, 2), _methods("easy", "none", "crosskd"), configs="configs/demo/",
+        teacher_words=("crosskd.adopt", "--checkpoint", "configs/demo/teacher.pth"),
     ),
 }  # fmt: skip
 
@@ -141,7 +192,7 @@ class DistillationOptions:
     experiment: str
     """Its name in EXPERIMENTS."""
     data: Optional[str] = None
-    """Data folder; None: shapes are drawn, bccd is BCCD."""
+    """Data folder; None: shapes are drawn, others are in DATA."""
     runs_dir: str = "runs/bench"
     """Folder of the runs."""
     output: str = "benchmarks/results/distillation"
@@ -177,8 +228,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Train students with and without distillation; compare.",
     )
     parser.add_argument("experiment", choices=sorted(EXPERIMENTS))
-    parser.add_argument("--data", metavar="DIR", help="data folder (default: shapes are drawn into "
-                        f"RUNS/shapes_data, bccd is {BCCD})")  # fmt: skip
+    parser.add_argument("--data", metavar="DIR", help="data folder (default: shapes are drawn below "
+                        f"RUNS, {', '.join(f'{name} is {folder}' for name, folder in DATA.items())})")  # fmt: skip
     parser.add_argument("--runs-dir", metavar="RUNS", default="runs/bench", help="folder of the runs (%(default)s)")
     parser.add_argument("-o", "--output", metavar="DIR", default="benchmarks/results/distillation",
                         help="folder of the result files (%(default)s)")  # fmt: skip
@@ -208,7 +259,7 @@ def _check_options(options: DistillationOptions, experiment: Experiment) -> None
 
 
 def config_of(experiment: Experiment, what: str) -> str:
-    return f"configs/studies/{experiment.data_set}_{what}.py"
+    return f"{experiment.configs or f'configs/studies/{experiment.data_set}_'}{what}.py"
 
 
 def run_experiment(experiment: Experiment, options: DistillationOptions, processes: Processes) -> None:
@@ -253,23 +304,26 @@ def data_of(experiment: Experiment, options: DistillationOptions, processes: Pro
     Raises:
         PipelineError: a split is missing, or the folder holds something else.
     """
-    if experiment.data_set == "shapes":
-        folder = Path(options.data or f"{options.runs_dir}/shapes_data")
-        log = Path(options.runs_dir) / "shapes_data.txt"
+    name = experiment.data_set
+    if name in SHAPES:
+        folder = Path(options.data or f"{options.runs_dir}/{name}_data")
+        log = Path(options.runs_dir) / f"{name}_data.txt"
         log.parent.mkdir(parents=True, exist_ok=True)
-        if processes.run(["crosskd.shapes", str(folder), *SHAPES], log, alone=True):
+        if processes.run(["crosskd.shapes", str(folder), *SHAPES[name]], log, alone=True):
             raise MeasurementError(f"the shapes cannot be drawn:\n{tail_of(log)}")
     else:
-        folder = Path(options.data or BCCD)
+        folder = Path(options.data or DATA[name])
     for split in SPLITS:
         split_paths(folder, split)
     return folder
 
 
 def teacher_run(experiment: Experiment, options: DistillationOptions, data: Path) -> Run:
-    folder = Path(options.runs_dir) / f"{experiment.data_set}_teacher"
-    words = ("crosskd.train", config_of(experiment, "teacher"), "--data", str(data), *_epochs(options))
-    return Run("teacher", 0, folder, (*words, "-o", str(folder)), folder / "detector.pth")
+    folder = Path(options.runs_dir) / (experiment.teacher or f"{experiment.data_set}_teacher")
+    module, *flags = experiment.teacher_words
+    epochs = _epochs(options) if module == "crosskd.train" else []
+    words = (module, config_of(experiment, "teacher"), "--data", str(data), *epochs, *flags, "-o", str(folder))
+    return Run("teacher", 0, folder, words, folder / "detector.pth")
 
 
 def planned_runs(experiment: Experiment, options: DistillationOptions, data: Path, teacher: Path) -> List[Run]:
@@ -307,7 +361,7 @@ def finished_run(run: Run, data: Path) -> Optional[RunRecord]:
     if measured.get("of") != _measured_of(run, data):
         return None
     details, timing = sidecar["details"], _json_or_empty(run.folder / "timing.json")
-    seconds = timing.get("train_s")
+    seconds = timing.get("train_s") if "iterations" in details else None
     return {
         "method": run.method,
         "seed": run.seed,
@@ -318,6 +372,7 @@ def finished_run(run: Run, data: Path) -> Optional[RunRecord]:
         "created_utc": sidecar["created_utc"],
         **{key: details.get(key) for key in ("parameters", "epochs", "iterations", "precision", "device")},
         "train_s": seconds,
+        "cpu_s": timing.get("cpu_s"),
         "train_ms_per_step": None if seconds is None else round(1000 * seconds / details["iterations"], 1),
         "jobs": timing.get("jobs"),
         "numbers": measured["numbers"],
@@ -368,10 +423,19 @@ def _train(run: Run, processes: Processes, jobs: int, alone: bool) -> None:
     write_start(run.folder, started)
     words = [*run.words, "--resume"] if resume else run.words
     print(command_line(*words), flush=True)
-    began = time.monotonic()
+    began, cpu_began = time.monotonic(), _cpu_s_of_children()
     _run(words, run, processes, alone)
-    seconds = None if resume else round(time.monotonic() - began, 1)
-    write_json(run.folder / "timing.json", {"train_s": seconds, "jobs": jobs})
+    timing: Dict[str, Any] = {"train_s": None, "cpu_s": None, "jobs": jobs}
+    if not resume:
+        timing["train_s"] = round(time.monotonic() - began, 1)
+        timing["cpu_s"] = round(_cpu_s_of_children() - cpu_began, 1) if jobs == 1 else None  # else of all jobs
+    write_json(run.folder / "timing.json", timing)
+
+
+def _cpu_s_of_children() -> float:
+    """Processor seconds of all processes that this one has started and that have ended."""
+    times = os.times()
+    return times.children_user + times.children_system
 
 
 def _measure(run: Run, data: Path, processes: Processes, alone: bool) -> None:
@@ -439,6 +503,7 @@ def row_of(method: Method, records: Sequence[RunRecord], annotations: Path) -> D
             "interval": _interval(list(pairs.values()), annotations) if pairs else None,
         },
         "train_s": _mean_and_std([one["train_s"] for one in own.values()])["mean"],
+        "cpu_s": _mean_and_std([one["cpu_s"] for one in own.values()])["mean"],
         "train_ms_per_step": _mean_and_std([one["train_ms_per_step"] for one in own.values()])["mean"],
     }
 
@@ -480,7 +545,7 @@ def markdown_of(document: Mapping[str, Any]) -> str:
     teacher, environment = document["teacher"], document["environment"]
     columns = [
         "method", *METRICS.values(), "AP against", "difference (by seed)", "95 % interval", "seeds", "s per run",
-        "ms per step",
+        "CPU s per run", "ms per step",
     ]  # fmt: skip
     lines = [
         f"# Distillation: {document['experiment']}",
@@ -490,7 +555,8 @@ def markdown_of(document: Mapping[str, Any]) -> str:
         "standard deviation over the seeds.",
         "",
         "Teacher: " + ", ".join(f"{title} {_points(teacher['numbers'][name])}" for name, title in METRICS.items())
-        + f" ({teacher['parameters'] / 1e6:.2f} M parameters, {teacher['epochs']} epochs).",
+        + f" ({teacher['parameters'] / 1e6:.2f} M parameters"
+        + (f", {teacher['epochs']} epochs)." if teacher["epochs"] is not None else ")."),
         "",
         *table(columns, [_cells(row) for row in document["methods"]]),
         "",
@@ -517,6 +583,7 @@ def _cells(row: Mapping[str, Any]) -> List[str]:
         f"{_points(interval['low'], '+')} to {_points(interval['high'], '+')}" if interval else "",
         str(len(row["seeds"])),
         "" if row["train_s"] is None else f"{row['train_s']:.0f}",
+        "" if row["cpu_s"] is None else f"{row['cpu_s']:.0f}",
         "" if row["train_ms_per_step"] is None else f"{row['train_ms_per_step']:.0f}",
     ]
 

@@ -1,15 +1,29 @@
 # The laboratory: what measures this project itself. Included by the Makefile, whose variables it uses.
 
-## make bench-distillation   what each method of distillation gains, over seeds (hours; goes on where it was cut off)
-## make bench-calibration    what INT8 costs and gains by each method, by INT8-aware training, by other tools (hours; goes on)
-## make bench-training-step  the time of a training step, plain and fast (3 minutes on a quiet machine)
+## make bench-distillation     what each method of distillation gains, over seeds (hours; goes on where it was cut off)
+## make bench-transfer         what pretrained weights gain, alone and distilled, over seeds (two hours; goes on)
+## make bench-calibration      what INT8 costs and gains by each method, by INT8-aware training, by other tools (hours; goes on)
+## make bench-training-step    the time of a training step, plain and fast (3 minutes on a quiet machine)
+## make bench-int8-distilled   whether distillation makes a student harder to quantise (an hour after bench-transfer; goes on)
 
-.PHONY: bench-distillation bench-training-step bench-calibration
+.PHONY: bench-distillation bench-transfer bench-training-step bench-calibration bench-int8-distilled
 
 bench-distillation: $(READY)
 	$(BIN)/python -m benchmarks.studies.distillation shapes
 	$(BIN)/python -m benchmarks.studies.distillation bccd
 	$(BIN)/python -m benchmarks.studies.distillation ablations
+
+# One training at a time: their processor time is compared.
+TRANSFER := -m benchmarks.studies.distillation --jobs 1 -o benchmarks/results/transfer
+
+bench-transfer: runs/bench/nanodet.pth
+	$(BIN)/python $(TRANSFER) transfer-bccd
+	$(BIN)/python $(TRANSFER) transfer-coco
+
+# NanoDet-m, trained on COCO, under mmdet's names.
+runs/bench/nanodet.pth: | $(READY)
+	mkdir -p $(@D)
+	$(BIN)/python -m configs.studies.nanodet_detector ../shared/data/weights/nanodet_m_coco_torch_rgb.pth -o $@
 
 bench-training-step: $(READY)
 	$(BIN)/python -m benchmarks.studies.training_step --threads 2 --steps 4 --rounds 3 -o benchmarks/results/training_step/cpu.json
@@ -40,6 +54,19 @@ bench-calibration: $(CALIBRATION)/batchnorm.onnx $(CALIBRATION)/groupnorm.onnx $
 	$(BIN)/python -m benchmarks.studies.tools $(CALIBRATION)/nanodet.onnx --data $(COCO) \
 		--num-images 64 --modelopt-python .venv-modelopt/bin/python -o $(RESULTS)/tools_coco
 
+# Students of `make bench-transfer` and of `make demo`, quantised.
+SEEDS := 0 1 2
+DISTILLED := -m benchmarks.studies.calibration distilled
+
+bench-int8-distilled: bench-transfer
+	$(BIN)/python -m benchmarks.studies.distillation --jobs 1 -o benchmarks/results/transfer easy
+	$(BIN)/python $(DISTILLED) configs/studies/transfer_bccd_crosskd.py --data $(BCCD) --teacher runs/bench/transfer-bccd/teacher/detector.pth \
+		--alone $(SEEDS:%=runs/bench/transfer-bccd/pretrained-%) --distilled $(SEEDS:%=runs/bench/transfer-bccd/pretrained-crosskd-%) \
+		--epochs 2 --runs-dir $(CALIBRATION)/distilled-bccd -o $(RESULTS)/distilled_bccd
+	$(BIN)/python $(DISTILLED) configs/demo/crosskd.py --data runs/bench/easy_data --teacher configs/demo/teacher.pth \
+		--alone $(SEEDS:%=runs/bench/easy/none-%) --distilled $(SEEDS:%=runs/bench/easy/crosskd-%) \
+		--epochs 2 --runs-dir $(CALIBRATION)/distilled-easy -o $(RESULTS)/distilled_easy
+
 $(CALIBRATION)/teacher/config.py: | $(READY)
 	$(BIN)/python -m crosskd.train configs/studies/bccd_teacher.py --data $(BCCD) -o $(@D)
 
@@ -52,10 +79,8 @@ $(CALIBRATION)/batchnorm/config.py: $(CALIBRATION)/teacher/config.py
 $(CALIBRATION)/groupnorm/config.py: $(CALIBRATION)/teacher/config.py
 	$(BIN)/python -m crosskd.distill configs/studies/bccd_crosskd.py $(UNDER_BCCD) --epochs 10 $(GROUP_NORM) -o $(@D)
 
-$(CALIBRATION)/nanodet/config.py: | $(READY)
-	mkdir -p $(CALIBRATION)
-	$(BIN)/python -m configs.studies.nanodet_detector ../shared/data/weights/nanodet_m_coco_torch_rgb.pth -o $(CALIBRATION)/nanodet.pth
-	$(BIN)/python -m crosskd.adopt configs/studies/nanodet.py --data $(COCO) --checkpoint $(CALIBRATION)/nanodet.pth -o $(@D)
+$(CALIBRATION)/nanodet/config.py: | runs/bench/nanodet.pth
+	$(BIN)/python -m crosskd.adopt configs/studies/nanodet.py --data $(COCO) --checkpoint runs/bench/nanodet.pth -o $(@D)
 
 $(CALIBRATION)/int8-batchnorm/config.py: $(CALIBRATION)/batchnorm/config.py
 	$(BIN)/python -m crosskd.distill configs/studies/bccd_crosskd.py $(UNDER_BCCD) $(INT8_AWARE) --epochs 3 \

@@ -17,6 +17,7 @@ from benchmarks.measuring.result import read_result, write_result
 from benchmarks.reporting import accuracy_numbers
 from benchmarks.reporting.operating_point import comparison
 from benchmarks.studies import calibration, calibration_methods
+from benchmarks.studies.calibration_distilled import DistilledOptions, run_distilled
 from benchmarks.studies.calibration_methods import (
     COMPARED_METHODS,
     is_finished,
@@ -598,3 +599,100 @@ def test_a_second_trained_model_of_a_target_is_refused(methods, tmp_path):
     FakeCommands().write(trained, 0.035, ["calibration.quantize"], {}, target="tensorrt")
     with pytest.raises(ConfigError, match="a second file of small for tensorrt"):
         methods(FakeCommands(), "--int8-aware", f"small={trained}", f"small={trained}")
+
+
+# Students alone and distilled
+
+
+@pytest.fixture
+def distilled(tmp_path, data):
+    """distilled(fake, *words) compares two pairs of students, of which the distilled lose more, for one target."""
+    runs = {"alone": [], "distilled": []}
+    for kind, noise in (("alone", 0.03), ("distilled", 0.02)):
+        for seed in range(2):
+            runs[kind].append(str(tmp_path / f"{kind}-{seed}"))
+            weights = tmp_path / f"{kind}-{seed}" / "student.pth"
+            FakeCommands().write(weights, noise + 0.001 * seed, ["crosskd.distill"], {})
+    teacher, config = tmp_path / "teacher.pth", tmp_path / "config.py"
+    teacher.write_text("weights")
+    config.write_text("")
+    words = [
+        "distilled", str(config), "--alone", *runs["alone"], "--distilled", *runs["distilled"], "--teacher",
+        str(teacher), "--data", str(data), "--targets", "tensorrt", "--methods", "max", "mse", "--runs-dir",
+        str(tmp_path / "runs"), "-o", str(tmp_path / "out" / "distilled"),
+    ]  # fmt: skip
+
+    def run(fake, *more):
+        values = vars(calibration._parser().parse_args([*words, *more]))
+        del values["table"]
+        run_distilled(DistilledOptions(**values), fake)
+        return json.loads((tmp_path / "out" / "distilled.json").read_text())
+
+    run.words, run.table = words, tmp_path / "out" / "distilled.md"
+    return run
+
+
+def test_what_students_lose_is_compared_pair_by_pair(distilled):
+    fake = FakeCommands()
+    result = distilled(fake)
+    assert [row["name"] for row in result["rows"]] == ["max", "mse"]
+    cells = {(cell["kind"], cell["pair"]): cell for cell in result["cells"] if cell["name"] == "max"}
+    lost = {key: cell["float"]["AP"] - cell["int8"]["AP"] for key, cell in cells.items()}
+    row = result["rows"][0]
+    for kind in ("alone", "distilled"):
+        assert row[kind]["by_pair"] == pytest.approx([lost[kind, 0], lost[kind, 1]], abs=1e-6)
+        assert row[kind]["low"] < row[kind]["value"] < row[kind]["high"]
+    more = np.mean([lost["distilled", pair] - lost["alone", pair] for pair in (0, 1)])
+    assert row["more"]["value"] == pytest.approx(more, abs=1e-6)
+    assert row["more"]["low"] < more < row["more"]["high"]
+    trained = [words[1] for words in fake.commands("deploy.export")]
+    assert [Path(folder).name for folder in trained] == ["alone-0", "distilled-0", "alone-1", "distilled-1"]
+    (line,) = [line for line in distilled.table.read_text().splitlines() if line.startswith("| max ")]
+    assert f"| {100 * more:+.2f} (" in line
+    assert "8 of 8 cells" in distilled.table.read_text()
+
+
+def test_int8_aware_training_is_the_last_row_and_begins_with_each_students_own_file(distilled):
+    first = distilled(FakeCommands())
+    fake = FakeCommands()
+    result = distilled(fake, "--epochs", "2")
+    assert [row["name"] for row in result["rows"]] == ["max", "mse", "INT8-aware"]
+    assert result["rows"][:2] == first["rows"]  # kept
+    assert not fake.commands("calibration.quantize")
+    trainings = fake.commands("crosskd.distill")
+    assert [Path(words[words.index("--from") + 1]).parent.name for words in trainings] == [
+        "alone-0", "distilled-0", "alone-1", "distilled-1"
+    ]  # fmt: skip
+    calibrated = [Path(words[words.index("--calibrated") + 1]) for words in trainings]
+    assert [f"{file.parent.name}/{file.name}" for file in calibrated] == [
+        f"{kind}-{pair}/tensorrt-max.int8.onnx" for pair in (0, 1) for kind in ("alone", "distilled")
+    ]
+    assert [words[words.index("--seed") + 1] for words in trainings] == ["0", "0", "1", "1"]
+    assert result["rows"][2]["alone"]["value"] < result["rows"][0]["alone"]["value"]
+    again = FakeCommands()
+    distilled(again, "--epochs", "2")
+    assert again.words == []
+
+
+def test_a_pair_counts_when_both_of_it_are_done(distilled, tmp_path):
+    fake = FakeCommands({str(tmp_path / "distilled-1"): "no such run"})
+    with pytest.raises(MeasurementError, match=r"2 of 8 cells failed: .*distilled-1, tensorrt, max"):
+        distilled(fake)
+    rows = json.loads(distilled.table.with_suffix(".json").read_text())["rows"]
+    assert [row["pairs"] for row in rows] == [[0], [0]]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--alone", "a", "b", "--distilled", "c"], "--alone names 2 runs and --distilled 1; expected as many"),
+        (["--alone", "a", "--distilled", "a"], "--alone and --distilled are a a; expected each run once"),
+        (["--methods", "max", "max"], "--methods are max max; expected each once"),
+        (["--epochs", "0"], "--epochs is 0; expected at least 1"),
+        (["--alone", "a", "--distilled", "b"], "a holds neither of student.pth and detector.pth"),
+    ],
+)
+def test_pairs_that_are_none_are_refused(words, message, distilled, capsys):
+    assert calibration.main([*distilled.words, *words]) == 2
+    assert message in capsys.readouterr().err
+    assert not distilled.table.exists()

@@ -66,10 +66,13 @@ class FakeProcesses:
     def train(self, words):
         return self._finish(words, "detector.pth")
 
+    def adopt(self, words):
+        return self._finish(words, "detector.pth", trained=False)
+
     def distill(self, words):
         return self._finish(words, "student.pth")
 
-    def _finish(self, words, weights):
+    def _finish(self, words, weights, trained=True):
         folder = Path(words[words.index("-o") + 1])
         if self.interrupted:
             raise MeasurementError("stopped")
@@ -84,7 +87,8 @@ class FakeProcesses:
         if "--teacher-checkpoint" in words:
             inputs["teacher_checkpoint"] = words[words.index("--teacher-checkpoint") + 1]
         (folder / weights).write_text(f"weights of {folder.name}")
-        write_sidecar(folder / weights, inputs, details={"iterations": 10, "parameters": 1_000_000, "epochs": 12})
+        details = {"iterations": 10, "epochs": 12} if trained else {}
+        write_sidecar(folder / weights, inputs, details={"parameters": 1_000_000, **details})
         sidecar = read_sidecar(folder / weights)
         write_json(sidecar_path(folder / weights), {**sidecar, "command": ["python", "-m", *words]})
         return 0
@@ -331,6 +335,35 @@ def test_ablations_take_what_the_shapes_have_trained(bench):
     assert rows["split-3"]["numbers"]["AP"]["std"] is None  # of one seed
 
 
+def test_transfer_compares_where_a_student_starts_and_whether_it_is_distilled(bench):
+    fake = FakeProcesses()
+    result = bench("transfer-coco", fake, "--data", str(given_data(bench)), "--seeds", "0", "1")
+    trained = [words for words in fake.words if words[0] == "crosskd.distill"]
+    started = {
+        (words[words.index("--from") + 1] if "--from" in words else None, words[words.index("--set") + 1])
+        for words in trained
+    }
+    alone, distilled = "model.distill.method=none", "model.distill.method=crosskd"
+    backbone = "../shared/data/weights/shufflenetv2_x0_5.pth"
+    assert started == {
+        (None, alone), (None, distilled), (backbone, alone), (backbone, distilled), ("teacher", distilled)
+    }  # fmt: skip
+    assert len(trained) == 10
+    rows = {row["name"]: row for row in result["methods"]}
+    assert rows["pretrained"]["difference"]["mean"] is not None
+    assert {rows[name]["baseline"] for name in ("pretrained", "scratch-crosskd")} == {"scratch"}
+    assert rows["pretrained-crosskd"]["baseline"] == "pretrained"
+    assert all(run["cpu_s"] is not None for run in result["runs"])
+
+
+def test_a_teacher_whose_weights_are_there_is_adopted(bench):
+    fake = FakeProcesses()
+    result = bench("easy", fake, "--seeds", "0")
+    assert fake.words[1][:2] == ["crosskd.adopt", "configs/demo/teacher.py"]
+    assert result["teacher"]["train_ms_per_step"] is None
+    assert "(1.00 M parameters)." in (bench.out / "easy.md").read_text()
+
+
 def test_each_ablation_differs_in_one_thing_from_the_method(bench):
     data, teacher = Path("data"), Path("teacher/detector.pth")
     runs = planned_runs(EXPERIMENTS["ablations"], bench.arguments_of("ablations"), data, teacher)
@@ -358,8 +391,13 @@ def test_every_planned_run_has_a_config_that_can_be_read(name, bench):
         assert config.model.distill.method == words[0].partition("=")[2]
         # The same head, so that only the backbone and the schedule are the teacher's advantage.
         assert config.model.teacher.model.bbox_head == teacher_config.model.bbox_head == config.model.student.bbox_head
-        assert config.model.teacher.model.backbone.base_channels > config.model.student.backbone.base_channels
-        assert teacher_config.train_cfg.max_epochs > config.train_cfg.max_epochs
+        assert config.get("input_size") == teacher_config.get("input_size")
+        widths = [one.backbone.get("base_channels") for one in (config.model.teacher.model, config.model.student)]
+        if None in widths:  # NanoDet
+            widths = [one.neck.in_channels[0] for one in (config.model.teacher.model, config.model.student)]
+        assert widths[0] > widths[1]
+        if name in ("shapes", "bccd", "ablations"):  # whose teacher starts from random numbers, too
+            assert teacher_config.train_cfg.max_epochs > config.train_cfg.max_epochs
         assert 0 <= config.model.distill.split <= config.model.student.bbox_head.stacked_convs
 
 
@@ -415,7 +453,8 @@ def test_the_real_commands_do_what_is_asked_of_them(bench, monkeypatch):
     pytest.importorskip("mmengine")
     configs = {"teacher": "gfl_tiny_teacher.py", "crosskd": "crosskd_tiny.py"}
     monkeypatch.setattr(distillation, "config_of", lambda _, what: f"tests/crosskd/configs/{configs[what]}")
-    monkeypatch.setattr(distillation, "SHAPES", ("--images", "24", "--size", "96", "--held-out", "0.25"))
+    few = ("--images", "24", "--size", "96", "--held-out", "0.25")
+    monkeypatch.setattr(distillation, "SHAPES", {"shapes": few})
     processes = Processes(jobs=1)
     result = bench("shapes", processes, "--seeds", "3", "--only", "crosskd")
     (run,) = result["runs"]

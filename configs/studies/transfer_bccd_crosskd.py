@@ -1,0 +1,6 @@
+# The student of `make bench-transfer` on blood cells, under its teacher; what it starts from is said by --from.
+_base_ = "./nanodet_half_crosskd.py"
+
+model = dict(teacher=dict(config="transfer_bccd_teacher.py"))
+input_size = (256, 192)  # width, height
+max_epochs = 8
