@@ -180,7 +180,7 @@ def complete_cell(cell: Cell, options: DistilledOptions, made: Make) -> CellReco
         "command": words,
         "float": measured(plain),
         "int8": numbers,
-        "lost": np.subtract(_floats(plain["numbers"]["bootstrap"]["ap"]), _floats(draws)),
+        "changes": np.subtract(_floats(draws), _floats(plain["numbers"]["bootstrap"]["ap"])),
     }
 
 
@@ -226,37 +226,38 @@ def write_distilled(options: DistilledOptions, records: Sequence[CellRecord], pl
         **{key: getattr(options, key) for key in ("config", "data", "epochs", "learning_rate")},
         "cells_planned": planned,
         "rows": [row for row in rows if row is not None],
-        "cells": [{key: value for key, value in record.items() if key != "lost"} for record in records],
+        "cells": [{key: value for key, value in record.items() if key != "changes"} for record in records],
     }
     write_tables(options.output, document, distilled_markdown(document))
 
 
 def row_of(records: Sequence[CellRecord], target: str, name: str) -> Optional[Dict[str, Any]]:
     """
-    What students lose by a method, of the pairs of which both are done; None without such a pair.
+    What a method changes in the AP of students, of the pairs of which both are done; None without such a pair.
 
-    `lost` of each kind and `more`, what the distilled lose more, in AP: means over the pairs, with `low` and `high`
-    (95 %, a paired bootstrap over the images).
+    Of each kind, and `difference`, of the distilled less that of those alone: means over the pairs, with `low` and
+    `high` (95 %, a paired bootstrap over the images).
     """
     by_kind = {kind: {one["pair"]: one for one in records if one["kind"] == kind} for kind in KINDS}
     pairs = sorted(set(by_kind[ALONE]) & set(by_kind[DISTILLED]))
     if not pairs:
         return None
-    kinds, lost = {}, {}
+    kinds, changes = {}, {}
     for kind, cells in by_kind.items():
-        lost[kind] = np.array([cells[pair]["lost"] for pair in pairs])  # (pairs, 1 + draws)
+        changes[kind] = np.array([cells[pair]["changes"] for pair in pairs])  # (pairs, 1 + draws)
         kinds[kind] = {
             "float_AP": float(np.mean([cells[pair]["float"]["AP"] for pair in pairs])),
             "int8_AP": float(np.mean([cells[pair]["int8"]["AP"] for pair in pairs])),
-            **_bounds(lost[kind]),
+            **_bounds(changes[kind]),
         }
-    return {"target": target, "name": name, "pairs": pairs, **kinds, "more": _bounds(lost[DISTILLED] - lost[ALONE])}
+    difference = _bounds(changes[DISTILLED] - changes[ALONE])
+    return {"target": target, "name": name, "pairs": pairs, **kinds, "difference": difference}
 
 
-def _bounds(lost: np.ndarray) -> Dict[str, Any]:
-    """Args: lost: (pairs, 1 + draws)."""
-    bounds = dict(zip(("value", "low", "high"), bounds_of_draws(lost.mean(axis=0))))
-    return {**bounds, "by_pair": lost[:, 0].tolist()}
+def _bounds(changes: np.ndarray) -> Dict[str, Any]:
+    """The mean over the pairs, its bounds, and each pair's; of (pairs, 1 + draws)."""
+    bounds = dict(zip(("value", "low", "high"), bounds_of_draws(changes.mean(axis=0))))
+    return {**bounds, "by_pair": changes[:, 0].tolist()}
 
 
 def distilled_markdown(document: Mapping[str, Any]) -> str:
@@ -269,8 +270,8 @@ def distilled_markdown(document: Mapping[str, Any]) -> str:
         "",
     ]
     columns = [
-        "method", *(f"{kind}: {text}" for kind in KINDS for text in ("AP in FP32", "lost by INT8", "95 %")),
-        "distilled lose more by", "95 %",
+        "method", *(f"{kind}: {text}" for kind in KINDS for text in ("AP in FP32", "INT8 against it", "95 %")),
+        "distilled against alone", "95 %",
     ]  # fmt: skip
     for target in dict.fromkeys(row["target"] for row in document["rows"]):
         rows = [_cells(row) for row in document["rows"] if row["target"] == target]
@@ -294,7 +295,7 @@ def _cells(row: Mapping[str, Any]) -> List[str]:
     cells = [row["name"]]
     for kind in KINDS:
         cells += [points(row[kind]["float_AP"]), _with_pairs(row[kind]), interval(row[kind])]
-    return [*cells, _with_pairs(row["more"]), interval(row["more"])]
+    return [*cells, _with_pairs(row["difference"]), interval(row["difference"])]
 
 
 def _with_pairs(bounds: Mapping[str, Any]) -> str:
