@@ -16,9 +16,9 @@ those that follow it:
 Between board and the sessions stands detector; sessions are opened by the names that targets gives for them. A further
 runtime is a room like openvino and an entry in targets.
 
-Ground, below all: data_arguments, ap_drop; commands, freshness, dataset, export_options; processes; folder_lock;
-contract, targets, int8_format, images, layouts, coco_file; arrays; schema, limits; files, pixels, progress; jetpack,
-errors; machine.
+Ground, below all: data_arguments, ap_drop, trials; commands, freshness, dataset, export_options; processes;
+folder_lock; contract, targets, int8_format, images, layouts, coco_file; arrays; schema, limits; files, pixels,
+progress; jetpack, errors; machine.
 
 `Detector` is fetched when it is first asked for: a board may have no OpenCV, which it needs and other modules do not.
 """

@@ -66,6 +66,7 @@ NEEDS: Dict[str, Tuple[str, ...]] = {
     "benchmarks.studies.calibration methods": ("numpy", "opencv", "onnx", "onnxruntime", "faster-coco-eval"),
     "benchmarks.studies.calibration int8-aware": (*TRAINING, "onnx", "onnxruntime", "faster-coco-eval"),
     "benchmarks.studies.distillation": (*TRAINING, "faster-coco-eval"),
+    "benchmarks.studies.distillation --ray": (*TRAINING, "faster-coco-eval", "ray"),
     "benchmarks.studies.tools": ("numpy", "opencv", "onnx", "onnxruntime", "faster-coco-eval"),
     "benchmarks.studies.tools_child": ("numpy", "opencv", "onnxruntime"),
     "benchmarks.studies.training_step": TRAINING,

@@ -38,6 +38,7 @@ TO_DO = {
     **dict.fromkeys(TORCH, "pip install 'crosskd[train]'"),
     "opencv": "pip install opencv-python-headless",
     "asyncssh": "pip install 'crosskd[fleet]'",
+    "ray": "pip install 'crosskd[ray]'",
     "tensorrt": "pip install tensorrt-cu13",
     "gpu": "an NVIDIA GPU and its driver: see what nvidia-smi says",
 }
@@ -110,7 +111,7 @@ def main(argv: Optional[List[str]] = None) -> int:
 def probes() -> Dict[str, Callable[[], Found]]:
     """Name -> a function that looks for it, and raises where it is not here or does not work."""
     installed = {
-        name: _installed_probe(name) for name in (*TORCH, "onnxslim", "faster-coco-eval", "jinja2", "asyncssh")
+        name: _installed_probe(name) for name in (*TORCH, "onnxslim", "faster-coco-eval", "jinja2", "asyncssh", "ray")
     }
     return {
         "python": lambda: (platform.python_version(), platform.platform()),

@@ -18,6 +18,8 @@ from deploy.errors import PipelineError, is_first_process, one_line
 from deploy.files import AnyPath, lock, unlock
 
 LOCK = ".lock"
+HOLDER_VARIABLE = "CROSSKD_HOLDER"
+"""In the environment of a command that the holder of a folder has somebody else start, as Ray: `this_holder`."""
 _held: List[int] = []
 _guard = threading.Lock()
 
@@ -39,8 +41,8 @@ def locked(folder: AnyPath, error_type: Type[PipelineError] = PipelineError) -> 
     Holds `folder`, which is made if need be, for the block: nobody else writes into it meanwhile.
 
     The lock is the system's own on the file `.lock` and ends with the processes that have it, however they end; the
-    file only says who that is. A process that the holder has started may write into the folder as well, and so may all
-    that torchrun started together, of which the first one holds it.
+    file only says who that is. A process that the holder has started, or has had started (HOLDER_VARIABLE), may write
+    into the folder as well, and so may all that torchrun started together, of which the first one holds it.
 
     Raises:
         error_type: another process holds it; the message names that.
@@ -98,7 +100,8 @@ def _acquire(folder: Path, error_type: Type[PipelineError]) -> Optional[int]:
         except BlockingIOError:
             unlock(handle)
             holder = _read_holder(path)
-            if holder.get("host") == socket.gethostname() and holder.get("pid") == os.getppid():
+            name = _name_of(holder.get("host"), holder.get("pid"))
+            if name in (_name_of(socket.gethostname(), os.getppid()), os.environ.get(HOLDER_VARIABLE)):
                 return None
             raise error_type(_message(folder, holder)) from None
         except OSError as error:
@@ -116,6 +119,15 @@ def _acquire(folder: Path, error_type: Type[PipelineError]) -> Optional[int]:
     os.ftruncate(handle, 0)
     os.pwrite(handle, json.dumps(note).encode(), 0)
     return handle
+
+
+def this_holder() -> str:
+    """The name of this process, for HOLDER_VARIABLE: a command that is given it may write into what this one holds."""
+    return _name_of(socket.gethostname(), os.getpid())
+
+
+def _name_of(host: Any, pid: Any) -> str:
+    return f"{host}:{pid}"
 
 
 def _read_holder(path: Path) -> Dict[str, Any]:

@@ -22,18 +22,19 @@ what those commands need.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from typing import List, Optional
 
 from benchmarks.studies.calibration_distilled import SINGLE_METHODS, DistilledOptions, run_distilled
 from benchmarks.studies.calibration_methods import COMPARED_METHODS, MethodsOptions, run_methods
 from benchmarks.studies.calibration_training import Int8AwareOptions, run_int8_aware
-from benchmarks.studies.jobs import Processes
 from benchmarks.studies.tables import check_tables
 from deploy.contract import read_sidecar, weights_of_run
 from deploy.errors import command
 from deploy.layouts import SPLITS, split_paths
 from deploy.targets import QUANTISED_FOR
+from deploy.trials import Processes, add_ray_argument, trial_processes
 
 
 @command
@@ -58,7 +59,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     read_sidecar(weights_of_run(aware.student))
     _check_splits(aware.data)
     check_tables(aware.output)
-    run_int8_aware(aware, Processes(aware.jobs))
+    with trial_processes(aware.ray, aware.jobs) as processes:
+        run_int8_aware(dataclasses.replace(aware, jobs=processes.jobs), processes)
     return 0
 
 
@@ -99,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     aware.add_argument("--jobs", type=int, default=2, help="trainings at a time, a thread each; 1: one, with all the "
                        "threads (default: %(default)s)")  # fmt: skip
+    add_ray_argument(aware)
     pairs = tables.add_parser("distilled", help="whether distilled students lose more by INT8")
     pairs.add_argument("config", metavar="CONFIG", help="of crosskd.distill, for INT8-aware training")
     pairs.add_argument("--alone", required=True, nargs="+", metavar="RUN_DIR", help="students that were trained alone")

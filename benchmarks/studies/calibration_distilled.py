@@ -25,7 +25,7 @@ from benchmarks.studies.calibration_training import (
     complete_fine_tuning,
     planned_fine_tunings,
 )
-from benchmarks.studies.jobs import Make, Processes, make, work_through
+from benchmarks.studies.jobs import Make, make
 from benchmarks.studies.tables import interval, points, table, write_tables
 from deploy.commands import shell_line
 from deploy.contract import provenance, read_sidecar, weights_of_run
@@ -33,6 +33,7 @@ from deploy.errors import ConfigError, MeasurementError
 from deploy.folder_lock import locked
 from deploy.layouts import split_paths
 from deploy.targets import QUANTISED_FOR, TARGETS
+from deploy.trials import Processes, work_through
 
 ALONE, DISTILLED = KINDS = ("alone", "distilled")
 SINGLE_METHODS = tuple(method for method in COMPARED_METHODS if method != "auto")

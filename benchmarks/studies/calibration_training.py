@@ -21,13 +21,14 @@ from benchmarks.measuring.environment import read_environment
 from benchmarks.measuring.result import read_result
 from benchmarks.reporting.wording import UNKNOWN
 from benchmarks.studies.calibration_methods import accuracy_words, images_to_calibrate_on, measured
-from benchmarks.studies.jobs import Make, Processes, is_current, make, work_through
+from benchmarks.studies.jobs import Make, is_current, make
 from benchmarks.studies.tables import interval, points, table, write_tables
 from deploy.commands import shell_line
 from deploy.contract import provenance, read_sidecar, sidecar_path, weights_of_run
 from deploy.errors import ConfigError, MeasurementError
 from deploy.folder_lock import locked
 from deploy.layouts import split_paths
+from deploy.trials import Processes, work_through
 
 INT8_AWARE, FINE_TUNED = "INT8-aware", "fine-tuned, then INT8"
 STILL_NORMS = "custom_hooks=[{'type':'FreezeHeadNormsHook','begin':0.0,'whole_detector':True}]"
@@ -92,6 +93,8 @@ class Int8AwareOptions:
     """Of calibration."""
     jobs: int = 2
     """Trainings at a time."""
+    ray: Optional[str] = None
+    """Address of the Ray that they run on; None: this machine."""
 
     def __post_init__(self) -> None:
         for flag, least, values in (

@@ -30,7 +30,6 @@ import numpy as np
 from benchmarks.measuring.bootstrap import interval_from_aps, resampled_ap
 from benchmarks.measuring.coco import evaluate
 from benchmarks.measuring.environment import read_environment
-from benchmarks.studies.jobs import Processes, tail_of, work_through
 from benchmarks.studies.tables import check_tables, table, write_tables
 from deploy.commands import command_line, shell_line
 from deploy.contract import provenance, read_sidecar, sidecar_path
@@ -40,6 +39,7 @@ from deploy.files import read_json, sha256_of, write_json
 from deploy.folder_lock import locked
 from deploy.freshness import changed_inputs, made_by, read_start, start_from, write_start
 from deploy.layouts import SPLITS, split_paths
+from deploy.trials import Processes, RayProcesses, add_ray_argument, failure_of, tail_of, trial_processes, work_through
 
 METRICS = {
     "AP": "AP", "AP50": "AP50", "AP75": "AP75",
@@ -199,6 +199,8 @@ class DistillationOptions:
     """Folder of the result files."""
     jobs: int = 2
     """Trainings at a time."""
+    ray: Optional[str] = None
+    """Address of the Ray that they run on; None: this machine."""
     epochs: Optional[int] = None
     """Of every training, the teacher's too; None: the configs'."""
     seeds: Optional[Sequence[int]] = None
@@ -218,7 +220,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     experiment = EXPERIMENTS[options.experiment]
     check_tables(Path(options.output) / experiment.name)
     _check_options(options, experiment)
-    run_experiment(experiment, options, Processes(options.jobs))
+    with trial_processes(options.ray, options.jobs) as processes:
+        run_experiment(experiment, dataclasses.replace(options, jobs=processes.jobs), processes)
     return 0
 
 
@@ -235,6 +238,7 @@ def _parser() -> argparse.ArgumentParser:
                         help="folder of the result files (%(default)s)")  # fmt: skip
     parser.add_argument("--jobs", type=int, default=2, help="trainings at a time, a thread each; 1: one, with all the "
                         "threads (%(default)s)")  # fmt: skip
+    add_ray_argument(parser)
     parser.add_argument("--epochs", type=int, help="of every training, the teacher's too (default: the configs')")
     parser.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="(default: 0 1 2; of ablations 0)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="train only these methods (default: all)")
@@ -428,7 +432,8 @@ def _train(run: Run, processes: Processes, jobs: int, alone: bool) -> None:
     timing: Dict[str, Any] = {"train_s": None, "cpu_s": None, "jobs": jobs}
     if not resume:
         timing["train_s"] = round(time.monotonic() - began, 1)
-        timing["cpu_s"] = round(_cpu_s_of_children() - cpu_began, 1) if jobs == 1 else None  # else of all jobs
+        if jobs == 1 and not isinstance(processes, RayProcesses):  # else of all jobs, or elsewhere
+            timing["cpu_s"] = round(_cpu_s_of_children() - cpu_began, 1)
     write_json(run.folder / "timing.json", timing)
 
 
@@ -456,7 +461,7 @@ def _run(words: Sequence[str], run: Run, processes: Processes, alone: bool) -> N
     log = run.folder / "log.txt"
     status = processes.run(words, log, alone)
     if status:
-        raise MeasurementError(f"{words[0]} ended with status {status}; the end of {log}:\n{tail_of(log)}")
+        raise failure_of(status)(f"{words[0]} ended with status {status}; the end of {log}:\n{tail_of(log)}")
 
 
 def _measured_of(run: Run, data: Path) -> Dict[str, str]:

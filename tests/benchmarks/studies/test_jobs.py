@@ -1,108 +1,16 @@
 from __future__ import annotations
 
 import json
-import signal
-import threading
-import time
 from pathlib import Path
 
 import pytest
 
 from benchmarks.measuring.environment import read_environment
-from benchmarks.studies.jobs import Processes, is_current, is_made, make, printed_json, work_through
+from benchmarks.studies.jobs import is_current, is_made, make, printed_json
 from deploy.contract import read_sidecar, sidecar_path, write_sidecar
-from deploy.errors import ConfigError, MeasurementError
+from deploy.errors import MeasurementError
 from deploy.files import write_json
-
-
-@pytest.fixture
-def module(tmp_path, monkeypatch):
-    """A module that can be run: it prints its arguments and threads, and ends with the status that it is told."""
-    (tmp_path / "told.py").write_text(
-        "import os, sys, time\n"
-        "print(sys.argv[1:], os.environ.get('OMP_NUM_THREADS'), os.environ.get('OMP_WAIT_POLICY'), flush=True)\n"
-        "time.sleep(float(sys.argv[1]))\n"
-        "sys.exit(int(sys.argv[2]))\n"
-    )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    return "told"
-
-
-def test_processes_beside_one_another_have_a_thread_each(module, tmp_path):
-    log = tmp_path / "log.txt"
-    assert Processes(jobs=2).run([module, "0", "3"], log) == 3
-    assert Processes(jobs=2).run([module, "0", "0"], log, alone=True) == 0
-    assert Processes(jobs=1).run([module, "0", "0"], log) == 0
-    assert log.read_text().splitlines() == [
-        "['0', '3'] 1 PASSIVE", "['0', '0'] None None", "['0', '0'] None None",
-    ]  # fmt: skip
-
-
-def wait_for(path):
-    for _ in range(1000):
-        if path.is_file() and path.read_text():
-            return path.read_text()
-        time.sleep(0.02)
-    raise AssertionError(f"{path} is not written")
-
-
-def test_stop_ends_what_runs_and_nothing_starts_after_it(module, tmp_path):
-    processes, statuses = Processes(jobs=2), []
-    log = tmp_path / "log.txt"
-    thread = threading.Thread(target=lambda: statuses.append(processes.run([module, "60", "0"], log)))
-    thread.start()
-    wait_for(log)
-    processes.stop()
-    thread.join(timeout=20)
-    assert statuses == [-signal.SIGTERM]
-    with pytest.raises(MeasurementError, match="stopped"):
-        processes.run([module, "0", "0"], log)
-
-
-class Stopped:
-    """In place of Processes: knows whether it was told to stop."""
-
-    def __init__(self):
-        self.stopped = threading.Event()
-
-    def stop(self):
-        self.stopped.set()
-
-
-def test_what_fails_is_told_of_and_the_others_are_done(capsys):
-    done = []
-
-    def work(task):
-        if task == 2:
-            raise ConfigError("two is wrong")
-        return task * 10
-
-    failed = work_through([1, 2, 3], work, lambda task, result: done.append((task, result)), Stopped(), jobs=1)
-    assert failed == [2]
-    assert done == [(1, 10), (3, 30)]
-    assert "error: 2: two is wrong" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("where", ["work", "done"])
-def test_an_interruption_ends_the_processes_and_starts_no_other_task(where):
-    processes, begun = Stopped(), []
-
-    def work(task):
-        begun.append(task)
-        if where == "work" and task == 0:
-            raise KeyboardInterrupt
-        if task > 0:
-            processes.stopped.wait(20)
-
-    def done(task, result):
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        work_through(list(range(9)), work, done, processes, jobs=1)
-    assert processes.stopped.is_set()
-    assert len(begun) <= 2
+from deploy.trials import TrialDied
 
 
 class Maker:
@@ -192,5 +100,6 @@ def test_a_verdict_is_read_and_a_failure_raised(tmp_path, monkeypatch):
 )
 def test_a_command_that_fails_is_quoted(output, status, message, files):
     words, _, artefact = files
-    with pytest.raises(MeasurementError, match=message):
+    with pytest.raises(MeasurementError, match=message) as error:
         make(artefact, words, Maker(output, status))
+    assert isinstance(error.value, TrialDied) == (status != 2)
