@@ -3,4 +3,4 @@ _base_ = "./nanodet_half_crosskd.py"
 
 model = dict(teacher=dict(config="transfer_coco_teacher.py"))
 input_size = (256, 256)  # width, height
-max_epochs = 6
+max_epochs = 5
