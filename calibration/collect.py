@@ -20,6 +20,7 @@ from deploy.dataset import CocoImage
 from deploy.errors import CalibrationError, MissingDependencyError
 from deploy.files import sha256_of
 from deploy.graphs.graph import producers, with_outputs
+from deploy.graphs.precision import GROWING_OPS
 from deploy.images import read_image
 from deploy.machine import thread_limit
 from deploy.progress import progress
@@ -36,11 +37,6 @@ SLOPES = {"Relu": 0.0, "LeakyRelu": 0.01}
 """Operator -> slope of negative values where no attribute says it."""
 LARGEST_GROUP_BYTES = 512 * 2**20
 """The most bytes of activations that one run keeps."""
-GROWING_OPS = (
-    "Conv", "ConvTranspose", "Gemm", "MatMul", "Add", "Mul",
-    "InstanceNormalization", "GroupNormalization", "LayerNormalization",
-)  # fmt: skip
-"""Operators whose outputs can be larger than their inputs: where FP16 may overflow, which a sidecar's `ranges` tell."""
 
 
 def tensors_that_may_grow(model: onnx.ModelProto) -> List[str]:

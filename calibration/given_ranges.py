@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Dict, Sequence, Tuple
 
+from calibration.collect import tensors_that_may_grow
 from calibration.float_model import check_quantizable
 from calibration.placement import PLACEMENTS, FloatGraph, Placement, node_name
 from calibration.qdq import quantize_graph
@@ -57,7 +58,9 @@ def int8_from_cache(path: str, target: str, keep_float: Sequence[str], graph: Fl
         CalibrationError: the file is no cache, or lacks a tensor.
     """
     ranges = ranges_from_cache(path, PLACEMENTS[target](graph))
-    return _quantized(graph, ranges, target, keep_float, "calibration cache", {"calibration_cache": path})
+    growing = read_cache(path, set(tensors_that_may_grow(graph.model)))
+    others = {name: (-amax, amax) for name, amax in growing.items()}
+    return _quantized(graph, ranges, target, keep_float, "calibration cache", {"calibration_cache": path}, others)
 
 
 def int8_from_training(trained: TrainedRanges, model_path: AnyPath, graph: FloatGraph) -> Quantized:
@@ -73,7 +76,7 @@ def int8_from_training(trained: TrainedRanges, model_path: AnyPath, graph: Float
     """
     check_weights(trained, model_path)
     graph, ranges = graph_as_trained(trained, graph)
-    return _quantized(graph, ranges, trained.target, trained.keep_float, "trained ranges", {"ranges": trained.path})
+    return _quantized(graph, ranges, trained.target, trained.keep_float, "trained ranges", {"ranges": trained.path}, {})
 
 
 def _quantized(
@@ -83,9 +86,11 @@ def _quantized(
     keep_float: Sequence[str],
     method: str,
     inputs: Dict[str, AnyPath],
+    others: Ranges,
 ) -> Quantized:
+    """The model; `others` are ranges of tensors that get no pair, of which FP16 wants to know."""
     model = quantize_graph(graph, PLACEMENTS[target](graph), ranges, target)
-    details = {"method": method, "ranges": ranges}
+    details = {"method": method, "ranges": {**others, **ranges}}
     summary = f"ranges of {', '.join(map(str, inputs.values()))}"
     return Quantized(model, graph, target, tuple(keep_float), inputs, details, summary)
 

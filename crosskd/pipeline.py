@@ -385,14 +385,14 @@ def planned_stages(options: PipelineOptions, config: Any) -> list[Stage]:
     models = {"teacher": teacher, **teacher_forms, "baseline": baseline, "student": student}
     models.update({"onnx-fp32": onnx, "onnx-int8": int8})
     quantise: list[str | Path] = ["calibration.quantize", onnx, "--data", data, *strict, "--target", options.target]
-    if options.engines_here:
+    if budget is None:
+        add("quantise", int8, *quantise, "-o", int8)
+    if options.engines_here:  # after it: FP16 is told of the ranges that calibration has seen
         for precision in ("fp32", "fp16") if otherwise(options) == "engine-fp32" else ("fp16",):
             role = f"engine-{precision}"
             models[role] = add(f"build {role}", out / f"{role}.engine", "deploy.build_trt", onnx, f"--{precision}",
                                "-o", out / f"{role}.engine")  # fmt: skip
-    if budget is None:
-        add("quantise", int8, *quantise, "-o", int8)
-    else:
+    if budget is not None:
         stages += stages_to_int8(options, config, quantise, distil, budget)
     if options.engines_here:
         engine = out / "engine-int8.engine"

@@ -7,24 +7,30 @@ from __future__ import annotations
 import io
 import math
 import zipfile
-from typing import Dict
+from typing import Collection, Dict, Optional
 
 import numpy as np
 
-from deploy.files import AnyPath, read_regular
+from deploy.files import AnyPath, check_regular
 from deploy.limits import LARGEST_ARRAYS_BYTES
 
 
-def arrays_from_npz(path: AnyPath) -> Dict[str, np.ndarray]:
+def arrays_from_npz(path: AnyPath, names: Optional[Collection[str]] = None) -> Dict[str, np.ndarray]:
     """
     Name -> array of an .npz file. numpy's own reader takes as much memory as an entry claims, and runs pickles if told.
+
+    Args:
+        names: those that are wanted, as far as they are there; None: all.
 
     Raises:
         OSError: it cannot be read. ValueError: it is no .npz, damaged, or too large unpacked.
     """
     try:
-        with zipfile.ZipFile(io.BytesIO(read_regular(path))) as archive:
-            entries = archive.infolist()
+        check_regular(path)
+        with zipfile.ZipFile(path) as archive:
+            entries = [
+                entry for entry in archive.infolist() if names is None or entry.filename[: -len(".npy")] in names
+            ]
             total = sum(entry.file_size for entry in entries)
             if total > LARGEST_ARRAYS_BYTES:
                 raise ValueError(f"unpacked it has {total >> 20} MiB, above {LARGEST_ARRAYS_BYTES >> 20} MiB")

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, List, Optional
 from deploy.commands import run_command
 from deploy.contract import load_contract
 from deploy.errors import ConfigError, EngineBuildError, MissingDependencyError, command
+from deploy.graphs.known_ranges import RangesBeside, ranges_beside, words_of_ranges
 from deploy.runtime.golden import TOLERANCES, tolerance_of_integer_kernels
 from deploy.runtime.session import OrtSession, Session
 from deploy.tensorrt.engine import NetworkSource, make_engine, open_machine, some_names, tell_float_convolutions
@@ -53,7 +54,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     )
     check_options(machine.trt, options, load_contract(arguments.model))
     source = read_source(arguments.model, options.precision, arguments.data)
-    graph = _checked_graph(source, machine.recipe, machine.trt.__version__)
+    beside = ranges_beside(source) if machine.recipe.has_half else RangesBeside({}, ())
+    graph = _checked_graph(source, machine.recipe, machine.trt.__version__, beside)
     reference = _onnx_runtime(source.path)
     tolerance = TOLERANCES[options.precision]
     if source.is_quantised and reference is not None and options.dla_core is None:  # it is INT8 elsewhere, too
@@ -71,7 +73,7 @@ def main(argv: Optional[List[str]] = None) -> int:
                 graph.float_convolutions,
             ),
             source.contract,
-            {"onnx": source.path},
+            {"onnx": source.path, **{f"ranges_{number}": file for number, file in enumerate(beside.files)}},
             source.parameters,
             reference,
             tolerance,
@@ -169,17 +171,19 @@ def quantised_file(path: Path, data: Optional[Path]) -> Path:
     return quantised
 
 
-def _checked_graph(source: OnnxFile, recipe: Recipe, version: str) -> TypedGraph:
+def _checked_graph(source: OnnxFile, recipe: Recipe, version: str, beside: RangesBeside) -> TypedGraph:
     """The graph in the form of the recipe, of which TensorRT `version` takes every node; prints what stays FP32."""
     from deploy.graphs.operators import check_operators
     from deploy.graphs.precision import typed_graph
 
-    graph = typed_graph(source.model, recipe.graph, source.sidecar["details"])
+    graph = typed_graph(source.model, recipe.graph, source.sidecar["details"], beside.ranges)
     for note in check_operators(graph.model, version):
         print(f"TensorRT {version}: {note}", file=sys.stderr)
     if recipe.has_half:
         for reason, names in graph.kept.items():
             print(f"FP32, not FP16: {some_names(names)} ({reason})", file=sys.stderr)
+        own = [source.path] if source.is_quantised else []
+        print(words_of_ranges(graph, [file.name for file in (*own, *beside.files)]), file=sys.stderr)
     return graph
 
 
@@ -187,7 +191,8 @@ def _check_target(model: Path, version: str, options: BuildOptions) -> int:
     """Whether TensorRT `version` takes the graph, by its operator table; writes nothing."""
     recipe = recipe_for(options, typing_of_version(version))
     source = read_source(model, options.precision, None)
-    graph = _checked_graph(source, recipe, version)
+    beside = ranges_beside(source) if recipe.has_half else RangesBeside({}, ())
+    graph = _checked_graph(source, recipe, version, beside)
     tell_float_convolutions(graph.float_convolutions)
     print(
         f"{source.path}: TensorRT {version} takes its {len(graph.model.graph.node)} nodes as "

@@ -26,6 +26,7 @@ HEAVY = (
     "tensorrt",
     "matplotlib",
     "asyncssh",
+    "ray",
 )
 HELP = """
 import importlib, sys

@@ -20,12 +20,13 @@ import json
 import os
 import re
 import shutil
+import sys
 import tarfile
 import tempfile
 import zlib
 from importlib import metadata
 from pathlib import Path, PurePosixPath
-from typing import IO, TYPE_CHECKING, Any, Dict, Mapping, Sequence, Tuple
+from typing import IO, TYPE_CHECKING, Any, Dict, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -35,6 +36,7 @@ from deploy.board.signature import SIGNATURE
 from deploy.contract import OUTPUTS, package_versions, sidecar_path
 from deploy.errors import ConfigError, ContractError, PipelineError
 from deploy.files import AnyPath, replacing
+from deploy.graphs.known_ranges import RangesBeside, ranges_beside, words_of_ranges
 from deploy.runtime.golden import SEEDS, noise_input, tolerance_of_integer_kernels
 from deploy.runtime.session import OrtSession
 
@@ -156,7 +158,8 @@ def files_of_bundle(sources: Mapping[str, OnnxFile]) -> Dict[str, bytes]:
     files["LICENSE"] = _licence()
     described = {}
     # Seen when the INT8 file was calibrated; they say of the float file, too, what FP16 cannot hold.
-    ranges = {"ranges": sources["int8"].sidecar["details"].get("ranges", {})} if "int8" in sources else {}
+    int8 = sources.get("int8")
+    beside = ranges_beside(sources["float" if "float" in sources else next(iter(sources))])
     for kind, source in sources.items():
         files[source.path.name] = source.path.read_bytes()
         files[sidecar_path(source.path).name] = sidecar_path(source.path).read_bytes()  # so that it can be run there
@@ -166,7 +169,7 @@ def files_of_bundle(sources: Mapping[str, OnnxFile]) -> Dict[str, bytes]:
             "parameters": source.parameters,
             "amax": amax,
             "dla_half": list(half),
-            "graphs": _add_graphs(kind, source, ranges, files),
+            "graphs": _add_graphs(kind, source, int8, beside, files),
         }
         if kind == "int8":
             with OrtSession(source.path) as session:
@@ -187,13 +190,19 @@ def files_of_bundle(sources: Mapping[str, OnnxFile]) -> Dict[str, bytes]:
     return files
 
 
-def _add_graphs(kind: str, source: OnnxFile, ranges: Mapping[str, Any], files: Dict[str, bytes]) -> Dict[str, Any]:
+def _add_graphs(
+    kind: str, source: OnnxFile, int8: Optional[OnnxFile], beside: RangesBeside, files: Dict[str, bytes]
+) -> Dict[str, Any]:
     """Adds each form that `source` is good for to `files`; form -> its file and what stays FP32 in it."""
     from deploy.graphs.precision import typed_graph
 
     described = {}
+    ranges = {} if int8 is None else {"ranges": int8.sidecar["details"].get("ranges", {})}
     for form in FORMS[kind]:
-        typed = typed_graph(source.model, form, ranges)
+        typed = typed_graph(source.model, form, ranges, beside.ranges)
+        if form == kind or form == "fp16":
+            told = ([int8.path] if int8 is not None else []) + [*beside.files]
+            print(words_of_ranges(typed, list(dict.fromkeys(file.name for file in told))), file=sys.stderr)
         content = typed.model.SerializeToString()
         same = [name for name in files if files[name] == content]
         name = same[0] if same else f"graphs/{kind}.{form}.onnx"

@@ -37,6 +37,11 @@ Kept in FP32 even before a convolution: FP16 overflows or cancels in them. A Cas
 Norms square x - mean, which leaves FP16 at 255; a strongly typed network computes them in the type of their inputs
 (NvInfer.h 10.3, INormalizationLayer::setComputePrecision).
 """
+GROWING_OPS = (
+    "Conv", "ConvTranspose", "Gemm", "MatMul", "Add", "Mul",
+    "InstanceNormalization", "GroupNormalization", "LayerNormalization",
+)  # fmt: skip
+"""Operators whose outputs can be larger than their inputs: where FP16 may overflow, which a sidecar's `ranges` tell."""
 UNTYPED = ("GroupNormalization",)
 """Operators of FLOAT_ONLY of whose results onnx's shape inference says nothing: what the file says is kept."""
 COORDINATES = {"GridSample": 1}
@@ -57,7 +62,7 @@ GRAPHS = ("fp32", "fp16", "int8", "int8_fp32_scales", "int8_tensorrt8")
 fp32: no Q/DQ. fp16: FP16 up to the last convolutions. int8: the same with Q/DQ of FP16 scales. int8_fp32_scales: FP32
 with Q/DQ of FP32 scales. int8_tensorrt8: the same without Q/DQ on the convolutions of `without_kernel_in_8`.
 """
-NOTHING_SEEN: Mapping[str, float] = {}
+NOTHING_SEEN: Mapping[str, Any] = {}
 BEHIND = "behind the convolutions, where boxes, scores and places to read are made"
 UNSAFE = "exponents, roots, sums, squares, norms: FP16 overflows or cancels in them"
 PLACES = "reads between pixels: FP16 is too coarse for places"
@@ -74,9 +79,15 @@ class TypedGraph:
     """Why nodes stay FP32 where others are FP16 -> their names."""
     float_convolutions: Tuple[str, ...] = ()
     """Names of convolutions that have Q/DQ in the file and none in this form: FloatReason.DEPTHWISE."""
+    growing: int = 0
+    """How many tensors are in FP16, or would be if it could hold them, that may be larger than what they come from."""
+    unseen: Tuple[str, ...] = ()
+    """Those of them in FP16 whose ranges nobody knows."""
 
 
-def typed_graph(model: onnx.ModelProto, graph: str, details: Mapping[str, Any]) -> TypedGraph:
+def typed_graph(
+    model: onnx.ModelProto, graph: str, details: Mapping[str, Any], further: Mapping[str, Any] = NOTHING_SEEN
+) -> TypedGraph:
     """
     The model with the types that a build of TensorRT needs: one of GRAPHS.
 
@@ -84,12 +95,15 @@ def typed_graph(model: onnx.ModelProto, graph: str, details: Mapping[str, Any]) 
         model: checked, its nodes in topological order, FP32; with Q/DQ for the forms of INT8. "fp32" and "fp16" of one
             with Q/DQ are those of the float graph below them.
         details: of the sidecar of the model's file, for `largest_values`.
+        further: tensor -> [smallest, largest], of `deploy.graphs.known_ranges.ranges_beside`.
 
     Raises:
         EngineBuildError: the graph does not go with the form, or has no valid FP16 form.
         ContractError: as `largest_values`.
     """
     amax = largest_values(model, details)
+    for name, value in largest_values(model, {"ranges": further}).items():
+        amax[name] = max(value, amax.get(name, 0.0))
     if graph.startswith("int8"):
         check_symmetric_int8(model)
         model = copy.deepcopy(model)
@@ -105,7 +119,16 @@ def typed_graph(model: onnx.ModelProto, graph: str, details: Mapping[str, Any]) 
         node = model.graph.node[index]
         names.setdefault(reason, []).append(node.name or node.output[0])
     typed = half_from_float(model, amax) if graph in ("fp16", "int8") else model
-    return TypedGraph(typed, tuple(_float_outputs(model, kept)), names, tuple(left_out))
+    growing = _growing_tensors(model)
+    unseen = tuple(name for name in growing if name not in amax)
+    return TypedGraph(typed, tuple(_float_outputs(model, kept)), names, tuple(left_out), len(growing), unseen)
+
+
+def _growing_tensors(model: onnx.ModelProto) -> List[str]:
+    """The outputs of GROWING_OPS that are FP16 unless they are seen to be larger."""
+    kept = float_nodes(model, NOTHING_SEEN)
+    nodes = [node for index, node in enumerate(model.graph.node) if index not in kept]
+    return [node.output[0] for node in nodes if node.op_type in GROWING_OPS]
 
 
 def without_kernel_in_8(model: onnx.ModelProto) -> List[int]:

@@ -30,6 +30,18 @@ def test_calibration_cache_gives_the_ranges_back(words, model_path, tmp_path):
     assert sidecar["inputs"]["calibration_cache"]["sha256"] == sha256_of(cache)
 
 
+def test_a_calibration_cache_tells_fp16_of_tensors_that_get_no_pair(words, model_path, tmp_path):
+    cache, output = tmp_path / "calibration.cache", model_path.with_name("student.int8.onnx")
+    assert main([*words, "--write-calibration-cache", str(cache), "--tensorrt-version", "8.5.3"]) == 0
+    pairs = amax_from_quantised(load_onnx(output))
+    other = next(name for name in read_sidecar(output)["details"]["ranges"] if name not in pairs)
+    write_cache(cache, {**read_cache(cache), other: 70000.0}, "8.5.3")
+    assert main([str(model_path), "--calibration-cache", str(cache), "-o", str(output)]) == 0
+    ranges = read_sidecar(output)["details"]["ranges"]
+    assert ranges.keys() == {*pairs, other}
+    assert ranges[other] == pytest.approx([-70000, 70000])
+
+
 def test_a_calibration_cache_with_what_is_no_scale(words, model_path, tmp_path, capsys):
     cache, output = tmp_path / "calibration.cache", model_path.with_name("student.int8.onnx")
     assert main([*words, "--write-calibration-cache", str(cache), "--tensorrt-version", "8.5.3"]) == 0

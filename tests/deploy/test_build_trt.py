@@ -16,7 +16,7 @@ from deploy.build_trt import main
 from deploy.contract import sidecar_path, write_sidecar
 from deploy.errors import MissingDependencyError
 from deploy.graphs.calibration_cache import amax_from_quantised
-from deploy.graphs.precision import BEHIND
+from deploy.graphs.precision import BEHIND, typed_graph
 from deploy.runtime.golden import TOLERANCES, noise_input
 from deploy.runtime.session import OrtSession
 from deploy.tensorrt.session import TrtSession
@@ -396,6 +396,34 @@ def test_ranges_seen_in_calibration_keep_a_node_in_fp32(
     reason = f"FP16 ends at 65504, the activation {node.output[0]} reached 90000"
     kept = json.loads(sidecar_path(engine).read_text())["details"]["kept_in_fp32"]
     assert node.name in kept[reason]
+    assert f"({reason})" in capsys.readouterr().err
+
+
+def convolutions_of(path: Path) -> List[Any]:
+    return [node for node in onnx.load(path).graph.node if node.op_type == "Conv"]
+
+
+def test_fp16_of_a_float_file_knows_the_ranges_of_the_int8_file_beside_it(
+    detector_file: File, fake_tensorrt: Install, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_tensorrt("11.4.0.106")
+    source, int8, engine = detector_file("mini.onnx"), detector_file("mini.int8.onnx", np.int8), tmp_path / "x.engine"
+    assert main([str(source), "--fp16", "-o", str(engine)]) == 0
+    growing = typed_graph(onnx.load(source), "fp16", {}).growing
+    line = f"FP16: no range is known of the {growing} tensors that may leave it; {growing} run in FP16 unchecked ("
+    assert line in capsys.readouterr().err
+    node = convolutions_of(source)[1]
+    ranges = {node.output[0]: [-90000.0, 3.0]}
+    write_sidecar(int8, {"model": source}, OrtSession(int8).contract, {"ranges": ranges})
+    assert main([str(source), "--fp16", "-o", str(engine)]) == 0
+    document = json.loads(sidecar_path(engine).read_text())
+    reason = f"FP16 ends at 65504, the activation {node.output[0]} reached 90000"
+    assert node.name in document["details"]["kept_in_fp32"][reason]
+    assert document["inputs"]["ranges_0"]["file"] == str(int8)
+    shown = capsys.readouterr().err
+    assert f"({reason})" in shown
+    assert f"the ranges of 1 of {growing} tensors that may leave it are known, from mini.int8.onnx; " in shown
+    assert main([str(source), "--fp16", "--target", "8.6"]) == 0  # which chooses types itself
     assert f"({reason})" in capsys.readouterr().err
 
 
