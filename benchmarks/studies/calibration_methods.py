@@ -13,38 +13,29 @@ import functools
 import hashlib
 import math
 import re
-import statistics
 import sys
-import time
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
-import numpy as np
-
-from benchmarks.measuring.environment import busy_cores, read_environment
+from benchmarks.measuring.environment import read_environment
 from benchmarks.measuring.result import read_result
-from benchmarks.measuring.timing import OTHERS_CORES, REST_S
+from benchmarks.measuring.timing import OTHERS_CORES
 from benchmarks.reporting.wording import UNKNOWN, ms, times
 from benchmarks.studies.jobs import Make, Processes, is_current, is_made, make, printed_json
 from benchmarks.studies.tables import disturbed, interval, points, table, write_tables
+from benchmarks.studies.turns import ROUNDS, latencies, ratio
 from deploy.commands import shell_line
 from deploy.contract import provenance, read_sidecar
 from deploy.dataset import load_coco
 from deploy.errors import ConfigError, MeasurementError, PipelineError
 from deploy.files import read_json, sha256_of, write_json
 from deploy.folder_lock import locked
-from deploy.images import read_image
 from deploy.layouts import SPLITS, split_paths
-from deploy.runtime.preprocess import preprocess
-from deploy.runtime.session import Session, open_session
 from deploy.targets import QUANTISED_FOR, TARGETS
 
-"""Of calibration.quantize, and what the tables call them."""
 COMPARED_METHODS = ("max", "percentile", "entropy", "mse", "auto")
 MOST_IMAGES = 512
 """To calibrate on; of a small split two thirds, since `auto` compares methods on the others."""
-WARMUP, TURNS, ROUNDS = 3, 10, 7
-"""Of the latency: inferences of the float and the INT8 model, and how often that many."""
 
 MethodRecord = Dict[str, Any]
 """What the result file says of a row."""
@@ -256,42 +247,17 @@ def audit_of(model: Path) -> Dict[str, Any]:
 def latency_of(model: Model, int8: Path) -> Dict[str, Any]:
     """
     `float_ms` and `int8_ms`, medians of an inference; `times`: float over INT8, median, lowest and highest round; and
-    `others_cores`, the processors that other programs kept busy before it began.
-
-    Milliseconds of processor time on one thread: on an idle machine the latency, and on a busy one without the time
-    that others had. The two models take turns, so that what slows the machine for a while slows both.
+    `others_cores`, as `latencies`.
     """
     image = load_coco(*split_paths(model.data, model.split), check_files=False).images[0]
-    with open_session(model.file, threads=1) as plain, open_session(int8, threads=1) as quantized:
-        contract = plain.contract
-        prepared = preprocess(read_image(image.path), contract)
-        feed = {contract.input_name: np.repeat(prepared.input, max(1, contract.input_shape[0]), axis=0)}
-        others = busy_cores(REST_S)
-        take_turns(plain, quantized, feed, WARMUP)
-        rounds = [take_turns(plain, quantized, feed, TURNS) for _ in range(ROUNDS)]
-        description = quantized.description
-    ratios = [statistics.median(one[0]) / statistics.median(one[1]) for one in rounds]
+    measured = latencies({"float": (model.file, None), "int8": (int8, None)}, image.path)
     return {
-        "float_ms": statistics.median(value for one in rounds for value in one[0]),
-        "int8_ms": statistics.median(value for one in rounds for value in one[1]),
-        "times": {"median": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios)},
-        "description": description,
-        "others_cores": others,
+        "float_ms": measured["ms"]["float"],
+        "int8_ms": measured["ms"]["int8"],
+        "times": ratio(measured, "float", "int8"),
+        "description": measured["description"]["int8"],
+        "others_cores": measured["others_cores"],
     }
-
-
-def take_turns(
-    first: Session, second: Session, feed: Mapping[str, np.ndarray], turns: int
-) -> Tuple[List[float], List[float]]:
-    """Milliseconds of processor time of each inference of the two, every other turn in reverse order."""
-    taken: Tuple[List[float], List[float]] = [], []
-    for turn in range(turns):
-        both = ((first, taken[0]), (second, taken[1]))
-        for session, times_ms in both if turn % 2 == 0 else both[::-1]:
-            start = time.thread_time()
-            session.infer(feed)
-            times_ms.append(1e3 * (time.thread_time() - start))
-    return taken
 
 
 def record_of(row: MethodRow) -> MethodRecord:
@@ -426,7 +392,7 @@ def methods_markdown(document: Mapping[str, Any]) -> str:
             ]
     lines += [
         "Intervals are a paired bootstrap over the images. Milliseconds: processor time of an inference on ONNX "
-        f"Runtime, one thread, median; FP32 and INT8 took turns, {ROUNDS} rounds of {TURNS}, and in brackets are the "
+        f"Runtime, one thread, median; FP32 and INT8 took turns, {ROUNDS} rounds, and in brackets are the "
         f"lowest and the highest round; disturbed: other programs kept more than {OTHERS_CORES} processors busy. A "
         "file for TensorRT has none here, and its AP is that of ONNX Runtime, which computes between its pairs in "
         "float or in INT8 as it can. The method in brackets is that which `auto` chose; the budget is met on the val "

@@ -3,10 +3,11 @@
 ## make bench-distillation     what each method of distillation gains, over seeds (hours; goes on where it was cut off)
 ## make bench-transfer         what pretrained weights gain, alone and distilled, over seeds (two hours; goes on)
 ## make bench-calibration      what INT8 costs and gains by each method, by INT8-aware training, by other tools (hours; goes on)
+## make bench-recipes          what the students of configs/recipes take on this machine, untrained (15 minutes)
 ## make bench-training-step    the time of a training step, plain and fast (3 minutes on a quiet machine)
 ## make bench-int8-distilled   whether distillation makes a student harder to quantise (an hour after bench-transfer; goes on)
 
-.PHONY: bench-distillation bench-transfer bench-training-step bench-calibration bench-int8-distilled
+.PHONY: bench-distillation bench-transfer bench-recipes bench-training-step bench-calibration bench-int8-distilled
 
 bench-distillation: $(READY)
 	$(BIN)/python -m benchmarks.studies.distillation shapes
@@ -24,6 +25,9 @@ bench-transfer: runs/bench/nanodet.pth
 runs/bench/nanodet.pth: | $(READY)
 	mkdir -p $(@D)
 	$(BIN)/python -m configs.studies.nanodet_detector ../shared/data/weights/nanodet_m_coco_torch_rgb.pth -o $@
+
+bench-recipes: $(READY)
+	$(BIN)/python -m benchmarks.studies.recipes --data $(BCCD)
 
 bench-training-step: $(READY)
 	$(BIN)/python -m benchmarks.studies.training_step --threads 2 --steps 4 --rounds 3 -o benchmarks/results/training_step/cpu.json

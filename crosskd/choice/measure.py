@@ -154,6 +154,23 @@ def export(candidate: Candidate, data: CocoSet, path: Path) -> None:
     Raises:
         ExportError: it cannot be exported.
     """
+    export_untrained(config_of(candidate, data.class_names), data.class_names, data.category_ids, path)
+
+
+def export_untrained(
+    config: Any, class_names: tuple[str, ...], category_ids: tuple[int, ...], path: Path, as_started: bool = False
+) -> None:
+    """
+    Writes the detector of a config with random weights as an ONNX file with its contract.
+
+    Args:
+        config: whose head predicts these classes.
+        as_started: begin the head as a training does, which detects nothing; else it detects something everywhere, and
+            post-processing has most to do.
+
+    Raises:
+        ExportError: it cannot be exported.
+    """
     import torch
     from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -161,10 +178,11 @@ def export(candidate: Candidate, data: CocoSet, path: Path) -> None:
     from crosskd.models.deployed import OPSET, onnx_from_detector
     from crosskd.models.detector import detector_from_config
 
-    config = config_of(candidate, data.class_names)
     torch.manual_seed(0)
     detector = detector_from_config(config, load_weights=False)
-    contract = contract_from_config(config, data.class_names, data.category_ids)
+    if as_started:
+        detector.bbox_head.init_weights()
+    contract = contract_from_config(config, class_names, category_ids)
     for module in detector.modules():
         if isinstance(module, _BatchNorm):
             module.momentum = 1.0
@@ -175,7 +193,7 @@ def export(candidate: Candidate, data: CocoSet, path: Path) -> None:
     detector.eval()
     onnx_from_detector(detector, contract, path)
     parameters = sum(one.numel() for one in detector.parameters())
-    write_sidecar(path, {}, contract, {"opset": OPSET, "parameters": parameters})
+    write_sidecar(path, {"config": config.filename}, contract, {"opset": OPSET, "parameters": parameters})
 
 
 def measured_on_boards(model: Path, boards: Path, folder: Path) -> Measured:

@@ -1,10 +1,7 @@
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import json
 import re
-import time
 from pathlib import Path
 
 import cv2
@@ -24,11 +21,10 @@ from benchmarks.studies.calibration_methods import (
     latency_of,
     rows_of,
     run_methods,
-    take_turns,
 )
 from benchmarks.studies.calibration_training import STILL_NORMS, recovery, run_int8_aware
 from benchmarks.studies.jobs import Processes
-from deploy.contract import load_contract, read_sidecar, sidecar_path, write_sidecar
+from deploy.contract import read_sidecar, sidecar_path, write_sidecar
 from deploy.errors import ConfigError, MeasurementError
 from deploy.files import sha256_of, write_json
 from deploy.folder_lock import held_locks
@@ -325,32 +321,6 @@ def test_models_that_are_not_there_or_not_clear_are_refused(words, message, meth
     assert not (tmp_path / "out" / "methods.json").exists()
 
 
-# Latency
-
-
-class Busy:
-    """A session that keeps the processor busy for so many milliseconds, and sleeps for others."""
-
-    def __init__(self, busy_ms, sleep_ms=0.0):
-        self.busy_ms, self.sleep_ms, self.calls = busy_ms, sleep_ms, []
-
-    def infer(self, feed):
-        self.calls.append(time.perf_counter())
-        time.sleep(self.sleep_ms / 1e3)
-        end = time.thread_time() + self.busy_ms / 1e3
-        while time.thread_time() < end:
-            pass
-
-
-def test_two_models_take_turns_and_what_others_do_does_not_count():
-    first, second = Busy(1.0, sleep_ms=10.0), Busy(3.0)
-    taken = take_turns(first, second, {}, 4)
-    assert np.median(taken[0]) == pytest.approx(1.0, abs=0.5)
-    assert np.median(taken[1]) == pytest.approx(3.0, abs=0.5)
-    order = sorted([(at, "first") for at in first.calls] + [(at, "second") for at in second.calls])
-    assert [name for _, name in order] == ["first", "second", "second", "first"] * 2
-
-
 # INT8-aware training
 
 
@@ -566,24 +536,6 @@ def test_the_real_commands_do_what_is_asked_of_them(real, tmp_path, monkeypatch)
     assert row.file.is_file()
     assert set(latency_of(row.model, row.file)) == set(best["latency"]) - {"created_utc", "environment"}
     assert is_finished(row)
-
-
-def test_a_model_of_a_fixed_batch_is_timed_with_as_many_images(real, tmp_path, monkeypatch):
-    shapes = []
-
-    class Batch(Busy):
-        contract, description = load_contract(real[0]), "some runtime"
-
-        def infer(self, feed):
-            shapes.append(feed["image"].shape)
-            super().infer(feed)
-
-    Batch.contract = dataclasses.replace(Batch.contract, input_shape=(2, *Batch.contract.input_shape[1:]))
-    monkeypatch.setattr(calibration_methods, "open_session", lambda *_, **__: contextlib.nullcontext(Batch(0.1)))
-    monkeypatch.setattr(calibration_methods, "REST_S", 0.01)
-    model = calibration_methods.Model.from_argument(f"a={real[0]}:{real[1]}", tmp_path / "runs")
-    latency_of(model, real[0])
-    assert set(shapes) == {Batch.contract.input_shape}
 
 
 def test_help_of_both_tables_names_their_files(capsys):
