@@ -10,7 +10,7 @@ numbers of each tensor and image. Needs the packages onnx and onnxruntime.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, AbstractSet, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, AbstractSet, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from deploy.images import read_image
 from deploy.machine import thread_limit
 from deploy.progress import progress
 from deploy.runtime.preprocess import preprocess
+from deploy.runtime.session import ORT_TYPES
 
 if TYPE_CHECKING:
     import onnx
@@ -142,28 +143,53 @@ def extend_statistics(
     for number, group in enumerate(groups, start=1):
         part = f"calibration, part {number} of {len(groups)}" if len(groups) > 1 else "calibration"
         session = runtime_session(with_outputs(model, group), "calibration", quiet=True)
+        run = _runner(session, contract.input_name)
         waiting: Dict[str, List[Seen]] = {name: [] for name in group}
         for done, image in enumerate(progress(further.values(), len(further), part), start=1):
-            for name, seen in _seen(session, image, contract, counted):
+            for name, seen in _seen(run, image, contract, counted):
                 waiting[name].append(seen)
             if done % IMAGES_PER_COUNT == 0 or done == len(further):
                 _count(collected.statistics, waiting, rectified)
-        del session  # and its memory, before there is another
+        del run, session  # and its memory, before there is another
     collected.image_ids.update((digest, image.image_id) for digest, image in further.items())
 
 
+def _runner(session: onnxruntime.InferenceSession, input_name: str) -> Callable[[np.ndarray], Dict[str, np.ndarray]]:
+    """
+    The function that runs the session on a batch: output name -> values, valid until the next call.
+
+    Outputs of known shape lie in arrays that are allocated once, where ONNX Runtime would copy each to a new one.
+    """
+    names = [output.name for output in session.get_outputs()]
+    made = [output for output in session.get_outputs() if output.name != input_name]
+    if not made or not all(isinstance(size, int) for output in made for size in output.shape):
+        return lambda batch: dict(zip(names, session.run(names, {input_name: batch})))
+    binding = session.io_binding()
+    arrays = {output.name: np.empty(output.shape, ORT_TYPES[output.type]) for output in made}
+    for name, array in arrays.items():
+        binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+    def run(batch: np.ndarray) -> Dict[str, np.ndarray]:
+        binding.bind_cpu_input(input_name, batch)
+        session.run_with_iobinding(binding)
+        return {name: batch if name == input_name else arrays[name] for name in names}
+
+    return run
+
+
 def _seen(
-    session: onnxruntime.InferenceSession, image: CocoImage, contract: ModelContract, counted: AbstractSet[str]
-) -> Iterator[Tuple[str, Seen]]:
+    run: Callable[[np.ndarray], Dict[str, np.ndarray]], image: CocoImage, contract: ModelContract,
+    counted: AbstractSet[str],
+) -> Iterator[Tuple[str, Seen]]:  # fmt: skip
     """
     (name, what the image shows) of each output of the session; raises as `extend_statistics`.
 
     Args:
+        run: as of `_runner`.
         counted: the outputs whose values are sampled, too.
     """
     batch = np.repeat(preprocess(read_image(image.path), contract).input, _images_per_run(contract), axis=0)
-    names = [output.name for output in session.get_outputs()]
-    for name, values in zip(names, session.run(names, {contract.input_name: batch})):
+    for name, values in run(batch).items():
         if values.ndim == 4 and len(values) == len(batch):  # (N, channels, height, width)
             values = values[:1]
         seen = Seen.of(values, name in counted)

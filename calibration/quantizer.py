@@ -94,8 +94,7 @@ def tensors_of_any_choice(graph: FloatGraph, target: str) -> List[str]:
     tensors: Set[str] = set()
     for alone in (None, *names):
         kept = [name for name in names if alone is not None and name != alone]
-        pairs = PLACEMENTS[target](FloatGraph(graph.model, [*always, *kept])).pairs
-        tensors.update(pairs, pairs.values())
+        tensors.update(PLACEMENTS[target](FloatGraph(graph.model, [*always, *kept])).pairs.values())
     return sorted(tensors)
 
 
