@@ -41,6 +41,7 @@ NEEDS: Dict[str, Tuple[str, ...]] = {
     "crosskd.predict": TRAINING,
     "crosskd.workers.time_detector": TRAINING,
     "crosskd.workers.time_training": TRAINING,
+    "crosskd.workers.export_untrained": (*TRAINING, "onnx", "onnxruntime", "onnxslim"),
     "deploy.export": (*TRAINING, "onnx", "onnxruntime", "onnxslim"),
     "deploy.adopt_onnx": ("numpy", "opencv", "onnx", "onnxruntime"),
     "deploy.build_trt": ("numpy", "onnx", *ENGINE),
@@ -70,6 +71,7 @@ NEEDS: Dict[str, Tuple[str, ...]] = {
     "benchmarks.studies.tools": ("numpy", "opencv", "onnx", "onnxruntime", "faster-coco-eval"),
     "benchmarks.studies.tools_child": ("numpy", "opencv", "onnxruntime"),
     "benchmarks.studies.training_step": TRAINING,
+    "benchmarks.studies.recipes": (*TRAINING, "onnx", "onnxruntime", "onnxslim"),
 }
 """Every command in the order of use, with what it is given where that matters -> what it needs."""
 COMMANDS: Tuple[str, ...] = tuple(dict.fromkeys(label.split()[0] for label in NEEDS))

@@ -69,6 +69,7 @@ BAD_INPUT = {
     "crosskd.check_data": ["nope"],
     "crosskd.workers.time_detector": ["nope", "nope.png"],
     "crosskd.workers.time_training": ["nope.py", "--variant", "student", "-o", "out.json"],
+    "crosskd.workers.export_untrained": ["nope.py", "--side", "96", "-o", "out.onnx"],
     "crosskd.train": ["nope.py", "--data", "nope", "-o", "out"],
     "deploy.build_trt": ["nope.onnx", "--fp16", "-o", "out.engine"],
     "deploy.bundle": ["nope.onnx", "-o", "out.tar.gz"],
@@ -81,6 +82,7 @@ BAD_INPUT = {
     "benchmarks.latency": ["nope.onnx", "--data", "nope", "-o", "out.result.json"],
     "benchmarks.report": ["nope.result.json", "-o", "out.html"],
     "benchmarks.studies.training_step": ["nope.py", "-o", "out.json"],
+    "benchmarks.studies.recipes": ["--data", "nope", "-o", "out"],
 }
 WITHOUT_INPUT = ("deploy.doctor",)
 
