@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Dict, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 
-from calibration.placement import final_convolutions
 from deploy.graphs.graph import constants, consumers, producers, remove_unused
+from deploy.graphs.products import Products
 
 if TYPE_CHECKING:
     import onnx
@@ -61,7 +61,7 @@ class _Folding:
         self.model, self.graph = model, model.graph
         self.known, self.made_by, self.read_by = constants(model), producers(model), consumers(model)
         self.outputs = {value.name for value in model.graph.output}
-        self.final = final_convolutions(model)
+        self.final = Products(model).final
         self.array = numpy_helper.to_array
 
     def step(self) -> str:

@@ -1,25 +1,25 @@
 """
-What a quantised graph really does: each convolution in INT8, weight-only or float, and why.
+What a quantised graph really does: each convolution and matrix product in INT8, weight-only or float, and why.
 
     python -m calibration.audit student.int8.onnx
     python -m calibration.audit student.int8.onnx --json
 
-Reads any ONNX file with Q/DQ pairs, whoever wrote it; needs onnx, and onnxruntime for files of that target. A
-convolution is
+Reads any ONNX file with Q/DQ pairs, whoever wrote it; needs onnx, and onnxruntime for files of that target. A product
+(Conv, Gemm, MatMul) is
 
-- INT8 where both its input and its weight come from a DequantizeLinear (the input also through operators that only
+- INT8 where both of its factors come from a DequantizeLinear (activations also through operators that only
   choose or move values, past which runtimes move the pair: MaxPool, nearest Resize, Reshape, Transpose, Slice, Split);
 - weight-only where only the weight does: it is computed in float from rounded weights, accuracy lost and no time won;
 - float otherwise.
 
-A file for ONNX Runtime is also compared, node by node, with what that really runs: its optimised graph. A convolution
+A file for ONNX Runtime is also compared, node by node, with what that really runs: its optimised graph. A product
 that has its pairs and runs in float there counts as float, and is a fault.
 
 Beside them: norms between INT8 convolutions, each of which costs a way to float and back; the input scales of the
-convolutions that share a weight, level by level; the share of multiplications that is done in INT8.
+products that share a weight, level by level; the share of multiplications that is done in INT8.
 
-Exit status 1 where something is wrong: weight-only convolutions, final predictions in INT8 or rounded after it,
-convolutions that ONNX Runtime runs in float in spite of their pairs.
+Exit status 1 where something is wrong: weight-only products, final predictions rounded or, where nobody asked for it,
+in INT8, products that ONNX Runtime runs in float in spite of their pairs.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, Iterable, List, Mapping, Optional, Set, Tuple
 
-from calibration.placement import INTEGER_PRODUCTS, final_convolutions, node_name, only_moves
+from calibration.placement import INTEGER_PRODUCTS, node_name, only_moves
 from deploy.contract import read_sidecar, sidecar_path
 from deploy.errors import CalibrationError, command
 from deploy.graphs.graph import (
@@ -46,24 +46,27 @@ from deploy.graphs.graph import (
     load_onnx,
     producers,
 )
+from deploy.graphs.products import Products
 from deploy.int8_format import FloatReason, float_codes
 
 if TYPE_CHECKING:
     import onnx
 
 NORMS = ("InstanceNormalization", "GroupNormalization", "LayerNormalization")
-PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+COUNTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 """The operators whose multiplications are counted."""
-FLOAT_OPERATORS = ("Conv", "FusedConv")
-"""Of ONNX Runtime, for convolutions in float."""
+INTEGER_OPERATORS = ("QLinearConv", "QGemm", "MatMulIntegerToFloat", "QLinearMatMul")
+"""Of ONNX Runtime, for products of integers."""
 INT8, WEIGHT_ONLY, FLOAT = "INT8", "weight-only", "float"
 
 
 @dataclasses.dataclass(frozen=True)
-class Convolution:
-    """One convolution of a quantised graph: what it is computed in, and why."""
+class Product:
+    """One convolution or matrix product of a quantised graph: what it is computed in, and why."""
 
     name: str
+    operator: str
+    """Conv, Gemm or MatMul."""
     state: str
     """INT8, WEIGHT_ONLY or FLOAT."""
     why: str
@@ -82,22 +85,22 @@ class Convolution:
 
 @dataclasses.dataclass(frozen=True)
 class Audit:
-    """Every convolution of a quantised graph, and what of them can cost accuracy or time."""
+    """Every product of a quantised graph, and what of them can cost accuracy or time."""
 
-    convolutions: List[Convolution]
+    products: List[Product]
     int8_share: Optional[float]
     """Multiplications in INT8 / all of convolutions and matrix products; None where shapes are not known."""
     norm_sandwiches: List[Dict[str, str]]
     """`norm`, and one INT8 convolution `before` and one `after` it."""
     shared_weights: Dict[str, List[Tuple[str, float]]]
-    """Weight of several INT8 convolutions -> (convolution, scale of its input), in the order of the graph."""
+    """Weight of several INT8 products -> (product, scale of its input), in the order of the graph."""
     runtime: Optional[str] = None
     """Whose optimised graph the states were compared with; None: they were not."""
 
     @property
     def faults(self) -> List[str]:
-        """What is wrong, convolution by convolution, for people."""
-        return [f"{entry.name}: {entry.fault}" for entry in self.convolutions if entry.fault]
+        """What is wrong, product by product, for people."""
+        return [f"{entry.name}: {entry.fault}" for entry in self.products if entry.fault]
 
 
 class _Tables:
@@ -109,7 +112,11 @@ class _Tables:
         self.producers = producers(model)
         self.consumers = consumers(model)
         self.shapes = _shapes(model)
-        self.final = final_convolutions(model)
+        self.products = Products(model)
+        self.final = self.products.final
+        first = model.graph.input[0].type.tensor_type.shape.dim[:1] if model.graph.input else []
+        self.batch = max(1, *(size.dim_value for size in first), 1)
+        """Images in a batch; an open number counts as 1."""
 
     def dequantizer(self, tensor: str) -> Optional[onnx.NodeProto]:
         """The DequantizeLinear whose values a tensor holds, if there is one."""
@@ -132,8 +139,9 @@ class _Tables:
         return None if tensor is None else float(numpy_helper.to_array(tensor).max())
 
     def neighbours(self, tensors: Iterable[str], forward: bool) -> Set[str]:
-        """Outputs of the nearest convolutions behind or before some tensors, no other convolution between."""
+        """Outputs of the convolutions behind or before some tensors with no other product between."""
         pending, seen, convolutions = list(tensors), set(), set()
+        products = {node.output[0] for node in self.products.nodes}
         while pending:
             name = pending.pop()
             if name in seen:
@@ -145,7 +153,7 @@ class _Tables:
                     continue
                 if node.op_type == "Conv":
                     convolutions.add(node.output[0])
-                else:
+                elif node.output[0] not in products:
                     pending.extend(node.output if forward else node.input)
         return convolutions
 
@@ -160,6 +168,10 @@ def operators_of_onnxruntime(model: onnx.ModelProto) -> Dict[str, str]:
     import onnx
     import onnxruntime
 
+    named = onnx.ModelProto()
+    named.CopyFrom(model)
+    for node in named.graph.node:  # by its name a node is found again
+        node.name = node_name(node)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     # The level above only changes the layout of data, and the nodes' names with it.
@@ -167,7 +179,7 @@ def operators_of_onnxruntime(model: onnx.ModelProto) -> Dict[str, str]:
     with tempfile.TemporaryDirectory() as folder:
         options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
         try:
-            onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+            onnxruntime.InferenceSession(named.SerializeToString(), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime raises a dozen types, none of them documented
             raise CalibrationError(f"ONNX Runtime, for which the file was made, cannot run it: {error}") from error
         optimized = onnx.load(options.optimized_model_filepath)
@@ -184,7 +196,7 @@ def audit(
     What the quantised model does.
 
     Args:
-        details: of the model's sidecar, which says why convolutions are in float.
+        details: of the model's sidecar, which says why products are in float.
         run_as: as `operators_of_onnxruntime`, to compare with. runtime: its name and version.
 
     Raises:
@@ -201,28 +213,27 @@ def audit(
     if "DequantizeLinear" not in operators:
         raise CalibrationError("the graph has no DequantizeLinear; expected a quantised model, of calibration.quantize")
     tables = _Tables(model)
-    convolutions = {
-        node.output[0]: _as_run(_convolution(tables, node, details or {}), run_as or {}, runtime)
-        for node in tables.nodes
-        if node.op_type == "Conv"
+    products = {
+        node.output[0]: _as_run(_product(tables, node, details or {}), run_as or {}, runtime)
+        for node in tables.products.nodes
     }
     shared: Dict[str, List[Tuple[str, float]]] = {}
-    for entry in convolutions.values():
+    for entry in products.values():
         if entry.state == INT8 and entry.input_scale is not None:
             shared.setdefault(entry.weight, []).append((entry.name, entry.input_scale))
     return Audit(
-        list(convolutions.values()),
-        _int8_share(tables, convolutions),
-        _norm_sandwiches(tables, convolutions),
+        list(products.values()),
+        _int8_share(tables, products),
+        _norm_sandwiches(tables, products),
         {weight: levels for weight, levels in shared.items() if len(levels) > 1},
         runtime,
     )
 
 
-def _as_run(entry: Convolution, run_as: Mapping[str, str], runtime: Optional[str]) -> Convolution:
-    """The convolution in the state in which the runtime has it."""
-    operator = run_as.get(entry.name)
-    if entry.state != INT8 or operator not in FLOAT_OPERATORS:
+def _as_run(entry: Product, run_as: Mapping[str, str], runtime: Optional[str]) -> Product:
+    """The product in the state in which the runtime has it."""
+    operator = run_as.get(entry.name, "another node")
+    if entry.state != INT8 or not run_as or operator in INTEGER_OPERATORS:
         return entry
     why = f"{runtime} runs it in float, as {operator}, in spite of its pairs"
     fault = entry.fault or f"{why}: accuracy lost and no time won; leave them out, with --keep-float {entry.name}"
@@ -230,33 +241,35 @@ def _as_run(entry: Convolution, run_as: Mapping[str, str], runtime: Optional[str
     return dataclasses.replace(entry, state=FLOAT, why=why, code=code, input_scale=None, fault=fault)
 
 
-def _convolution(tables: _Tables, node: onnx.NodeProto, details: Mapping[str, Any]) -> Convolution:
+def _product(tables: _Tables, node: onnx.NodeProto, details: Mapping[str, Any]) -> Product:
     dequantizer = tables.dequantizer(node.input[0])
     weight_quantized = tables.dequantizer(node.input[1]) is not None
+    has_weight = node.op_type == "Conv" or tables.products.weight(node) is not None
     final, code, fault = node.output[0] in tables.final, "", ""
     if dequantizer is not None and weight_quantized:
         state, why = INT8, ""
-        if final:
+        if final and not details.get("int8_predictors"):
             fault = "a final prediction in INT8: scores shrink and boxes move; keep it in float"
-    elif weight_quantized:
+    elif weight_quantized and has_weight:
         maker = tables.producers.get(node.input[0])
         source = "an input of the graph" if maker is None else f"{maker.op_type} {node_name(maker)}"
         state, why = WEIGHT_ONLY, f"its input comes from {source} without a pair"
         fault = f"weight-only, {why}: accuracy lost and no time won; quantise its input too, or leave its weight float"
     else:
-        reason = FloatReason.FINAL_PREDICTION if final else FloatReason.NO_PAIR
+        without_weight = FloatReason.NO_PAIR if has_weight else FloatReason.TWO_ACTIVATIONS
+        reason = FloatReason.FINAL_PREDICTION if final else without_weight
         state, why = FLOAT, details.get("float_convolutions", {}).get(node_name(node), reason.text)
         code = float_codes(details).get(node_name(node), reason.code)
     rounded = _rounded_after(tables, node.output[0]) if final and not fault else ""
     if rounded:
         fault = f"the final prediction is rounded by {rounded}: scores shrink and boxes move; leave out that pair"
     scale = None if dequantizer is None or state != INT8 else tables.scale(dequantizer)
-    products, weight = _multiplications(tables, node), tables.constant_name(node.input[1])
-    return Convolution(node_name(node), state, why, code, products, scale, weight, fault)
+    count, weight = _multiplications(tables, node), tables.constant_name(node.input[1])
+    return Product(node_name(node), node.op_type, state, why, code, count, scale, weight, fault)
 
 
 def _rounded_after(tables: _Tables, tensor: str) -> str:
-    """The name of a QuantizeLinear that reads what comes of a tensor, or nothing."""
+    """The name of a QuantizeLinear between a tensor and the outputs, no other product between, or nothing."""
     pending, seen = [tensor], set()
     while pending:
         name = pending.pop()
@@ -264,16 +277,16 @@ def _rounded_after(tables: _Tables, tensor: str) -> str:
             continue
         seen.add(name)
         for node, _ in tables.consumers.get(name, []):
-            if node.op_type == "QuantizeLinear":
+            on_the_way = tables.products.behind.intersection(node.output)
+            if node.op_type == "QuantizeLinear" and on_the_way:
                 return node_name(node)
-            if node.op_type != "Shape":
-                pending.extend(node.output)
+            pending.extend(on_the_way)
     return ""
 
 
-def _norm_sandwiches(tables: _Tables, convolutions: Dict[str, Convolution]) -> List[Dict[str, str]]:
+def _norm_sandwiches(tables: _Tables, products: Dict[str, Product]) -> List[Dict[str, str]]:
     def nearest_int8(tensors: Iterable[str], forward: bool) -> List[str]:
-        near = (convolutions[name] for name in tables.neighbours(tensors, forward))
+        near = (products[name] for name in tables.neighbours(tensors, forward))
         return sorted(convolution.name for convolution in near if convolution.state == INT8)
 
     sandwiches = []
@@ -285,11 +298,11 @@ def _norm_sandwiches(tables: _Tables, convolutions: Dict[str, Convolution]) -> L
     return sandwiches
 
 
-def _int8_share(tables: _Tables, convolutions: Dict[str, Convolution]) -> Optional[float]:
+def _int8_share(tables: _Tables, products: Dict[str, Product]) -> Optional[float]:
     counts = [
-        (convolutions[node.output[0]].state if node.op_type == "Conv" else FLOAT, _multiplications(tables, node))
+        (products[node.output[0]].state if node.output[0] in products else FLOAT, _multiplications(tables, node))
         for node in tables.nodes
-        if node.op_type in PRODUCTS
+        if node.op_type in COUNTED
     ]
     known = [(state, number) for state, number in counts if number is not None]
     if not known or len(known) < len(counts):
@@ -302,7 +315,7 @@ def _multiplications(tables: _Tables, node: onnx.NodeProto) -> Optional[int]:
     Multiplications of a convolution or matrix product, for one image; None where the shapes are not known.
 
     Each value of a convolution's output takes one for every weight of its channel. A transposed one spreads each value
-    of its input instead.
+    of its input instead. The rows of a matrix product may be those of several images.
     """
     read, weight, made = (tables.shapes.get(name) for name in (node.input[0], node.input[1], node.output[0]))
     if read is None or weight is None or made is None:
@@ -313,8 +326,8 @@ def _multiplications(tables: _Tables, node: onnx.NodeProto) -> Optional[int]:
         return math.prod(read[1:]) * math.prod(weight[1:])
     if node.op_type == "Gemm":
         transposed = any(a.name == "transA" and a.i for a in node.attribute)
-        return math.prod(made) * read[0 if transposed else 1]
-    return math.prod(made) * read[-1]
+        return math.prod(made) * read[0 if transposed else 1] // tables.batch
+    return math.prod(made) * read[-1] // tables.batch
 
 
 def _shapes(model: onnx.ModelProto) -> Dict[str, Tuple[int, ...]]:
@@ -333,11 +346,11 @@ def _shapes(model: onnx.ModelProto) -> Dict[str, Tuple[int, ...]]:
 
 def table_from_audit(result: Audit) -> str:
     """The audit as text, for people."""
-    total = sum(entry.multiplications or 0 for entry in result.convolutions)
-    counts = collections.Counter(entry.state for entry in result.convolutions)
-    width = max((len(entry.name) for entry in result.convolutions), default=len("convolution"))
-    lines = [f"{'convolution':{width}}  {'state':11}  share of  input scale  why", f"{'':{width + 15}}products"]
-    for entry in result.convolutions:
+    total = sum(entry.multiplications or 0 for entry in result.products)
+    counts = collections.Counter(entry.state for entry in result.products)
+    width = max((len(entry.name) for entry in result.products), default=len("product"))
+    lines = [f"{'product':{width}}  {'state':11}  share of  input scale  why", f"{'':{width + 15}}products"]
+    for entry in result.products:
         share = f"{entry.multiplications / total:8.1%}" if entry.multiplications and total else f"{'?':>8}"
         scale = f"{entry.input_scale:11.4g}" if entry.input_scale is not None else f"{'':11}"
         lines.append(f"{entry.name:{width}}  {entry.state:11}  {share}  {scale}  {entry.why}".rstrip())
@@ -365,7 +378,8 @@ def table_from_audit(result: Audit) -> str:
 def main(argv: Optional[List[str]] = None) -> int:
     """Audits one model; see the module's docstring."""
     parser = argparse.ArgumentParser(
-        prog="python -m calibration.audit", description="What each convolution of a quantised ONNX model is run in."
+        prog="python -m calibration.audit",
+        description="What each convolution and matrix product of a quantised ONNX model is run in.",
     )
     parser.add_argument("model", help="ONNX file with Q/DQ pairs")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")

@@ -1,5 +1,5 @@
 """
-Blocks of convolutions that belong together, from the graph alone: what is quantised or kept in float as one.
+Blocks of products that belong together, from the graph alone: what is quantised or kept in float as one.
 
 torch's exporters name a node by the path of its module ("/backbone/layer1/layer1.0/conv1/Conv"), which says where
 residual blocks, levels and tower layers begin. In other graphs blocks are runs between the places where branches meet.
@@ -21,26 +21,27 @@ from calibration.placement import FloatGraph, node_name
 from deploy.contract import ModelContract
 from deploy.errors import CalibrationError
 from deploy.graphs.graph import remove_unused
+from deploy.graphs.products import weight_axis
 
 BLOCK_KINDS = ("grouped", "each")
 MEETING_OPS = ("Add", "Concat")
-"""Where branches meet, and a run of convolutions ends."""
+"""Where branches meet, and a run of products ends."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """Convolutions that are quantised or kept in float together."""
+    """Products that are quantised or kept in float together."""
 
     name: str
-    convolutions: Tuple[str, ...]
-    """Names of the convolutions, in the order of the graph."""
+    products: Tuple[str, ...]
+    """Names of the products, in the order of the graph."""
     multiplications: int
-    """Multiplications of all convolutions in the block, for one image."""
+    """Multiplications of all products in the block, for one image."""
 
 
 def count_multiplications(graph: FloatGraph, contract: ModelContract) -> Dict[str, int]:
     """
-    Name of each convolution to quantise -> its multiplications for one image.
+    Name of each product to quantise -> its multiplications for one image.
 
     Each value of the output takes one for every weight of its channel. The sizes come from one run, since onnx cannot
     infer all of them where an exporter has left their computation in the graph.
@@ -55,8 +56,8 @@ def count_multiplications(graph: FloatGraph, contract: ModelContract) -> Dict[st
     model.CopyFrom(graph.model)
     del model.graph.output[:]
     for index, node in enumerate(graph.quantized):
-        model.graph.node.append(onnx.helper.make_node("Shape", [node.output[0]], [f"sizes_of_convolution_{index}"]))
-        model.graph.output.append(onnx.ValueInfoProto(name=f"sizes_of_convolution_{index}"))
+        model.graph.node.append(onnx.helper.make_node("Shape", [node.output[0]], [f"sizes_of_product_{index}"]))
+        model.graph.output.append(onnx.ValueInfoProto(name=f"sizes_of_product_{index}"))
     remove_unused(model)
     session = runtime_session(model, "counting operations")
     image = np.zeros((max(1, contract.input_shape[0]), *contract.input_shape[1:]), contract.input_type)
@@ -64,18 +65,19 @@ def count_multiplications(graph: FloatGraph, contract: ModelContract) -> Dict[st
         shapes = session.run(None, {contract.input_name: image})
     except Exception as error:  # ONNX Runtime raises a dozen types, none of them documented
         raise CalibrationError(f"ONNX Runtime cannot run the model: {error}. Export it again.") from error
+    weights = (graph.constants[node.input[1]].dims for node in graph.quantized)
     return {
-        node_name(node): math.prod(shape[1:].tolist()) * math.prod(graph.constants[node.input[1]].dims[1:])
-        for node, shape in zip(graph.quantized, shapes)
+        node_name(node): math.prod(shape.tolist()) // len(image) * math.prod(dims) // dims[weight_axis(node)]
+        for node, shape, dims in zip(graph.quantized, shapes, weights)
     }
 
 
 def blocks_from_graph(graph: FloatGraph, kind: str, multiplications: Mapping[str, int]) -> List[Block]:
     """
-    Every convolution that is to be quantised, in one block each; in the order of the graph.
+    Every product that is to be quantised, in one block each; in the order of the graph.
 
     Args:
-        kind: of BLOCK_KINDS. 'each': a convolution is a block. 'grouped': by the names of the nodes if all are paths,
+        kind: of BLOCK_KINDS. 'each': a product is a block. 'grouped': by the names of the nodes if all are paths,
             else by `runs_of_graph`.
         multiplications: as `count_multiplications`.
     """
@@ -90,8 +92,8 @@ def blocks_from_graph(graph: FloatGraph, kind: str, multiplications: Mapping[str
     for name in names:
         members.setdefault(block_of[name], []).append(name)
     return [
-        Block(block, tuple(convolutions), sum(multiplications[name] for name in convolutions))
-        for block, convolutions in members.items()
+        Block(block, tuple(products), sum(multiplications[name] for name in products))
+        for block, products in members.items()
     ]
 
 
@@ -101,7 +103,7 @@ def block_of_path(name: str) -> str:
 
     As far as the first module with an index, and on while modules are items of the list before: "/layer1/layer1.0" of
     "/layer1/layer1.0/conv1/Conv", "/towers.0/towers.0.1" of "/towers.0/towers.0.1/conv/Conv". Without an index all but
-    the operator. The levels of a head have the same path but for a suffix of the convolution, and are together.
+    the operator. The levels of a head have the same path but for a suffix of the product, and are together.
     """
     parts = name.split("/")
     for index, part in enumerate(parts):
@@ -115,18 +117,19 @@ def block_of_path(name: str) -> str:
 
 def runs_of_graph(graph: FloatGraph) -> Dict[str, str]:
     """
-    Name of each convolution to quantise -> name of its block, whatever the nodes are called.
+    Name of each product to quantise -> name of its block, whatever the nodes are called.
 
-    Convolutions that share a weight (the levels of a head) are a block. Of the others, those of which one feeds the
-    other and no MEETING_OPS lie between. A block is named after its first convolution.
+    Products that share a weight (the levels of a head) are a block. Of the others, those of which one feeds the
+    other and no MEETING_OPS lie between. A block is named after its first product.
     """
     by_weight: Dict[str, List[str]] = {}
     for node in graph.quantized:
         by_weight.setdefault(graph.constants[node.input[1]].name, []).append(node_name(node))
     shared = {name: names[0] for names in by_weight.values() if len(names) > 1 for name in names}
-    runs_at: Dict[str, Set[str]] = {}  # tensor -> first convolutions of the runs that come to it
+    runs_at: Dict[str, Set[str]] = {}  # tensor -> first products of the runs that come to it
     first_of: Dict[str, str] = {}
     to_quantize = {node.output[0] for node in graph.quantized}
+    products = {node.output[0] for node in graph.products}
 
     for node in graph.nodes:
         arriving = set().union(*(runs_at.get(name, set()) for name in node.input))
@@ -134,7 +137,7 @@ def runs_of_graph(graph: FloatGraph) -> Dict[str, str]:
             first = min(arriving, key=list(first_of).index) if arriving else node_name(node)
             first_of[node_name(node)] = first
             arriving = {first}
-        elif node.op_type == "Conv" or node.op_type in MEETING_OPS:
+        elif node.output[0] in products or node.op_type in MEETING_OPS:
             arriving = set()
         runs_at.update((name, arriving) for name in node.output)
     return {**first_of, **shared}

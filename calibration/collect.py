@@ -21,6 +21,7 @@ from deploy.errors import CalibrationError, MissingDependencyError
 from deploy.files import sha256_of
 from deploy.graphs.graph import producers, with_outputs
 from deploy.graphs.precision import GROWING_OPS
+from deploy.graphs.products import Products
 from deploy.images import read_image
 from deploy.machine import thread_limit
 from deploy.progress import progress
@@ -42,13 +43,14 @@ LARGEST_GROUP_BYTES = 512 * 2**20
 
 def tensors_that_may_grow(model: onnx.ModelProto) -> List[str]:
     """
-    The float32 outputs of GROWING_OPS, as far as the last convolutions: the decoding after them may use infinity.
+    The float32 outputs of GROWING_OPS, as far as the last products: the decoding after them may use infinity.
     """
     from onnx import TensorProto, shape_inference
 
     values = shape_inference.infer_shapes(model).graph.value_info
     floating = {value.name for value in values if value.type.tensor_type.elem_type == TensorProto.FLOAT}
-    needed = {node.output[0] for node in model.graph.node if node.op_type == "Conv"}
+    products = Products(model)
+    needed = {node.output[0] for node in products.nodes if products.weight(node) is not None}
     for node in reversed(model.graph.node):
         if needed.intersection(node.output):
             needed.update(node.input)

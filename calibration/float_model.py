@@ -6,6 +6,7 @@ import sys
 from typing import TYPE_CHECKING, Sequence, Tuple
 
 from calibration.affine import fold_affine
+from calibration.matrix_products import write_gemms
 from calibration.placement import INTEGER_PRODUCTS, FloatGraph, node_name
 from deploy.contract import ModelContract, load_contract
 from deploy.errors import CalibrationError
@@ -22,7 +23,8 @@ QUANTIZING_OPS = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear",
 
 def read_model(path: AnyPath, keep_float: Sequence[str]) -> Tuple[FloatGraph, ModelContract]:
     """
-    The float model and its contract, checked; what is affine beside its convolutions is folded, and said to be.
+    The float model and its contract, checked; what is affine beside its convolutions is folded, matrix products are
+    brought into one form, and both are said.
 
     Raises:
         ContractError: the file does not match its sidecar or cannot be read.
@@ -35,9 +37,9 @@ def read_model(path: AnyPath, keep_float: Sequence[str]) -> Tuple[FloatGraph, Mo
     check_graph(model)
     check_static(model, dynamic_batch=contract.input_shape[0] == -1, dynamic_outputs=contract.outputs == "nms")
     check_not_quantized(model)
-    folded = fold_affine(model)
-    if folded:
-        print(f"note: {folded}", file=sys.stderr)
+    for change in (fold_affine(model), write_gemms(model)):
+        if change:
+            print(f"note: {change}", file=sys.stderr)
     graph = FloatGraph(model, keep_float)
     check_quantizable(graph)
     return graph, contract
@@ -53,7 +55,7 @@ def check_not_quantized(model: onnx.ModelProto) -> None:
 def check_quantizable(graph: FloatGraph) -> None:
     """
     Raises CalibrationError if the model is quantised already, of too old an opset, has batch normalisations that could
-    not be folded, or has no convolution to quantise.
+    not be folded, or has no product to quantise.
     """
     check_not_quantized(graph.model)
     opset = next((entry.version for entry in graph.model.opset_import if entry.domain in ("", "ai.onnx")), 0)
@@ -61,8 +63,10 @@ def check_quantizable(graph: FloatGraph) -> None:
         raise CalibrationError(
             f"the model has ONNX opset {opset}; expected {SMALLEST_OPSET} or newer. Export it again."
         )
-    for node in graph.convolutions:
-        if "BatchNormalization" in [reader.op_type for reader in graph.readers(node.output[0])]:
+    for node in graph.products:
+        if node.op_type == "Conv" and "BatchNormalization" in [
+            reader.op_type for reader in graph.readers(node.output[0])
+        ]:
             raise CalibrationError(
                 f"a BatchNormalization follows the convolution {node_name(node)}; expected it folded into the weight, "
                 "which is what is rounded. Export the model in evaluation mode."
@@ -70,6 +74,6 @@ def check_quantizable(graph: FloatGraph) -> None:
     if not graph.quantized:
         reasons = sorted({reason.text for reason in graph.kept.values()})
         raise CalibrationError(
-            f"none of the {len(graph.convolutions)} convolutions can be quantised: {reasons}; "
-            "expected a detector, with convolutions before those of the final prediction"
+            f"none of the {len(graph.products)} convolutions and matrix products can be quantised: {reasons}; "
+            "expected a detector, with some before those of the final prediction"
         )

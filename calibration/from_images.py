@@ -60,7 +60,7 @@ class QuantizeOptions:
     bias_correction: bool = False
     """Whether to take off biases what rounding adds to the mean of each channel."""
     keep_float: Tuple[str, ...] = ()
-    """Convolutions or blocks to keep in float, as `FloatGraph` takes them."""
+    """Products or blocks to keep in float, as `FloatGraph` takes them."""
     max_ap_drop: Optional[float] = None
     """How many points of AP, of 100, INT8 may cost; None: it is not measured."""
     nearest: bool = False
@@ -340,5 +340,5 @@ def within_budget(
         quantizer, options.max_ap_drop, options.model, budget, contract, journal, options.nearest
     )
     graph = quantizer.graph(kept)
-    graph.kept.update((node.output[0], FloatReason.AP_BUDGET) for node in graph.convolutions if node_name(node) in kept)
+    graph.kept.update((node.output[0], FloatReason.AP_BUDGET) for node in graph.products if node_name(node) in kept)
     return graph, {"budget": details}, f"\n{text_of_result(step, options.max_ap_drop, budget)}"

@@ -40,7 +40,7 @@ class TrainedRanges:
     path: str
     target: str
     keep_float: Tuple[str, ...]
-    """Names of the convolutions that were in float."""
+    """Names of the products that were in float."""
     weights_sha256: str
     """SHA-256 of the weights that were trained."""
     ranges: Ranges
@@ -154,11 +154,11 @@ def graph_as_trained(trained: TrainedRanges, graph: FloatGraph) -> Tuple[FloatGr
     """
     made_for = f"{trained.path} was made for another graph: it"
     way_out = "expected the int8.json of the run that this model was exported from"
-    names = {node_name(node) for node in graph.convolutions}
+    names = {node_name(node) for node in graph.products}
     unknown = [name for name in trained.keep_float if name not in names]
     if unknown:
         raise CalibrationError(
-            f"{made_for} keeps {len(unknown)} convolutions in float that the model has not: {', '.join(unknown[:5])}; "
+            f"{made_for} keeps {len(unknown)} products in float that the model has not: {', '.join(unknown[:5])}; "
             f"{way_out}."
         )
     graph = FloatGraph(graph.model, trained.keep_float)

@@ -18,7 +18,7 @@ with each and takes the one of the best AP on images of the same split that were
 calibration cache of TensorRT, or from a training with INT8 in the loop (`--ranges`), and no images are needed.
 `--bias-correction`: see `calibration.correction`.
 
-With `--max-ap-drop` blocks of convolutions are kept in float until INT8 costs no more AP than that, measured on the
+With `--max-ap-drop` blocks of products are kept in float until INT8 costs no more AP than that, measured on the
 images of `--budget-split`: see `calibration.search`.
 """
 
@@ -132,7 +132,7 @@ def parse_arguments(argv: Optional[List[str]]) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument(
         "--keep-float", nargs="+", default=[], metavar="NAME",
-        help="convolutions to keep in float: names of nodes, or what the names of a block's nodes begin with",
+        help="what to keep in float: names of nodes, or what the names of a block's nodes begin with",
     )  # fmt: skip
     parser.add_argument(
         "--max-ap-drop", type=float, metavar="POINTS",
@@ -330,8 +330,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     reasons = ", ".join(f"{number} {reason.text}" for reason, number in counts.items())
     graph = quantized.graph
     print(
-        f"{options.output}: {len(graph.quantized)} of {len(graph.convolutions)} convolutions in INT8 for "
-        f"{target}, the others in float ({reasons}); {quantized.summary}"
+        f"{options.output}: {len(graph.quantized)} of {len(graph.products)} convolutions and matrix products in "
+        f"INT8 for {target}, the others in float ({reasons}); {quantized.summary}"
     )
     return 0
 

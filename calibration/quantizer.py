@@ -34,19 +34,21 @@ class Quantizer:
     method: str
     percentile: float
     keep_float: Tuple[str, ...]
-    """Convolutions or blocks that stay in float in any case, as `FloatGraph` takes them."""
+    """Products or blocks that stay in float in any case, as `FloatGraph` takes them."""
     statistics: Dict[str, Statistics]
     """Tensor -> statistics: `tensors_of_any_choice`, or `tensors_of_placement` where no other choice is tried."""
     corrections: Corrections = dataclasses.field(default_factory=dict)
-    """Corrections to the biases of all convolutions that may be quantised, or of none."""
+    """Corrections to the biases of all products that may be quantised and have biases, or of none."""
+    int8_predictors: bool = False
+    """Whether the products of the final predictions are quantised."""
 
     def graph(self, kept: Sequence[str] = ()) -> FloatGraph:
-        """The float graph with these convolutions, by name, kept in float too."""
-        return FloatGraph(self.model, [*self.keep_float, *kept])
+        """The float graph with these products, by name, kept in float too."""
+        return FloatGraph(self.model, [*self.keep_float, *kept], self.int8_predictors)
 
-    def graph_of(self, convolutions: Sequence[str]) -> FloatGraph:
-        """The float graph with all but these convolutions, by name, kept in float."""
-        return self.graph([name for name in map(node_name, self.graph().quantized) if name not in convolutions])
+    def graph_of(self, products: Sequence[str]) -> FloatGraph:
+        """The float graph with all but these products, by name, kept in float."""
+        return self.graph([name for name in map(node_name, self.graph().quantized) if name not in products])
 
     def quantize(self, graph: FloatGraph) -> onnx.ModelProto:
         """
@@ -84,17 +86,19 @@ def tensors_of_placement(graph: FloatGraph, target: str) -> List[str]:
 
 def tensors_of_any_choice(graph: FloatGraph, target: str) -> List[str]:
     """
-    The tensors whose ranges are needed, whichever of the graph's convolutions are kept in float.
+    The tensors whose ranges are needed, whichever of the graph's products are kept in float, predictors too.
 
     A pair moves with what is kept: behind a float convolution it no longer comes from before a MaxPool, and of two
-    branches of an addition the other one is the skip branch. Where such a pair can be, it is for one convolution alone.
+    branches of an addition the other one is the skip branch. Where such a pair can be, it is for one product alone.
     """
-    names = [node_name(node) for node in graph.quantized]
-    always = [node_name(node) for node in graph.convolutions if node.output[0] in graph.kept]
+    of_predictors = [node_name(node) for node in graph.products if node.output[0] in graph.predictors]
+    names = [node_name(node) for node in graph.quantized] + of_predictors
+    always = [name for name in graph.reasons if name not in of_predictors]
     tensors: Set[str] = set()
     for alone in (None, *names):
         kept = [name for name in names if alone is not None and name != alone]
-        tensors.update(PLACEMENTS[target](FloatGraph(graph.model, [*always, *kept])).pairs.values())
+        placed = PLACEMENTS[target](FloatGraph(graph.model, [*always, *kept], int8_predictors=True))
+        tensors.update(placed.pairs.values())
     return sorted(tensors)
 
 
@@ -121,7 +125,7 @@ def key_of_measurements(
         "contract": json.loads(json.dumps(contract.to_json())),  # tuples become lists
         **settings,
         "package versions": package_versions(),
-        "convolutions kept in float": [node_name(n) for n in graph.convolutions if n.output[0] in graph.kept],
+        "products kept in float": list(graph.reasons),
         "calibration images": sha256_of_images(images),
         "annotations": sha256_of(measured.annotations_path),
         "measured images": sha256_of_images(measured.images),
@@ -148,7 +152,7 @@ def ranges_from_statistics(
             raise CalibrationError(
                 f"the tensor {name} is {seen.minimum:g} everywhere in all calibration images; expected an activation "
                 "that varies. Are they images that the model is for? If this part of it is dead for good, keep the "
-                "convolutions beside it in float with --keep-float."
+                "products beside it in float with --keep-float."
             )
         ranges[name] = range_from_statistics(seen, method, has_signed_activations(target), percentile)
     return ranges
@@ -163,7 +167,7 @@ class Quantized:
     """The float graph that it was made of, with what is kept in float."""
     target: str
     keep_float: Tuple[str, ...]
-    """Convolutions or blocks that were asked to stay in float, as `FloatGraph` takes them."""
+    """Products or blocks that were asked to stay in float, as `FloatGraph` takes them."""
     inputs: Dict[str, AnyPath]
     """Files that it was made of besides the model, by their role."""
     details: Dict[str, Any]

@@ -210,7 +210,7 @@ def kept_for_budget(
     nearest: bool = False,
 ) -> Tuple[List[str], Step, Dict[str, Any]]:
     """
-    The convolutions to keep in float so that AP drops by no more than the budget; the step of the search that says so;
+    The products to keep in float so that AP drops by no more than the budget; the step of the search that says so;
     and what the sidecar says of the search.
 
     Args:
@@ -231,7 +231,7 @@ def kept_for_budget(
             if block.name not in journal.errors:
                 if output_error is None:
                     output_error = OutputError(model_path, choose_images(data.images, ERROR_IMAGES, seed=0))
-                with saved(quantizer.quantize(quantizer.graph_of(block.convolutions)), contract) as path:
+                with saved(quantizer.quantize(quantizer.graph_of(block.products)), contract) as path:
                     journal.add_error(block, total_error(output_error.of(path)))
             say(
                 f"block {number}/{len(blocks)}: alone in INT8, {block.name} has an error of "
@@ -254,7 +254,7 @@ def kept_for_budget(
                         f"the float model {model_path} has AP 0 on {data.annotations_path}; expected one that finds "
                         "something, to see what INT8 costs. Is it trained, and are these images for it?"
                     )
-            model = quantizer.quantize(quantizer.graph([name for block in kept for name in block.convolutions]))
+            model = quantizer.quantize(quantizer.graph([name for block in kept for name in block.products]))
             with saved(model, contract) as path:
                 numbers = accuracy_numbers(path, data.annotations_path, data.images_dir, against=against)
             drop = Drop.from_numbers(numbers)
@@ -265,7 +265,7 @@ def kept_for_budget(
     names = {block.name for block in kept}
     final = next(step for step in reversed(steps) if set(step.kept) == names)
     return (
-        [name for block in kept for name in block.convolutions],
+        [name for block in kept for name in block.products],
         final,
         {
             "max_ap_drop": budget_points,

@@ -4,10 +4,10 @@ Command: what each block of a detector costs in INT8, ranked.
     python -m calibration.sensitivity student.onnx --data DIR -o sensitivity.json
     python -m calibration.sensitivity student.onnx --data DIR --metric error --blocks each -o sensitivity.json
 
-Each block of convolutions (`calibration.blocks`) is quantised alone, all else in float, calibrated on the training
-split and measured on another: AP, AP of small, medium and large objects, the score at the best F1, and how far the
-detections move on a few images. With `--metric error` only the last, which needs no annotated boxes and takes seconds
-a block. Beside the JSON file a bar chart is written (.svg).
+Each block of convolutions and matrix products (`calibration.blocks`) is quantised alone, all else in float, calibrated
+on the training split and measured on another: AP, AP of small, medium and large objects, the score at the best F1, and
+how far the detections move on a few images. With `--metric error` only the last, which needs no annotated boxes and
+takes seconds a block. Beside the JSON file a bar chart is written (.svg).
 
 The file is written after each block; run again, an interrupted command goes on from there.
 
@@ -50,7 +50,7 @@ ALL = "all blocks"
 BlockRow = Dict[str, Any]
 _ROW: Dict[Any, Any] = {
     "name": str,
-    "convolutions": [str],
+    "products": [str],
     "multiplications": Whole(1),
     "error": {"boxes": Number(0), "scores": Number(0)},
 }
@@ -135,10 +135,10 @@ def measured_block(
     """
     row: BlockRow = {
         "name": block.name,
-        "convolutions": list(block.convolutions),
+        "products": list(block.products),
         "multiplications": block.multiplications,
     }
-    with saved(quantizer.quantize(quantizer.graph_of(block.convolutions)), contract) as path:
+    with saved(quantizer.quantize(quantizer.graph_of(block.products)), contract) as path:
         row["error"] = errors.of(path)
         if against is not None:
             result, data = against
@@ -256,7 +256,8 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument(
         "--blocks", choices=BLOCK_KINDS, default="grouped",
-        help="grouped: residual blocks, levels, tower layers; each: every convolution (default: %(default)s)",
+        help="grouped: residual blocks, levels, tower layers; each: every convolution and matrix product "
+        "(default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--method", choices=RANGE_METHODS, default="max", help="how a range is taken from what was seen (default: max)"
@@ -324,7 +325,7 @@ def main(argv: Optional[List[str]] = None) -> int:
 def blocks_to_measure(graph: FloatGraph, contract: ModelContract, kind: str) -> List[Block]:
     """The blocks of a graph, and behind them all of them as one, called ALL."""
     blocks = blocks_from_graph(graph, kind, count_multiplications(graph, contract))
-    everything = tuple(name for block in blocks for name in block.convolutions)
+    everything = tuple(name for block in blocks for name in block.products)
     return [*blocks, Block(ALL, everything, sum(block.multiplications for block in blocks))]
 
 

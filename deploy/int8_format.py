@@ -71,45 +71,53 @@ def quantization_from_range(minimum: float, maximum: float, signed: bool) -> Qua
     return signed_from_range(minimum, maximum) if signed else unsigned_from_range(minimum, maximum)
 
 
-def weight_scales(weight: np.ndarray) -> np.ndarray:
+def weight_scales(weight: np.ndarray, axis: int = 0) -> np.ndarray:
     """
     The symmetric int8 scale of each output channel of a weight: (output channels,), float32.
 
     Args:
-        weight: (output channels, ...), float32.
+        weight: float32, its output channels on `axis`.
     """
-    largest = np.abs(weight.reshape(len(weight), -1)).max(axis=1)
+    largest = np.abs(weight).max(axis=tuple(other for other in range(weight.ndim) if other != axis))
     return np.maximum(largest / np.float32(LARGEST_INT8), np.float32(SMALLEST_SCALE)).astype(np.float32)
 
 
-def int8_from_weight(weight: np.ndarray, scales: np.ndarray) -> np.ndarray:
+def int8_from_weight(weight: np.ndarray, scales: np.ndarray, axis: int = 0) -> np.ndarray:
     """
     A weight as int8 of the same shape, -127 to 127.
 
     Args:
-        weight: (output channels, ...), float32.
+        weight: float32, its output channels on `axis`.
         scales: (output channels,), as from `weight_scales`.
     """
-    return np.clip(np.rint(weight / _per_channel(scales, weight)), -LARGEST_INT8, LARGEST_INT8).astype(np.int8)
+    integers = np.rint(weight / per_channel(scales, weight.ndim, axis))
+    return np.clip(integers, -LARGEST_INT8, LARGEST_INT8).astype(np.int8)
 
 
-def rounded_weight(weight: np.ndarray, scales: np.ndarray) -> np.ndarray:
+def rounded_weight(weight: np.ndarray, scales: np.ndarray, axis: int = 0) -> np.ndarray:
     """A weight as `int8_from_weight` rounds it, in float32 again."""
-    return (int8_from_weight(weight, scales) * _per_channel(scales, weight)).astype(np.float32)
+    return (int8_from_weight(weight, scales, axis) * per_channel(scales, weight.ndim, axis)).astype(np.float32)
 
 
-def _per_channel(scales: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    return scales.reshape(-1, *[1] * (weight.ndim - 1))
+def per_channel(values: np.ndarray, dimensions: int, axis: int) -> np.ndarray:
+    """(channels,) -> the same in so many dimensions, on `axis`, to multiply a tensor channel by channel."""
+    shape = [1] * dimensions
+    shape[axis] = -1
+    return values.reshape(shape)
 
 
 class FloatReason(enum.Enum):
     """
-    Why a convolution of an INT8 model is in float: a code, which files hold and programs decide by, and a text for
-    people.
+    Why a product (a convolution or matrix product) of an INT8 model is in float: a code, which files hold and programs
+    decide by, and a text for people.
     """
 
     FINAL_PREDICTION = "final_prediction", "final prediction"
+    PLACES = "places", "says where to read, for which INT8 is too coarse"
     NOT_CONSTANT = "not_constant", "weight or bias not an FP32 constant"
+    TWO_ACTIVATIONS = "two_activations", "multiplies two activations, which integers do no faster"
+    FORM = "form", "of a form without integer kernels: data turned, a bias for each row, or a batch of weights"
+    FEW_INPUTS = "few_inputs", "reads few values, so that integers win nothing"
     ASKED = "asked", "kept in float as asked"
     AP_BUDGET = "ap_budget", "kept in float for the AP budget"
     NO_PAIR = "no_pair", "its weight has no pair"
@@ -128,7 +136,7 @@ class FloatReason(enum.Enum):
 
 def float_codes(details: Mapping[str, Any]) -> Dict[str, str]:
     """
-    Name of each convolution in float -> code of a `FloatReason`.
+    Name of each product in float -> code of a `FloatReason`.
 
     Args:
         details: of the sidecar of an INT8 file of calibration.quantize. Older files have texts alone: each is looked

@@ -280,7 +280,7 @@ def record_of(row: MethodRow) -> MethodRecord:
         "method": details.get("method"),
         "num_images": details.get("num_images"),
         "kept_blocks": details.get("budget", {}).get("kept_blocks", []),
-        "convolutions": dict(collections.Counter(entry["state"] for entry in audit["convolutions"])),
+        "convolutions": dict(collections.Counter(entry["state"] for entry in audit["products"])),
         "int8_share": audit["int8_share"],
         "faults": audit["faults"],
         **measured(result),

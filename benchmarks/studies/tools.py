@@ -409,7 +409,7 @@ def _accuracy(model: Path, images: Images, log: Path) -> WayRow:
 
 
 def _audit(model: Path) -> WayRow:
-    convolutions = printed_json(["calibration.audit", str(model), "--json"])["convolutions"]
+    convolutions = printed_json(["calibration.audit", str(model), "--json"])["products"]
     counts = collections.Counter(one["state"] for one in convolutions)
     return {
         "convolutions": {state: counts[state] for state in INT8_STATES},

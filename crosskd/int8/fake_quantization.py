@@ -34,10 +34,17 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from crosskd.int8.quantized_graph import QuantizedGraph, QuantizedNode
 from deploy.errors import ConfigError
+from deploy.graphs.products import channel_axis
 from deploy.int8_format import LARGEST_INT8, SMALLEST_SCALE, Quantization
 
-OPERATORS = {"conv2d": "Conv", "add": "Add", "add_": "Add", "max_pool2d": "MaxPool", "interpolate": "Resize"}
-"""Name of torch's function -> the operator that it is in a graph; of others any that reads the same value is taken."""
+OPERATORS = {
+    "conv2d": ("Conv",), "linear": ("Gemm", "MatMul"), "add": ("Add",), "add_": ("Add",), "max_pool2d": ("MaxPool",),
+    "interpolate": ("Resize",),
+}  # fmt: skip
+"""Name of torch's function -> operators that it is in a graph; of others any that reads the same value is taken."""
+KNOWN_OPERATORS = {operator for operators in OPERATORS.values() for operator in operators}
+WEIGHTED = ("conv2d", "linear")
+"""Functions whose second argument is a weight, its output channels on the first axis."""
 TOLERANCE = 1e-3
 """Of the values in torch and in ONNX Runtime, as a share of the largest."""
 SAMPLES = 10_000
@@ -52,7 +59,8 @@ class Site:
     """What INT8 rounds in one call of a torch function: its activations, its weight."""
 
     pairs: dict[int, tuple[int, int]] = dataclasses.field(default_factory=dict)
-    """Place among the call's arguments, as tree_flatten numbers them -> number of the range, channels of the tensor."""
+    """Place among the call's arguments, as tree_flatten numbers them -> number of the range, channels of the tensor:
+    the second size, but of a matrix product the last."""
     has_weight: bool = False
     norm: _BatchNorm | None = None
     """Follows the convolution, and is folded into its weight by exporting."""
@@ -70,6 +78,10 @@ class _Sample:
         flat = tensor.reshape(-1)
         return cls(tensor.shape, flat[:: max(1, flat.size // SAMPLES)].copy())  # what comes next may work in place
 
+    def as_rows(self) -> _Sample:
+        """Of the tensor as a matrix, all but its last dimension joined."""
+        return _Sample((math.prod(self.shape[:-1]), *self.shape[-1:]), self.values)
+
 
 @dataclasses.dataclass
 class _Call:
@@ -81,9 +93,15 @@ class _Call:
     weight: Tensor | None
     norm: _BatchNorm | None = None
 
+    def places_of(self, value: np.ndarray) -> list[int]:
+        """Where the call reads a value. A graph may have all rows that a matrix product reads in one dimension."""
+        as_rows = self.key[0] == "linear" and value.ndim == 2
+        inputs = {place: sample.as_rows() if as_rows else sample for place, sample in self.inputs.items()}
+        return [place for place, sample in inputs.items() if _same(sample, value)]
+
     @functools.cached_property
     def folded_weight(self) -> _Sample:
-        """The weight of the convolution with its norm folded in, as the exported graph has it."""
+        """The weight of the product with its norm folded in, as the exported graph has it."""
         weight = torch.zeros(0) if self.weight is None else self.weight.detach()
         return _Sample.of((weight if self.norm is None else weight * _factor_of(self.norm).detach()).numpy())
 
@@ -172,11 +190,11 @@ class FakeQuantization(nn.Module):
             return function(*args, **kwargs)
         leaves, structure = tree_flatten((args, kwargs))
         for place, (number, channels) in site.pairs.items():
-            if leaves[place].shape[1] != channels:
+            found = leaves[place].shape[-1 if key[0] == "linear" else 1]
+            if found != channels:
                 raise ConfigError(
-                    f"--quantize int8: in training the detector calls {key[0]} for the time {key[1] + 1} with "
-                    f"{leaves[place].shape[1]} channels, as it was exported with {channels}; expected a detector that "
-                    "computes alike in both"
+                    f"--quantize int8: in training the detector calls {key[0]} for the time {key[1] + 1} with {found} "
+                    f"channels, as it was exported with {channels}; expected a detector that computes alike in both"
                 )
             leaves[place] = self._rounded(leaves[place], number)
         if site.has_weight:
@@ -217,17 +235,15 @@ def sites_of_calls(
     lost = []
     for node in nodes:
         matching = [call for call in calls if _is_call_of(node, call)]
-        if node.op_type in OPERATORS.values():  # one node, one call
+        if node.op_type in KNOWN_OPERATORS:  # one node, one call
             matching = [call for call in matching if call.key not in sites][:1]
         for call in matching:
             site = sites.setdefault(call.key, Site())
             site.has_weight, site.norm = node.weight is not None, call.norm
             for operand in node.operands:
                 if operand.source is not None:
-                    pair = sources.index(operand.source), operand.value.shape[1]
-                    site.pairs.update(
-                        (place, pair) for place, sample in call.inputs.items() if _same(sample, operand.value)
-                    )
+                    pair = sources.index(operand.source), operand.value.shape[channel_axis(node.op_type)]
+                    site.pairs.update(dict.fromkeys(call.places_of(operand.value), pair))
         if not matching:
             lost.append(node)
     if lost:
@@ -241,10 +257,10 @@ def sites_of_calls(
 def _advice_on_lost(lost: Sequence[QuantizedNode], nodes: int) -> str:
     if 2 * len(lost) > nodes:
         return "Expected the student of the config to be that of --from: its layers, activations and all."
-    convolutions = " ".join(node.name for node in lost if node.op_type == "Conv")
+    products = " ".join(node.name for node in lost if node.weight is not None)
     return (
         "What is exported as other operations than torch calls has to stay in float: quantise with "
-        f"calibration.quantize --keep-float {convolutions or '...'} and give that file with --calibrated."
+        f"calibration.quantize --keep-float {products or '...'} and give that file with --calibrated."
     )
 
 
@@ -267,10 +283,10 @@ def check_calls_in_training(detector: nn.Module) -> None:
 
 def rounded_weight(weight: Tensor, norm: _BatchNorm | None) -> Tensor:
     """
-    A convolution's weight as INT8 has it, to be followed by its norm.
+    A product's weight as INT8 has it, to be followed by its norm.
 
     Args:
-        weight: (output channels, input channels of a group, height, width).
+        weight: (output channels, ...).
         norm: in evaluation mode. The product of weight and factor is rounded, which the norm then multiplies again.
     """
     factor = None
@@ -279,7 +295,7 @@ def rounded_weight(weight: Tensor, norm: _BatchNorm | None) -> Tensor:
         factor = torch.where(factor == 0, torch.ones_like(factor), factor)  # nothing passes such a channel
         weight = weight * factor
     with torch.no_grad():
-        scales = (weight.abs().amax((1, 2, 3)) / LARGEST_INT8).clamp(min=SMALLEST_SCALE).float()
+        scales = (weight.abs().flatten(1).amax(1) / LARGEST_INT8).clamp(min=SMALLEST_SCALE).float()
         zeros = torch.zeros_like(scales, dtype=torch.int32)
     weight = torch.fake_quantize_per_channel_affine(weight.float(), scales, zeros, 0, -LARGEST_INT8, LARGEST_INT8)
     return weight if factor is None else weight / factor
@@ -313,7 +329,7 @@ def recorded_calls(detector: Any, images: Tensor) -> list[_Call]:
         }
         output = function(*args, **kwargs)
         if inputs and any(isinstance(leaf, Tensor) for leaf in tree_flatten(output)[0]):  # chunk gives several
-            calls.append(_Call(key, inputs, leaves[1] if key[0] == "conv2d" else None))
+            calls.append(_Call(key, inputs, leaves[1] if key[0] in WEIGHTED else None))
             if key[0] == "conv2d":
                 made_by[id(output)] = calls[-1], output
         return output
@@ -327,13 +343,13 @@ def recorded_calls(detector: Any, images: Tensor) -> list[_Call]:
 
 
 def _is_call_of(node: QuantizedNode, call: _Call) -> bool:
-    operator = OPERATORS.get(call.key[0])
-    if operator != node.op_type and (operator is not None or node.op_type in OPERATORS.values()):
+    operators = OPERATORS.get(call.key[0])
+    if node.op_type not in (operators or ()) and (operators is not None or node.op_type in KNOWN_OPERATORS):
         return False
     if node.weight is not None and not _same(call.folded_weight, node.weight):
         return False
-    values = [operand.value for operand in node.operands if operator is not None or operand.source is not None]
-    return all(any(_same(sample, value) for sample in call.inputs.values()) for value in values)
+    values = [operand.value for operand in node.operands if operators is not None or operand.source is not None]
+    return all(call.places_of(value) for value in values)
 
 
 def _same(sample: _Sample, tensor: np.ndarray) -> bool:

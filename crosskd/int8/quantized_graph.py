@@ -19,6 +19,7 @@ from onnx import numpy_helper
 
 from deploy.errors import CalibrationError
 from deploy.graphs.graph import constants, load_onnx, producers, with_outputs
+from deploy.graphs.products import weight_axis
 from deploy.int8_format import SCALE_SUFFIX, Quantization
 
 
@@ -40,7 +41,7 @@ class QuantizedNode:
     op_type: str
     operands: list[Operand]
     weight: np.ndarray | None
-    """The FP32 weight of a convolution whose weight is quantised."""
+    """The FP32 weight of a product whose weight is quantised, its output channels on the first axis."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,13 +73,17 @@ def read_quantized_graph(int8_path: str | Path, float_path: str | Path, feed: di
         )
     wanted = sorted({name for reader in readers for name in reader.sources} - set(feed))
     values = {**feed, **values_of(original, wanted, feed)}
-    weights = constants(original)
+    fixed = constants(original)
+
+    def weight_of(product: onnx.NodeProto) -> np.ndarray:
+        return np.moveaxis(numpy_helper.to_array(fixed[product.input[1]]), weight_axis(product), 0)
+
     nodes = [
         QuantizedNode(
             reader.node.name or reader.node.output[0],
             reader.node.op_type,
             [Operand(values[name], source) for name, source in reader.sources.items()],
-            numpy_helper.to_array(weights[originals[reader.node.output[0]].input[1]]) if reader.has_weight else None,
+            weight_of(originals[reader.node.output[0]]) if reader.has_weight else None,
         )
         for reader in readers
     ]

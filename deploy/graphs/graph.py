@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Dict, List, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -238,6 +238,20 @@ def constants(model: onnx.ModelProto) -> Dict[str, onnx.TensorProto]:
     return tensors
 
 
+def constant_behind(
+    name: str, known: Mapping[str, onnx.TensorProto], made_by: Mapping[str, onnx.NodeProto]
+) -> Optional[onnx.TensorProto]:
+    """
+    The constant that a tensor holds, read through Identity and Q/DQ, and however it is turned; None if it is computed.
+
+    Args:
+        known: as `constants`. made_by: as `producers`.
+    """
+    while name not in known and name in made_by and made_by[name].op_type in (*TRANSPARENT_OPS, "Transpose"):
+        name = made_by[name].input[0]
+    return known.get(name)
+
+
 def write_kernel_shapes(model: onnx.ModelProto) -> None:
     """
     Writes `kernel_shape` on the convolutions that leave it to their weights, in place, where these are behind Q/DQ.
@@ -315,11 +329,10 @@ def count_parameters(model: onnx.ModelProto) -> int:
 def learnt_tensors(model: onnx.ModelProto) -> Dict[str, onnx.TensorProto]:
     """Name -> constant, of the weights and biases of LEARNT_OPS, read through Identity and Q/DQ."""
     known, made_by = constants(model), producers(model)
-
-    def source(name: str) -> Optional[onnx.TensorProto]:
-        while name not in known and name in made_by and made_by[name].op_type in TRANSPARENT_OPS:
-            name = made_by[name].input[0]
-        return known.get(name)
-
-    sources = [source(name) for node in model.graph.node if node.op_type in LEARNT_OPS for name in node.input[1:]]
+    sources = [
+        constant_behind(name, known, made_by)
+        for node in model.graph.node
+        if node.op_type in LEARNT_OPS
+        for name in node.input[1:]
+    ]
     return {tensor.name: tensor for tensor in sources if tensor is not None}

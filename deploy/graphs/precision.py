@@ -20,11 +20,11 @@ import numpy as np
 from deploy.errors import ContractError, EngineBuildError
 from deploy.graphs.calibration_cache import amax_from_quantised, float_from_quantised, tensors_before_pairs
 from deploy.graphs.graph import constants, consumers, remove_unused, write_kernel_shapes
+from deploy.graphs.products import COORDINATES, Products
 
 if TYPE_CHECKING:
     import onnx
 
-CONVOLUTIONS = ("Conv", "ConvTranspose")
 QUANTISERS = ("QuantizeLinear", "DequantizeLinear")
 FLOAT_ONLY = (
     "Cast", "Exp", "GroupNormalization", "InstanceNormalization", "LayerNormalization", "Log", "LogSoftmax",
@@ -44,8 +44,6 @@ GROWING_OPS = (
 """Operators whose outputs can be larger than their inputs: where FP16 may overflow, which a sidecar's `ranges` tell."""
 UNTYPED = ("GroupNormalization",)
 """Operators of FLOAT_ONLY of whose results onnx's shape inference says nothing: what the file says is kept."""
-COORDINATES = {"GridSample": 1}
-"""Operator -> input that says where it reads. FP16 is too coarse for places, so it and all of them stay FP32."""
 FLOAT_INPUTS = {"Resize": (1, 2)}
 """Operator -> inputs (roi, scales) that ONNX wants, or lets be, in FP32 when the data are FP16."""
 KEEPS_RANGE = (*QUANTISERS, "Identity", "MaxPool", "Relu", "Reshape", "Resize", "Transpose")
@@ -59,11 +57,11 @@ LARGEST_SEEN = LARGEST_HALF / 2
 GRAPHS = ("fp32", "fp16", "int8", "int8_fp32_scales", "int8_tensorrt8")
 """The forms that `typed_graph` makes, and `deploy.tensorrt.options.recipe_for` asks for.
 
-fp32: no Q/DQ. fp16: FP16 up to the last convolutions. int8: the same with Q/DQ of FP16 scales. int8_fp32_scales: FP32
+fp32: no Q/DQ. fp16: FP16 up to the last products. int8: the same with Q/DQ of FP16 scales. int8_fp32_scales: FP32
 with Q/DQ of FP32 scales. int8_tensorrt8: the same without Q/DQ on the convolutions of `without_kernel_in_8`.
 """
 NOTHING_SEEN: Mapping[str, Any] = {}
-BEHIND = "behind the convolutions, where boxes, scores and places to read are made"
+BEHIND = "behind the final predictions, where boxes, scores and places to read are made"
 UNSAFE = "exponents, roots, sums, squares, norms: FP16 overflows or cancels in them"
 PLACES = "reads between pixels: FP16 is too coarse for places"
 
@@ -237,8 +235,8 @@ def float_nodes(model: onnx.ModelProto, amax: Mapping[str, float]) -> Dict[int, 
     """
     Index -> reason, of each node with floating-point results that stays FP32 when the others become FP16.
 
-    FP16 are convolutions and what leads to one, but for FLOAT_ONLY and COORDINATES, and for what reads or writes a
-    constant or an activation beyond FP16.
+    FP16 are convolutions, matrix products by a constant, and what leads to one, but for what is behind the final
+    predictions, FLOAT_ONLY and COORDINATES, and for what reads or writes a constant or an activation beyond FP16.
 
     Args:
         model: checked, its nodes in topological order.
@@ -250,7 +248,7 @@ def float_nodes(model: onnx.ModelProto, amax: Mapping[str, float]) -> Dict[int, 
         finite = np.abs(values[np.isfinite(values)])
         if finite.size and finite.max() > LARGEST_HALF:
             beyond[name] = f"the constant {name} reaches {finite.max():g}"
-    leading, floating = _leading_to_convolutions(model), float_tensors(model)
+    leading, floating = _leading_to_products(model), float_tensors(model)
     kept = {}
     for index, node in enumerate(model.graph.node):
         if (
@@ -279,20 +277,28 @@ def _is_square(node: onnx.NodeProto) -> bool:
     return node.op_type == "Mul" and node.input[0] == node.input[1]
 
 
-def _leading_to_convolutions(model: onnx.ModelProto) -> Set[int]:
-    """Indices of the convolutions and of what they depend on, but for that which only says where to read."""
+def _leading_to_products(model: onnx.ModelProto) -> Set[int]:
+    """
+    Indices of the products by a weight and of what they depend on, but for that which only says where to read.
+
+    Nor are those among them that are behind a final prediction: of a decoder with several layers, each layer reads the
+    boxes of the one before.
+    """
     import onnx
 
     places = (onnx.TensorProto.INT64, onnx.TensorProto.INT32, onnx.TensorProto.BOOL)
-    types = _types(model)
+    types, products = _types(model), Products(model)
+    by_weight = {node.output[0] for node in products.nodes if products.weight(node) is not None}
     needed: Set[str] = set()
     indices = set()
     for index in range(len(model.graph.node) - 1, -1, -1):
         node = model.graph.node[index]
-        if node.op_type in CONVOLUTIONS or needed.intersection(node.output):
+        is_product = node.op_type in ("Conv", "ConvTranspose") or node.output[0] in by_weight
+        if is_product or needed.intersection(node.output):
             values = [name for i, name in enumerate(node.input) if i != COORDINATES.get(node.op_type)]
             needed.update(name for name in values if name and types.get(name) not in places)
-            indices.add(index)
+            if products.behind.isdisjoint(node.output):
+                indices.add(index)
     return indices
 
 
@@ -337,11 +343,11 @@ def _types(model: onnx.ModelProto) -> Dict[str, int]:
 
 def half_from_float(model: onnx.ModelProto, amax: Mapping[str, float] = NOTHING_SEEN) -> onnx.ModelProto:
     """
-    A copy of an FP32 model in which everything up to and with the last convolutions is FP16 and the rest is FP32.
+    A copy of an FP32 model in which everything up to and with the final predictions is FP16 and the rest is FP32.
 
     Backbone, neck and head are FP16, but for the nodes of `float_nodes`; softmax, box arithmetic and top-k behind the
-    last convolution see FP32 alone, and inputs and outputs of the graph keep their types. Q/DQ before a convolution get
-    FP16 scales, for which the graph is raised to opset 19.
+    predictions see FP32 alone, and inputs and outputs of the graph keep their types. Q/DQ before a product get FP16
+    scales, for which the graph is raised to opset 19.
 
     The result is for TensorRT. ONNX Runtime 1.31 gives wrong detections for FP16 Q/DQ unless its optimiser pass
     WeightBiasQuantization is disabled.

@@ -37,7 +37,7 @@ def model_of(*lines):
 
 
 def states(result):
-    return {entry.name: entry.state for entry in result.convolutions}
+    return {entry.name: entry.state for entry in result.products}
 
 
 def test_our_own_models_have_no_fault(quantized):
@@ -45,10 +45,10 @@ def test_our_own_models_have_no_fault(quantized):
     assert result.faults == []
     found = states(result)
     assert [name for name, state in found.items() if state != INT8] == ["node_prediction_3", "node_prediction_4"]
-    assert {(entry.why, entry.code) for entry in result.convolutions if entry.state == FLOAT} == {
+    assert {(entry.why, entry.code) for entry in result.products if entry.state == FLOAT} == {
         ("final prediction", "final_prediction")
     }
-    assert {entry.code for entry in result.convolutions if entry.state == INT8} == {""}
+    assert {entry.code for entry in result.products if entry.state == INT8} == {""}
     assert len(found) == 14
 
 
@@ -70,7 +70,7 @@ def test_what_onnxruntime_runs_in_float_in_spite_of_pairs_is_a_fault(for_onnxrun
     write_details()
     assert main([str(path), "--json"]) == 1
     printed = capsys.readouterr()
-    entry = next(one for one in json.loads(printed.out)["convolutions"] if one["name"] == "node_plain1")
+    entry = next(one for one in json.loads(printed.out)["products"] if one["name"] == "node_plain1")
     assert (entry["state"], entry["code"]) == (FLOAT, "runtime")
     assert "node_plain1: ONNX Runtime" in printed.err
     assert "runs it in float, as Conv, in spite of its pairs" in printed.err
@@ -134,7 +134,7 @@ def test_why_a_convolution_is_float_is_in_the_sidecar(quantize, detector):
     model = quantize(detector, "tensorrt", ["node_down1"])
 
     def reason(details):
-        return next((e.why, e.code) for e in audit(model, details).convolutions if e.name == "node_down1")
+        return next((e.why, e.code) for e in audit(model, details).products if e.name == "node_down1")
 
     asked = {"float_convolutions": {"node_down1": "kept in float as asked"}}
     coded = {"float_convolutions": {"node_down1": "reworded"}, "float_convolution_codes": {"node_down1": "asked"}}
@@ -167,9 +167,9 @@ def test_command_prints_a_table_or_json(tmp_path, quantized, capsys):
     write_sidecar(path, {}, details={"float_convolutions": {"node_prediction_3": "I said so"}})
     assert main([str(path), "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
-    assert len(document["convolutions"]) == 14
+    assert len(document["products"]) == 14
     assert document["faults"] == []
-    assert "I said so" in [entry["why"] for entry in document["convolutions"]]
+    assert "I said so" in [entry["why"] for entry in document["products"]]
 
 
 def test_command_fails_for_a_fault(tmp_path, capsys):

@@ -29,12 +29,12 @@ def test_block_of_a_path(name, block):
 
 
 def multiplications(graph):
-    return {node_name(node): 10 for node in graph.convolutions}
+    return {node_name(node): 10 for node in graph.products}
 
 
 def test_runs_end_where_branches_meet(detector):
     blocks = blocks_from_graph(FloatGraph(detector), "grouped", multiplications(FloatGraph(detector)))
-    assert {block.name: [name[5:] for name in block.convolutions] for block in blocks} == {
+    assert {block.name: [name[5:] for name in block.products] for block in blocks} == {
         "node_stem": ["stem", "plain1", "plain2"],
         "node_down1": ["down1", "down2"],
         "node_down_skip": ["down_skip"],
@@ -75,14 +75,14 @@ def test_paths_are_blocks_of_modules():
 
 def test_each_convolution_can_be_a_block(detector):
     blocks = blocks_from_graph(FloatGraph(detector), "each", multiplications(FloatGraph(detector)))
-    assert [(block.name,) for block in blocks] == [block.convolutions for block in blocks]
+    assert [(block.name,) for block in blocks] == [block.products for block in blocks]
     assert len(blocks) == 12
 
 
 def test_multiplications_are_those_that_the_audit_counts(detector, quantized, contract):
     found = count_multiplications(FloatGraph(detector), contract)
     assert found == {
-        entry.name: entry.multiplications for entry in audit(quantized).convolutions if entry.state == INT8
+        entry.name: entry.multiplications for entry in audit(quantized).products if entry.state == INT8
     }  # fmt: skip
     assert found["node_stem"] == 16 * 24 * 27 * 8
 

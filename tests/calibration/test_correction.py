@@ -59,8 +59,8 @@ def test_levels_that_share_a_weight_have_biases_of_their_own(quantizer, detector
     assert list(corrections) == [node.output[0] for node in FloatGraph(detector).quantized]
     graph = with_corrected_biases(quantizer.graph(["node_stem"]), corrections)
     before, after = constants(detector), graph.constants
-    found = {node.output[0]: node for node in graph.convolutions}
-    for node in FloatGraph(detector).convolutions:
+    found = {node.output[0]: node for node in graph.products}
+    for node in FloatGraph(detector).products:
         name = node.output[0]
         moved = numpy_helper.to_array(after[found[name].input[2]]) - numpy_helper.to_array(before[node.input[2]])
         expected = 0 if name == "stem" or name not in corrections else corrections[name]
@@ -77,6 +77,6 @@ def test_a_convolution_without_bias_gets_one(detector, quantizer_of, images, con
     next(node for node in model.graph.node if node.name == "node_down1").input.pop()
     quantizer = quantizer_of(model, "tensorrt").corrected(images, contract)
     graph = with_corrected_biases(quantizer.graph(), quantizer.corrections)
-    bias = next(node.input[2] for node in graph.convolutions if node.output[0] == "down1")
+    bias = next(node.input[2] for node in graph.products if node.output[0] == "down1")
     np.testing.assert_array_equal(numpy_helper.to_array(graph.constants[bias]), quantizer.corrections["down1"])
     onnx.checker.check_model(quantizer.quantize(quantizer.graph()), full_check=True)

@@ -47,5 +47,8 @@ def test_nothing_to_quantize_is_an_error():
         <ir_version: 8, opset_import: ["" : 17]>
         g (float[1, 1, 4, 4] x) => (float[1, 1, 4, 4] y) <float[1, 1, 1, 1] w = {2}> { y = Conv (x, w) }
     """)
-    with pytest.raises(CalibrationError, match=r"none of the 1 convolutions can be quantised: \['final prediction'\]"):
+    with pytest.raises(
+        CalibrationError,
+        match=r"none of the 1 convolutions and matrix products can be quantised: \['final prediction'\]",
+    ):
         check_quantizable(FloatGraph(model))

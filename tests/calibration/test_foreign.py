@@ -10,9 +10,9 @@ import pytest
 from onnx import parser
 
 from calibration import audit, quantize
-from calibration.placement import final_convolutions
 from deploy import Detector, adopt_onnx, build_trt, bundle
 from deploy.contract import read_sidecar
+from deploy.graphs.products import Products
 from tests.stand_ins.foreign import write_foreign
 
 PREDICTORS = {"yolox": 6, "yolov5": 9, "yolov8": 6, "rtdetr": 9, "ssd": 6, "picodet": 6, "nanodet": 3}
@@ -78,9 +78,9 @@ def test_a_convolution_that_only_decodes_is_passed_and_one_that_is_learnt_is_not
             }}
         """)
 
-    assert final_convolutions(model([0, 1, 2, 3])) == {"prediction", "y"}
-    assert final_convolutions(model([1, 0, -0.5, 0])) == {"prediction", "y"}
-    assert final_convolutions(model([0.1, 1, 2, 3])) == {"y"}
+    assert Products(model([0, 1, 2, 3])).final == {"prediction", "y"}
+    assert Products(model([1, 0, -0.5, 0])).final == {"prediction", "y"}
+    assert Products(model([0.1, 1, 2, 3])).final == {"y"}
 
 
 def test_contract_of_an_adopted_file_is_an_ordinary_one(tmp_path):

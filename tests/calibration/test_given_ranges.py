@@ -160,10 +160,10 @@ GOOD = {"target": "tensorrt", "keep_float": [], "weights_sha256": WEIGHTS, "rang
         ({**GOOD, "ranges": {"image": ["0", "1"]}}, "ranges.image[0] is '0'; expected a number"),
         ({**GOOD, "ranges": {"image": 3}}, "ranges.image is 3; expected a list of 2"),
         (GOOD, "was made for another graph: it has no range for 10 of 11 tensors: "),
-        ({**GOOD, "keep_float": ["/neck"]}, "it keeps 1 convolutions in float that the model has not: /neck"),
+        ({**GOOD, "keep_float": ["/neck"]}, "it keeps 1 products in float that the model has not: /neck"),
         (
             {**GOOD, "keep_float": QUANTIZED},
-            "none of the 14 convolutions can be quantised",
+            "none of the 14 convolutions and matrix products can be quantised",
         ),
     ],
 )

@@ -10,13 +10,13 @@ from onnx import numpy_helper, parser
 
 from calibration.placement import (
     FloatGraph,
-    final_convolutions,
     place_for_onnxruntime,
     place_for_tensorrt,
 )
 from calibration.qdq import quantize_graph
 from deploy.errors import ConfigError
 from deploy.graphs.graph import check_graph, consumers, initializers
+from deploy.graphs.products import Products
 from deploy.int8_format import FloatReason
 
 PREDICTIONS = ["prediction_3", "prediction_4"]
@@ -48,8 +48,8 @@ def optimized(model, folder):
     return Counter(node.op_type for node in onnx.load(folder / "optimized.onnx").graph.node)
 
 
-def test_final_convolutions_are_found_behind_the_decode(detector):
-    assert final_convolutions(detector) == set(PREDICTIONS)
+def test_final_products_are_found_behind_the_decode(detector):
+    assert Products(detector).final == set(PREDICTIONS)
 
 
 def test_paths_through_shape_carry_no_values():
@@ -64,7 +64,7 @@ def test_paths_through_shape_carry_no_values():
             y = Reshape (b, shape)
         }
     """)
-    assert final_convolutions(model) == {"b"}
+    assert Products(model).final == {"b"}
 
 
 def test_tensorrt_pairs_are_on_inputs_and_on_skip_branches(for_tensorrt):
@@ -284,7 +284,5 @@ def test_blocks_and_nodes_are_kept_in_float_by_name(detector, quantize, target):
 
 
 def test_name_to_keep_in_float_must_be_there(detector):
-    with pytest.raises(
-        ConfigError, match=r"--keep-float has '/neck'; expected .* The 14 convolutions are: node_stem, "
-    ):
+    with pytest.raises(ConfigError, match=r"--keep-float has '/neck'; expected .* The 14 of them are: node_stem, "):
         FloatGraph(detector, ["/neck"])

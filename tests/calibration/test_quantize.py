@@ -42,7 +42,7 @@ def test_command_writes_model_and_sidecar(model_path, data_dir, target, capsys):
     )
     printed = capsys.readouterr()
     assert status == 0
-    assert "12 of 14 convolutions in INT8" in printed.out
+    assert "12 of 14 convolutions and matrix products in INT8" in printed.out
     assert "2 final prediction" in printed.out
     assert "warning: 5 calibration images" in printed.err
 
@@ -210,7 +210,7 @@ class FakeAccuracy:
         if against is None:
             output.write_text("the result of the float model")
             return {"AP": 0.4}
-        names = {entry.name for entry in audit(load_onnx(model)).convolutions if entry.state == INT8}
+        names = {entry.name for entry in audit(load_onnx(model)).products if entry.state == INT8}
         drop = sum(self.costs.get(name, 0.0) for name in names)
         if len(self.measured) + 1 == self.fails_at:
             raise KeyboardInterrupt
@@ -244,7 +244,7 @@ def test_budget_keeps_blocks_in_float(words, model_path, target, monkeypatch, ca
     assert sha256_of(output) == fake.hashes[0.002]  # the very file that was measured
     first = "step 1: all blocks in INT8; 0.0 % of the multiplications in float; AP 37.80, a drop of 2.20 points"
     assert first in printed.err
-    assert "10 of 14 convolutions in INT8" in printed.out
+    assert "10 of 14 convolutions and matrix products in INT8" in printed.out
     assert "AP 39.80, a drop of 0.20 points against float (95 % interval 0.00 to 0.30), on 3 images of" in printed.out
     assert "in float for it: node_down1, " in printed.out
     assert "chosen by the drop on these very images" in printed.out
@@ -252,8 +252,8 @@ def test_budget_keeps_blocks_in_float(words, model_path, target, monkeypatch, ca
     assert not journal_path(output).exists()
     audited = audit(load_onnx(output))
     assert budget["float_share"] == pytest.approx(
-        sum(entry.multiplications for entry in audited.convolutions if entry.name in ("node_down1", "node_down2"))
-        / sum(entry.multiplications for entry in audited.convolutions if "prediction" not in entry.name)
+        sum(entry.multiplications for entry in audited.products if entry.name in ("node_down1", "node_down2"))
+        / sum(entry.multiplications for entry in audited.products if "prediction" not in entry.name)
     )
 
 

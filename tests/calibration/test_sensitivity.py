@@ -19,7 +19,7 @@ COSTS = {"node_down_skip": 0.03, "node_fpn3": 0.01, "node_tower_3": -0.002}
 
 
 def quantized_names(path):
-    return {entry.name for entry in audit(onnx.load(path)).convolutions if entry.state == INT8}
+    return {entry.name for entry in audit(onnx.load(path)).products if entry.state == INT8}
 
 
 class FakeAccuracy:
@@ -137,7 +137,7 @@ def test_error_alone_needs_no_evaluation(words, output, monkeypatch):
 def test_what_is_kept_in_float_is_not_measured(words, output):
     assert main([*words, "--metric", "error", "--keep-float", "node_stem", "node_lateral3"]) == 0
     document = json.loads(output.read_text())
-    names = {name for row in document["blocks"] for name in row["convolutions"]}
+    names = {name for row in document["blocks"] for name in row["products"]}
     assert len(names) == 10
     assert not names & {"node_stem", "node_lateral3"}
 
@@ -149,7 +149,7 @@ def test_what_is_kept_in_float_is_not_measured(words, output):
         (["--num-images", "4"], "the sensitivity of other calibration images;"),
         (["--limit", "2"], "the sensitivity of other measured images;"),
         (["--blocks", "each"], "the sensitivity of other block kind;"),
-        (["--target", "onnxruntime", "--keep-float", "node_stem"], "other target, convolutions kept in float;"),
+        (["--target", "onnxruntime", "--keep-float", "node_stem"], "other target, products kept in float;"),
     ],
 )
 def test_other_settings_do_not_go_on_with_a_file(words, output, capsys, further, message):
@@ -205,7 +205,7 @@ def test_statistics_that_cannot_be_written_are_refused_before_any_work(words, mo
 
 
 ROW = {
-    "name": "a & <b>", "convolutions": ["c"], "multiplications": 30, "error": {"boxes": 0.25, "scores": 0.01},
+    "name": "a & <b>", "products": ["c"], "multiplications": 30, "error": {"boxes": 0.25, "scores": 0.01},
     "AP_drop": 0.02, "low": -0.01, "high": 0.05,
     "AP_small_drop": None, "AP_medium_drop": 0.03, "AP_large_drop": 0.0, "score_shift": -0.04,
 }  # fmt: skip

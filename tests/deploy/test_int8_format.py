@@ -117,7 +117,7 @@ def test_the_range_of_a_format_gives_it_again(zero_point):
 
 
 def test_codes_and_texts_of_reasons_are_each_of_one():
-    assert len({reason.code for reason in FloatReason}) == len({reason.text for reason in FloatReason}) == 7
+    assert len({reason.code for reason in FloatReason}) == len({reason.text for reason in FloatReason}) == 11
     assert [reason.code for reason in FloatReason if reason.is_chosen] == ["asked", "ap_budget"]
 
 

@@ -165,7 +165,7 @@ def methods(tmp_path, data, monkeypatch):
     ratio = {"median": 2.5, "lowest": 2.4, "highest": 2.6}
     latency = {"float_ms": 10.0, "int8_ms": 4.0, "times": ratio, "description": "some runtime", "others_cores": 0.0}
     audit = {
-        "convolutions": [{"state": "INT8"}, {"state": "INT8"}, {"state": "float"}], "int8_share": 0.9, "faults": []
+        "products": [{"state": "INT8"}, {"state": "INT8"}, {"state": "float"}], "int8_share": 0.9, "faults": []
     }  # fmt: skip
     monkeypatch.setattr(calibration_methods, "latency_of", lambda *_: latency)
     monkeypatch.setattr(calibration_methods, "audit_of", lambda _: audit)

@@ -39,8 +39,12 @@ RTMDET = {
 MOBILENET = {"model.backbone": dict(_delete_=True, type="TimmBackbone", model="mobilenetv4_conv_small",
                                     out_indices=(1, 2, 3, 4)), "model.neck.in_channels": "backbone"}  # fmt: skip
 SHUFFLENET = {"model.backbone": dict(_delete_=True, type="NanoDetBackbone"), "model.neck.in_channels": [116, 232, 464]}
+SWIN = {"model.backbone": dict(_delete_=True, type="SwinTransformer", embed_dims=16, depths=[1, 2, 1, 1],
+                               num_heads=[1, 2, 2, 2], window_size=4, drop_path_rate=0.0, convert_weights=False),
+        "model.neck.in_channels": [16, 32, 64, 128]}  # fmt: skip
 DETECTORS = {
     "BatchNorm": {},
+    "fully connected layers and attention": SWIN,
     "channel shuffle": SHUFFLENET,
     "GroupNorm": GROUP_NORM,
     "norms per level, SiLU": RTMDET,
@@ -83,11 +87,13 @@ def _scores_of_int8(quantized: Quantized) -> Callable[[torch.Tensor], np.ndarray
     """network input -> scores of the INT8 graph, computed node by node, with biases as they were: in float."""
     model, original = load_onnx(quantized.int8_path), load_onnx(quantized.float_path)
     biases = {
-        node.output[0]: node.input[2] for node in original.graph.node if node.op_type == "Conv" and node.input[2:]
+        node.output[0]: node.input[2]
+        for node in original.graph.node
+        if node.op_type in ("Conv", "Gemm") and node.input[2:]
     }
     tensors = {tensor.name: tensor for tensor in original.graph.initializer}
     for node in model.graph.node:
-        if node.op_type == "Conv" and node.input[2:]:
+        if node.op_type in ("Conv", "Gemm") and node.input[2:]:
             node.input[2] = biases[node.output[0]]
     known = {tensor.name for tensor in model.graph.initializer}
     model.graph.initializer.extend(tensors[name] for name in sorted(set(biases.values()) - known))

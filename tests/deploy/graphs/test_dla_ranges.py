@@ -12,7 +12,7 @@ onnx = pytest.importorskip("onnx")
 
 PAIRED = """<ir_version: 8, opset_import: ["" : 17]>
 paired (float[1,2,4,4] images) => (float[1,2,4,4] maps)
-<float scale = {0.1}, float other = {0.2}, int8 zero = {0}, float[2,2,1,1] weight = {1, 0, 0, 1},
+<float scale = {0.1}, float other = {0.2}, int8 zero = {0}, float[2,2,1,1] weight = {0.9, 0, 0, 0.9},
  int64[4] shape = {1, 2, 4, 4}, float three = {3}> {
     images_q = QuantizeLinear (images, scale, zero)
     images_dq = DequantizeLinear (images_q, scale, zero)
