@@ -71,6 +71,7 @@ NEEDS: Dict[str, Tuple[str, ...]] = {
     "benchmarks.studies.tools": ("numpy", "opencv", "onnx", "onnxruntime", "faster-coco-eval"),
     "benchmarks.studies.tools_child": ("numpy", "opencv", "onnxruntime"),
     "benchmarks.studies.training_step": TRAINING,
+    "benchmarks.studies.operators": ("numpy", "opencv", "onnx", "onnxruntime"),
     "benchmarks.studies.recipes": (*TRAINING, "onnx", "onnxruntime", "onnxslim"),
 }
 """Every command in the order of use, with what it is given where that matters -> what it needs."""

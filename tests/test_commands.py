@@ -82,6 +82,7 @@ BAD_INPUT = {
     "benchmarks.latency": ["nope.onnx", "--data", "nope", "-o", "out.result.json"],
     "benchmarks.report": ["nope.result.json", "-o", "out.html"],
     "benchmarks.studies.training_step": ["nope.py", "-o", "out.json"],
+    "benchmarks.studies.operators": ["a=nope.onnx:nope.int8.onnx", "--data", "nope", "-o", "out"],
     "benchmarks.studies.recipes": ["--data", "nope", "-o", "out"],
 }
 WITHOUT_INPUT = ("deploy.doctor",)

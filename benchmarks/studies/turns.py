@@ -12,6 +12,7 @@ import numpy as np
 
 from benchmarks.measuring.environment import busy_cores
 from benchmarks.measuring.timing import REST_S
+from deploy.contract import ModelContract
 from deploy.images import read_image
 from deploy.runtime.preprocess import preprocess
 from deploy.runtime.session import Session, open_session
@@ -41,7 +42,7 @@ def latencies(files: Mapping[str, Tuple[Path, Optional[str]]], image: Path) -> D
             name: opened.enter_context(open_session(path, threads=1, runtime=runtime))
             for name, (path, runtime) in files.items()
         }
-        feeds = {name: _feed(session, image) for name, session in sessions.items()}
+        feeds = {name: feed_of(session.contract, image) for name, session in sessions.items()}
         others = busy_cores(REST_S)
         warm = take_turns(sessions, feeds, WARMUP)
         turn_ms = sum(statistics.median(times_ms) for times_ms in warm.values())
@@ -75,7 +76,7 @@ def take_turns(
     return taken
 
 
-def _feed(session: Session, image: Path) -> Dict[str, np.ndarray]:
-    contract = session.contract
+def feed_of(contract: ModelContract, image: Path) -> Dict[str, np.ndarray]:
+    """What a model is fed for an image, as many times as its batch is large."""
     prepared = preprocess(read_image(image), contract)
     return {contract.input_name: np.repeat(prepared.input, max(1, contract.input_shape[0]), axis=0)}
