@@ -70,4 +70,4 @@ bench-bccd: $(READY)
 include benchmarks/studies/studies.mk
 
 clean:
-	rm -rf .venv .venv-modelopt demo
+	rm -rf .venv .venv-modelopt .venv-nncf demo

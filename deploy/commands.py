@@ -68,7 +68,7 @@ NEEDS: Dict[str, Tuple[str, ...]] = {
     "benchmarks.studies.calibration int8-aware": (*TRAINING, "onnx", "onnxruntime", "faster-coco-eval"),
     "benchmarks.studies.distillation": (*TRAINING, "faster-coco-eval"),
     "benchmarks.studies.distillation --ray": (*TRAINING, "faster-coco-eval", "ray"),
-    "benchmarks.studies.tools": ("numpy", "opencv", "onnx", "onnxruntime", "faster-coco-eval"),
+    "benchmarks.studies.tools": ("numpy", "opencv", "onnx", "onnxruntime", "openvino", "faster-coco-eval"),
     "benchmarks.studies.tools_child": ("numpy", "opencv", "onnxruntime"),
     "benchmarks.studies.training_step": TRAINING,
     "benchmarks.studies.operators": ("numpy", "opencv", "onnx", "onnxruntime"),

@@ -44,7 +44,7 @@ INT8_AWARE := --quantize int8 --target onnxruntime
 
 bench-calibration: $(CALIBRATION)/batchnorm.onnx $(CALIBRATION)/groupnorm.onnx $(CALIBRATION)/r18.onnx $(CALIBRATION)/nanodet.onnx \
 		$(CALIBRATION)/int8-batchnorm/config.py $(CALIBRATION)/int8-groupnorm/config.py $(CALIBRATION)/int8-nanodet/config.py
-	-$(MAKE) .venv-modelopt/.ready
+	-$(MAKE) .venv-modelopt/.ready .venv-nncf/.ready --keep-going
 	$(BIN)/python -m benchmarks.studies.calibration int8-aware configs/studies/nanodet_crosskd.py --data $(COCO) \
 		--student $(CALIBRATION)/nanodet --teacher $(CALIBRATION)/nanodet/detector.pth --epochs 10 --learning-rate 1.5e-4 \
 		--runs-dir $(CALIBRATION)/int8_aware -o $(RESULTS)/int8_aware
@@ -54,9 +54,9 @@ bench-calibration: $(CALIBRATION)/batchnorm.onnx $(CALIBRATION)/groupnorm.onnx $
 		nanodet=$(CALIBRATION)/int8-nanodet/student.int8.onnx nanodet=$(CALIBRATION)/int8_aware/int8-aware-0/student.int8.onnx \
 		--runs-dir $(CALIBRATION)/methods -o $(RESULTS)/methods
 	$(BIN)/python -m benchmarks.studies.tools $(CALIBRATION)/batchnorm.onnx --data $(BCCD) \
-		--num-images 64 --modelopt-python .venv-modelopt/bin/python -o $(RESULTS)/tools_bccd
+		--num-images 64 -o $(RESULTS)/tools_bccd
 	$(BIN)/python -m benchmarks.studies.tools $(CALIBRATION)/nanodet.onnx --data $(COCO) \
-		--num-images 64 --modelopt-python .venv-modelopt/bin/python -o $(RESULTS)/tools_coco
+		--num-images 64 -o $(RESULTS)/tools_coco
 
 # Students of `make bench-transfer` and of `make demo`, quantised.
 SEEDS := 0 1 2
@@ -105,4 +105,10 @@ $(CALIBRATION)/%.onnx: $(CALIBRATION)/%/config.py
 .venv-modelopt/.ready:
 	$(PYTHON) -m venv .venv-modelopt
 	.venv-modelopt/bin/pip install --quiet "nvidia-modelopt[onnx]==0.47.*" opencv-python-headless==4.12.0.88
+	@touch $@
+
+# NNCF's, likewise.
+.venv-nncf/.ready:
+	$(PYTHON) -m venv .venv-nncf
+	.venv-nncf/bin/pip install --quiet nncf==3.4.0 onnx==1.23.2 onnxruntime==1.31.1 opencv-python-headless==4.12.0.88
 	@touch $@

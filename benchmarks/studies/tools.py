@@ -1,20 +1,23 @@
 """
-Command: our calibration beside ONNX Runtime's and ModelOpt's, on the same models and images: time, memory, AP.
+Command: our calibration beside ONNX Runtime's, ModelOpt's and NNCF's, on the same models and images: time, memory, AP,
+and the latency of the INT8 files.
 
     python -m benchmarks.studies.tools student.onnx --data DIR --num-images 128 \\
-        --modelopt-python .venv-modelopt/bin/python -o benchmarks/results/calibration/tools
+        --modelopt-python .venv-modelopt/bin/python --nncf-python .venv-nncf/bin/python \\
+        -o benchmarks/results/calibration/tools
 
 To be run from the folder of the checkout. Each row is a tool, a method and a setting, in processes of its own, all of
 which leave the number of threads to ONNX Runtime: one per core. They calibrate on images of the training split, evenly
-spread; AP is that of the INT8 file on another split, by `benchmarks.accuracy`; what became of the convolutions is as
-`calibration.audit` says. A row of plain inference is the yardstick.
+spread; AP is that of the INT8 file on another split, by `benchmarks.accuracy`: of NNCF's on OpenVINO, which they are
+made for, else on ONNX Runtime. What became of the convolutions is as `calibration.audit` says. Latency is that of the
+float and the INT8 file in turn, on one thread, on either runtime. A row of plain inference is the yardstick.
 
 Each tool runs twice, with a quarter of the images and with all. What an image costs is the difference of the two runs
 divided by that of their images, so that starting up and reading the model do not count. Processor time is given beside
 the clock's, since other programs do not lengthen it; but it counts threads that wait in a loop, as ONNX Runtime's do by
 default. A row says how many processors others kept busy before it. A tool that fails is a row with its error. The files
 are written again after each row, and rows that are finished are kept while what they were made from stays the same: cut
-it off at any time, and the same line goes on. Linux only. Needs onnx, onnxruntime and faster-coco-eval.
+it off at any time, and the same line goes on. Linux only. Needs onnx, onnxruntime, openvino and faster-coco-eval.
 """
 
 from __future__ import annotations
@@ -37,7 +40,7 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from benchmarks.measuring.environment import busy_cores, read_environment, reset_peak_memory
 from benchmarks.measuring.timing import OTHERS_CORES, REST_S, spread
-from benchmarks.reporting.wording import UNKNOWN, decimals, times
+from benchmarks.reporting.wording import UNKNOWN, decimals, ms, times
 from benchmarks.studies.jobs import printed_json
 from benchmarks.studies.tables import check_tables, disturbed, points, table, write_tables
 from deploy.commands import last_message, shell_line
@@ -50,9 +53,13 @@ from deploy.layouts import SPLITS, split_paths
 from deploy.processes import end, process_words, start
 
 KIND = "calibration_tools"
-PLAIN, OURS, ONNX_RUNTIME, MODELOPT = "plain inference", "ours", "ONNX Runtime", "ModelOpt"
-CHILD_NAMES = {PLAIN: "plain", ONNX_RUNTIME: "onnxruntime", MODELOPT: "modelopt"}
+PLAIN, OURS, ONNX_RUNTIME, MODELOPT, NNCF = "plain inference", "ours", "ONNX Runtime", "ModelOpt", "NNCF"
+CHILD_NAMES = {PLAIN: "plain", ONNX_RUNTIME: "onnxruntime", MODELOPT: "modelopt", NNCF: "nncf"}
 """Tool -> what benchmarks.studies.tools_child calls it."""
+PACKAGES = {MODELOPT: "nvidia-modelopt", NNCF: "nncf"}
+"""Tool that has a Python of its own -> its package there."""
+RUNTIMES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+"""What latency is measured on: name as `open_session` takes it -> title."""
 CHILD = Path("benchmarks/studies/tools_child.py")
 DEFAULTS, AS_OURS = "defaults", "predictions in float"
 """Settings of the others. In the second, what our placement leaves in float as a final prediction is excluded, with all
@@ -82,6 +89,7 @@ WAYS = (
     *(Way(ONNX_RUNTIME, method, setting) for setting in (DEFAULTS, AS_OURS)
       for method in ("MinMax", "Percentile", "Entropy")),
     *(Way(MODELOPT, method, setting) for setting in (DEFAULTS, AS_OURS) for method in ("max", "entropy")),
+    *(Way(NNCF, method, setting) for setting in (DEFAULTS, AS_OURS) for method in ("performance", "mixed")),
 )  # fmt: skip
 
 WayRow = Dict[str, Any]
@@ -114,10 +122,17 @@ class ToolsOptions:
     """Stem of the files to write: STEM.json and STEM.md."""
     modelopt_python: str
     """Python that has nvidia-modelopt."""
+    nncf_python: str
+    """Python that has nncf."""
     num_images: int = 128
     """Images to calibrate on."""
     split: str = "test"
     """Split to evaluate on."""
+
+    @property
+    def pythons(self) -> Dict[str, str]:
+        """Tool that has a Python of its own -> that Python."""
+        return {MODELOPT: self.modelopt_python, NNCF: self.nncf_python}
 
 
 @command
@@ -127,7 +142,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     check_tables(options.output)
     _check_options(options)
     environment = read_environment()  # before anything is measured: the load is that which others cause
-    versions = tool_versions(options.modelopt_python)
+    versions = tool_versions(options.pythons)
     finished = _finished_rows(Path(f"{options.output}.json"), options.models)
     with tempfile.TemporaryDirectory() as folder:
         few, every = calibration_images(options, Path(folder))
@@ -148,7 +163,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         for key in planned:
             if key not in rows:
                 row = begun(*key)
-                rows[key] = {**row, **measure(row, key[1], few, every, options.modelopt_python)}
+                rows[key] = {**row, **measure(row, key[1], few, every, options.pythons)}
                 if key[1] == PREDICTIONS_FROM:
                     keep_finished()  # those of AS_OURS, too, where the final predictions are still the same
                 write_results([rows[one] for one in planned if one in rows], options, environment)
@@ -159,7 +174,7 @@ def main(argv: Optional[List[str]] = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.studies.tools",
-        description="Compare our calibration with ONNX Runtime's and ModelOpt's: time, memory, AP.",
+        description="Compare our calibration with ONNX Runtime's, ModelOpt's and NNCF's: time, memory, AP, latency.",
     )
     parser.add_argument("models", nargs="+", metavar="MODEL.onnx", help="float ONNX file, with its sidecar")
     parser.add_argument(
@@ -172,6 +187,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--modelopt-python", metavar="PATH", default=".venv-modelopt/bin/python",
         help="Python that has nvidia-modelopt[onnx] and opencv-python-headless (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--nncf-python", metavar="PATH", default=".venv-nncf/bin/python",
+        help="Python that has nncf, onnx, onnxruntime and opencv-python-headless (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("-o", "--output", metavar="STEM", default="benchmarks/results/calibration/tools",
                         help="of the files to write, STEM.json and STEM.md (default: %(default)s)")  # fmt: skip
@@ -189,8 +208,13 @@ def _check_options(options: ToolsOptions) -> None:
         raise ConfigError(f"there is no {CHILD} here; run this command in the folder of the checkout")
 
 
-def tool_versions(modelopt_python: str) -> Dict[str, Optional[str]]:
-    """Tool -> its version, None where it is not installed. Ours is that of its source."""
+def tool_versions(pythons: Mapping[str, str]) -> Dict[str, Optional[str]]:
+    """
+    Tool -> its version, None where it is not installed. Ours is that of its source.
+
+    Args:
+        pythons: of the tools that have one of their own.
+    """
     source = importlib.util.find_spec("calibration")
     assert source is not None
     assert source.submodule_search_locations is not None
@@ -198,16 +222,24 @@ def tool_versions(modelopt_python: str) -> Dict[str, Optional[str]]:
     ours = hashlib.sha256("".join(map(sha256_of, files)).encode()).hexdigest()[:12]
     packages = package_versions()
     runtime = packages.get("onnxruntime") or packages.get("onnxruntime-gpu")
+    return {
+        PLAIN: runtime,
+        OURS: f"{ours} on ONNX Runtime {runtime}",
+        ONNX_RUNTIME: runtime,
+        **{tool: _version_in(python, PACKAGES[tool]) for tool, python in pythons.items()},
+    }
+
+
+def _version_in(python: str, package: str) -> Optional[str]:
     question = (
         "import importlib.metadata, onnxruntime; "
-        "print(importlib.metadata.version('nvidia-modelopt'), 'on ONNX Runtime', onnxruntime.__version__)"
+        f"print(importlib.metadata.version('{package}'), 'on ONNX Runtime', onnxruntime.__version__)"
     )
     try:
-        done = subprocess.run([modelopt_python, "-c", question], capture_output=True, text=True, check=False)
-        modelopt = done.stdout.strip() if done.returncode == 0 else None
+        done = subprocess.run([python, "-c", question], capture_output=True, text=True, check=False)
     except OSError:
-        modelopt = None
-    return {PLAIN: runtime, OURS: f"{ours} on ONNX Runtime {runtime}", ONNX_RUNTIME: runtime, MODELOPT: modelopt}
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def _finished_rows(path: Path, models: Sequence[str]) -> List[WayRow]:
@@ -222,7 +254,7 @@ def _finished_rows(path: Path, models: Sequence[str]) -> List[WayRow]:
             f"{path} has rows of {', '.join(others)}, which would be lost; name these models, too, or choose another "
             "--output"
         )
-    return [row for row in document["rows"] if row["error"] is None]
+    return [row for row in document["rows"] if row["error"] is None and "latency" in row]
 
 
 def calibration_images(options: ToolsOptions, folder: Path) -> Tuple[Images, Images]:
@@ -283,19 +315,19 @@ def begin_row(
     }
 
 
-def measure(row: WayRow, way: Way, few: Images, every: Images, modelopt_python: str) -> WayRow:
+def measure(row: WayRow, way: Way, few: Images, every: Images, pythons: Mapping[str, str]) -> WayRow:
     """
     What is to be added to a row that was begun; where a step fails, its `error`, and None for what was to follow.
 
     The keys: `others_cores`, processors that other programs kept busy before it; `runs`, with few images and with all;
     `seconds_per_image`, `cpu_seconds_per_image` and `mib_per_image`, from the difference of the runs; `seconds` and
-    `peak_mib`, of the run with all; `AP`, `AP50`; `convolutions`, their number by state; `final_predictions`, the names
-    of those in float.
+    `peak_mib`, of the run with all; `AP`, `AP50`; `latency`, on each of RUNTIMES, as the child tells it, or its
+    `error`; `convolutions`, their number by state; `final_predictions`, the names of those in float.
     """
     found: WayRow = {
         "others_cores": None,
         **dict.fromkeys(("runs", "seconds_per_image", "cpu_seconds_per_image", "mib_per_image", "seconds", "peak_mib")),
-        **dict.fromkeys(("AP", "AP50", "convolutions", "final_predictions")),
+        **dict.fromkeys(("AP", "AP50", "latency", "convolutions", "final_predictions")),
         "error": None,
     }
     try:
@@ -313,7 +345,7 @@ def measure(row: WayRow, way: Way, few: Images, every: Images, modelopt_python: 
             shutil.copyfile(sidecar_path(row["model"]), sidecar_path(model))
             runs = []
             for images in (few, every):
-                words = words_of(way, model, images, row["inputs"]["float_from"] or [], output, modelopt_python)
+                words = words_of(way, model, images, row["inputs"]["float_from"] or [], output, pythons)
                 runs.append({"images": images.count, **run_child(words, log)})
             found.update(numbers_from_runs(runs))
             if way.tool == PLAIN:
@@ -322,7 +354,8 @@ def measure(row: WayRow, way: Way, few: Images, every: Images, modelopt_python: 
                 raise MeasurementError("it ended well and wrote no file")
             elif way.tool != OURS:  # ours writes its sidecar itself
                 write_sidecar(output, {"model": row["model"]}, load_contract(model), dataclasses.asdict(way))
-            found.update(_accuracy(output, every, log))
+            found.update(_accuracy(output, every, log, "openvino" if way.tool == NNCF else "onnxruntime"))
+            found["latency"] = _latency(model, output, every, log)
             if way.tool != PLAIN:
                 found.update(_audit(output))
     except MeasurementError as error:
@@ -331,7 +364,7 @@ def measure(row: WayRow, way: Way, few: Images, every: Images, modelopt_python: 
 
 
 def words_of(
-    way: Way, model: Path, images: Images, float_from: Sequence[str], output: Path, modelopt_python: str
+    way: Way, model: Path, images: Images, float_from: Sequence[str], output: Path, pythons: Mapping[str, str]
 ) -> List[str]:
     """The command of one run."""
     words = [str(model), "--annotations", str(images.annotations), "--images-dir", str(images.images_dir)]
@@ -343,7 +376,7 @@ def words_of(
         return process_words("calibration.quantize", *words)
     words += ["--method", way.method] if way.method else []
     words += ["--float-from", *float_from] if float_from else []
-    python = modelopt_python if way.tool == MODELOPT else sys.executable
+    python = pythons.get(way.tool, sys.executable)
     return [python, "-m", "benchmarks.studies.tools_child", CHILD_NAMES[way.tool], *words]
 
 
@@ -400,12 +433,27 @@ def numbers_from_runs(runs: Sequence[Mapping[str, float]]) -> WayRow:
     }
 
 
-def _accuracy(model: Path, images: Images, log: Path) -> WayRow:
+def _accuracy(model: Path, images: Images, log: Path, runtime: str) -> WayRow:
     result = model.with_suffix(".accuracy.result.json")
-    words = [str(model), "--data", images.data_dir, "--split", images.split, "-o", str(result)]
+    words = [str(model), "--data", images.data_dir, "--split", images.split, "--runtime", runtime, "-o", str(result)]
     run_child(process_words("benchmarks.accuracy", *words), log)
     numbers = read_json(result, MeasurementError, "a result of benchmarks.accuracy")["numbers"]
     return {"AP": numbers["AP"], "AP50": numbers["AP50"]}
+
+
+def _latency(model: Path, int8: Path, images: Images, log: Path) -> WayRow:
+    """Of the float file and the INT8 file, which may be the same; in a process of its own, since it needs a runtime."""
+    found: WayRow = {}
+    for runtime in RUNTIMES:
+        output = model.with_name(f"{runtime}.latency.json")
+        words = ["latency", str(model), "--int8", str(int8), "--runtime", runtime, "-o", str(output)]
+        words += ["--annotations", str(images.annotations), "--images-dir", str(images.images_dir)]
+        try:
+            run_child(process_words("benchmarks.studies.tools_child", *words), log)
+            found[runtime] = read_json(output, MeasurementError, "a latency")
+        except MeasurementError as error:
+            found[runtime] = {"error": str(error)}
+    return found
 
 
 def _audit(model: Path) -> WayRow:
@@ -433,7 +481,7 @@ def write_results(rows: Sequence[WayRow], options: ToolsOptions, environment: Ma
 
 COLUMNS = (
     "tool", "method, setting", "s per image (of plain)", "CPU s per image (of plain)", "MiB per image", "peak MiB",
-    "s in all", "AP", "INT8 / weight-only / float",
+    "s in all", "AP", *(f"ms on {title} (times faster)" for title in RUNTIMES.values()), "INT8 / weight-only / float",
 )  # fmt: skip
 
 
@@ -460,6 +508,13 @@ def markdown_of(document: Mapping[str, Any]) -> str:
             *table(COLUMNS, [_cells(row, of_model) for row in of_model]),
         ]
         failed = [f"- {_name(row)}: failed: {row['error']}" for row in of_model if row["error"] is not None]
+        failed += [
+            f"- {_name(row)}: no latency on {title}: {error}"
+            for row in of_model
+            for runtime, title in RUNTIMES.items()
+            for error in [((row["latency"] or {}).get(runtime) or {}).get("error")]
+            if error
+        ]
         lines += ["", *failed] if failed else []
     lines += [
         "",
@@ -467,8 +522,11 @@ def markdown_of(document: Mapping[str, Any]) -> str:
         "of their images; where the runs take but seconds, it is mostly noise. Seconds in all and peak memory are of "
         "the run with all, start-up and imports included. CPU seconds are those of all threads, also of those that "
         "wait for work in a loop: ONNX Runtime's by default, which ours lets sleep. Disturbed: other programs kept "
-        f"more than {OTHERS_CORES} processors busy before the row. The last column counts convolutions. ONNX Runtime "
-        "and ModelOpt run with their defaults (ModelOpt on the processor, leaving in FP32 what is not INT8); with "
+        f"more than {OTHERS_CORES} processors busy before the row. Milliseconds are processor time of an inference on "
+        "one thread, median; the float and the INT8 file take turns, and how many times faster it is than the float "
+        "one on the same runtime is of the same run. AP of NNCF's files is on OpenVINO, of all others on ONNX Runtime. "
+        "The last column counts convolutions. ONNX Runtime, "
+        "ModelOpt and NNCF run with their defaults (ModelOpt on the processor, leaving in FP32 what is not INT8); with "
         "predictions in float, the final predictions that ours leaves in float are excluded, and all that reads what "
         "comes of them.",
         "",
@@ -490,8 +548,16 @@ def _cells(row: WayRow, rows: Sequence[WayRow]) -> List[str]:
         decimals(row["peak_mib"], 0),
         decimals(row["seconds"], 1),
         points(row["AP"]),
+        *(_latency_cell(row, runtime) for runtime in RUNTIMES),
         UNKNOWN if counts is None else " / ".join(str(counts[state]) for state in INT8_STATES),
     ]
+
+
+def _latency_cell(row: WayRow, runtime: str) -> str:
+    one = (row["latency"] or {}).get(runtime) or {}
+    if "int8_ms" not in one:
+        return UNKNOWN
+    return ms(one["int8_ms"]) + ("" if row["tool"] == PLAIN else f" ({times(one['times']['median'])})")
 
 
 def _ratio(row: WayRow, plain: Optional[WayRow], key: str) -> Optional[float]:

@@ -4,6 +4,8 @@ Command: what one process of benchmarks.studies.tools does: images through a mod
     python -m benchmarks.studies.tools_child plain student.onnx --annotations images.json --images-dir DIR
     python -m benchmarks.studies.tools_child modelopt student.onnx --method entropy \\
         --annotations images.json --images-dir DIR -o student.int8.onnx
+    python -m benchmarks.studies.tools_child latency student.onnx --int8 student.int8.onnx --runtime openvino \\
+        --annotations images.json --images-dir DIR -o latency.json
 
 Run in the folder of the checkout by the Python that has the tool, which need not be ours; it needs numpy, OpenCV and
 onnx besides. Settings are the tool's defaults, but for what `int8_by_modelopt` says.
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from pathlib import Path
 from typing import Callable, Dict, List, Optional, Sequence, Set
 
 import numpy as np
@@ -21,11 +24,13 @@ import numpy as np
 from deploy.contract import load_contract
 from deploy.dataset import load_coco
 from deploy.errors import CalibrationError, ConfigError, command
-from deploy.files import check_writable
+from deploy.files import check_writable, write_json
 from deploy.images import read_image
 from deploy.runtime.preprocess import preprocess
 from deploy.runtime.session import OrtSession
+from deploy.targets import TARGETS
 
+LATENCY = "latency"
 Feed = Dict[str, np.ndarray]
 
 
@@ -122,25 +127,64 @@ def int8_by_modelopt(images: Images, model: str, method: str, excluded: List[str
     )
 
 
+def int8_by_nncf(images: Images, model: str, method: str, excluded: List[str], output: str) -> None:
+    """
+    `method` is a preset, "performance" or "mixed".
+
+    Its backend for ONNX is taken, whose files every runtime reads; those for OpenVINO's own format take as long to run.
+    """
+    import nncf
+    import onnx
+
+    feeds = list(iter(images.get_next, None))
+    quantized = nncf.quantize(
+        onnx.load(model),
+        nncf.Dataset(feeds),
+        preset=nncf.QuantizationPreset(method),
+        subset_size=len(feeds),
+        ignored_scope=nncf.IgnoredScope(names=excluded) if excluded else None,
+    )
+    onnx.save(quantized, output)
+
+
+def time_in_turn(image: Path, model: str, int8: str, runtime: str, output: str) -> None:
+    """Writes `fp32_ms`, `int8_ms`, `times` (FP32 over INT8, as `ratio`) and `description`, of one run."""
+    from benchmarks.studies.turns import latencies, ratio  # which needs more than other Pythons have
+
+    measured = latencies({"fp32": (Path(model), runtime), "int8": (Path(int8), runtime)}, image)
+    numbers = {f"{name}_ms": value for name, value in measured["ms"].items()}
+    write_json(
+        output,
+        {**numbers, "times": ratio(measured, "fp32", "int8"), "description": measured["description"]["int8"]},
+    )
+
+
 QUANTIZERS: Dict[str, Callable[[Images, str, str, List[str], str], None]] = {
     "onnxruntime": int8_by_onnxruntime,
     "modelopt": int8_by_modelopt,
+    "nncf": int8_by_nncf,
 }
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.studies.tools_child",
-        description="Run images through a model, alone or to calibrate another's tool.",
+        description="Run images through a model, alone, to calibrate another's tool, or to time its INT8 file.",
     )
-    parser.add_argument("tool", choices=("plain", *QUANTIZERS), help="plain: inference alone")
+    parser.add_argument(
+        "tool", choices=("plain", *QUANTIZERS, LATENCY),
+        help="plain: inference alone; latency: of the model and its INT8 file, in turn",
+    )  # fmt: skip
     parser.add_argument("model", help="float ONNX file, with its sidecar")
     parser.add_argument("--method", help="of calibration, as the tool calls it")
     parser.add_argument("--annotations", required=True, metavar="FILE", help="COCO file of the images")
     parser.add_argument("--images-dir", required=True, metavar="DIR", help="their folder")
     parser.add_argument("--float-from", nargs="+", default=[], metavar="NAME",
                         help="nodes to keep in float, with all that reads what comes of them")  # fmt: skip
-    parser.add_argument("-o", "--output", metavar="FILE", help="INT8 ONNX file to write; none for plain")
+    parser.add_argument("--int8", metavar="FILE", help="for latency: the INT8 file")
+    parser.add_argument("--runtime", choices=tuple(TARGETS), help="for latency: what runs them")
+    parser.add_argument("-o", "--output", metavar="FILE",
+                        help="INT8 ONNX file to write, for latency JSON; none for plain")  # fmt: skip
     return parser
 
 
@@ -148,6 +192,12 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Optional[List[str]] = None) -> int:
     """Runs one pass; see the module's docstring."""
     arguments = _parser().parse_args(argv)
+    if arguments.tool == LATENCY:
+        if not (arguments.int8 and arguments.runtime and arguments.output):
+            raise ConfigError("the tool is latency; expected --int8, --runtime and --output")
+        image = load_coco(arguments.annotations, arguments.images_dir, check_files=False).images[0].path
+        time_in_turn(image, arguments.model, arguments.int8, arguments.runtime, arguments.output)
+        return 0
     calibrates = arguments.tool != "plain"
     if any(bool(one) != calibrates for one in (arguments.method, arguments.output)):
         raise ConfigError(

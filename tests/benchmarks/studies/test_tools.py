@@ -16,10 +16,12 @@ from onnx import helper, numpy_helper
 
 from benchmarks.studies import tools as calibration_tools
 from benchmarks.studies import tools_child as calibration_child
+from benchmarks.studies import turns
 from benchmarks.studies.tools import (
     AS_OURS,
     DEFAULTS,
     MODELOPT,
+    NNCF,
     ONNX_RUNTIME,
     OURS,
     PREDICTIONS_FROM,
@@ -41,6 +43,7 @@ echo "$@" >> {log}
 """
 NUMBERS = (
     "seconds_per_image", "cpu_seconds_per_image", "mib_per_image", "seconds", "peak_mib", "AP", "AP50", "convolutions",
+    "latency",
 )  # fmt: skip
 COPIES = """shift 3  # -m benchmarks.studies.tools_child modelopt
 cp "$1" "$(echo "$@" | sed 's/.* -o \\([^ ]*\\).*/\\1/')"
@@ -102,6 +105,7 @@ def bench(tmp_path, data, student, monkeypatch):
     """bench(ways, words...) runs the command with these ways and returns (result, table)."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(calibration_tools, "busy_cores", lambda seconds: run.others_cores)
+    monkeypatch.setattr(calibration_tools, "_latency", lambda *_: run.latency)
 
     def run(ways, *words):
         monkeypatch.setattr(calibration_tools, "WAYS", ways)
@@ -111,6 +115,8 @@ def bench(tmp_path, data, student, monkeypatch):
         return json.loads(Path(f"{run.out}.json").read_text()), Path(f"{run.out}.md").read_text()
 
     run.out, run.others_cores = tmp_path / "out" / "tools", 0.0
+    speed = {"median": 1.5, "lowest": 1.4, "highest": 1.6}
+    run.latency = {"onnxruntime": {"fp32_ms": 9.0, "int8_ms": 6.0, "times": speed}, "openvino": {"error": "no layer"}}
     return run
 
 
@@ -146,6 +152,9 @@ def test_time_memory_ap_and_convolutions_of_each_tool(bench, modelopt, student):
     assert cells["method, setting"] == "MinMax, predictions in float"
     assert cells["peak MiB"] == f"{runtime['peak_mib']:.0f}"
     assert cells["INT8 / weight-only / float"] == "1 / 0 / 1"
+    assert cells["ms on ONNX Runtime (times faster)"] == "6.00 (1.50\N{MULTIPLICATION SIGN})"
+    assert cells["ms on OpenVINO (times faster)"] == calibration_tools.UNKNOWN
+    assert "- ONNX Runtime MinMax predictions in float: no latency on OpenVINO: no layer" in table
     assert "- ModelOpt max predictions in float: failed: " in table
     assert "ModelOpt: 0.47.0 on some runtime." in table
     assert "disturbed" not in cells["s per image (of plain)"]
@@ -173,7 +182,7 @@ def test_a_tool_that_fails_is_a_row_and_is_tried_again_while_finished_rows_are_k
     contract = load_contract(student)
     onnx.save(model, student)
     write_sidecar(student, {}, contract)
-    monkeypatch.setattr(calibration_tools, "_accuracy", lambda model, images, log: {"AP": 0.5, "AP50": 0.7})
+    monkeypatch.setattr(calibration_tools, "_accuracy", lambda *_: {"AP": 0.5, "AP50": 0.7})
     changed, _ = bench((YARDSTICK,))
     assert changed["rows"][0]["inputs"]["model_sha256"] != plain["inputs"]["model_sha256"]
     assert changed["rows"][0]["AP"] == 0.5  # measured again
@@ -182,7 +191,7 @@ def test_a_tool_that_fails_is_a_row_and_is_tried_again_while_finished_rows_are_k
 def test_a_row_before_which_others_were_busy_says_so(bench, monkeypatch):
     numbers = {"seconds": 1.0, "cpu_seconds": 1.0, "peak_mib": 100.0}
     monkeypatch.setattr(calibration_tools, "run_child", lambda words, log: dict(numbers))
-    monkeypatch.setattr(calibration_tools, "_accuracy", lambda model, images, log: {"AP": 0.5, "AP50": 0.7})
+    monkeypatch.setattr(calibration_tools, "_accuracy", lambda *_: {"AP": 0.5, "AP50": 0.7})
     bench.others_cores = 1.5
     result, table = bench((YARDSTICK,))
     assert result["rows"][0]["others_cores"] == 1.5
@@ -196,7 +205,7 @@ def test_what_is_finished_stays_when_a_later_run_is_cut_off(bench, monkeypatch):
         return {"seconds": 1.0, "cpu_seconds": 1.0, "peak_mib": 100.0}
 
     monkeypatch.setattr(calibration_tools, "run_child", measured_until_onnxruntime)
-    monkeypatch.setattr(calibration_tools, "_accuracy", lambda model, images, log: {"AP": 0.5, "AP50": 0.7})
+    monkeypatch.setattr(calibration_tools, "_accuracy", lambda *_: {"AP": 0.5, "AP50": 0.7})
     first, _ = bench((YARDSTICK,))
     second, table = bench((PREDICTIONS_FROM, Way(ONNX_RUNTIME, "MinMax", DEFAULTS), YARDSTICK))
     assert bench.status == 130
@@ -208,12 +217,12 @@ def test_what_is_finished_stays_when_a_later_run_is_cut_off(bench, monkeypatch):
 def test_rows_of_others_stay_when_ours_changed_and_finds_the_same_predictions(bench, monkeypatch):
     measured, versions, predictions = [], {OURS: "1", ONNX_RUNTIME: "1"}, ["/map"]
 
-    def measure(row, way, few, every, modelopt_python):
+    def measure(row, way, few, every, pythons):
         measured.append(way)
         return {**dict.fromkeys(NUMBERS), "final_predictions": list(predictions), "error": None}
 
     monkeypatch.setattr(calibration_tools, "measure", measure)
-    monkeypatch.setattr(calibration_tools, "tool_versions", lambda python: versions)
+    monkeypatch.setattr(calibration_tools, "tool_versions", lambda pythons: versions)
     monkeypatch.setattr(calibration_tools, "_line", str)
     ways = (PREDICTIONS_FROM, Way(ONNX_RUNTIME, "MinMax", AS_OURS))
     first, _ = bench(ways)
@@ -267,9 +276,9 @@ def test_without_our_row_it_is_not_guessed_what_to_exclude(bench, monkeypatch):
 def test_all_tools_and_methods_are_planned_and_ours_comes_before_what_needs_it():
     assert WAYS[0] == YARDSTICK
     others = [way for way in WAYS if way.setting == AS_OURS]
-    assert {way.tool for way in others} == {ONNX_RUNTIME, MODELOPT}
+    assert {way.tool for way in others} == {ONNX_RUNTIME, MODELOPT, NNCF}
     assert WAYS.index(PREDICTIONS_FROM) < min(map(WAYS.index, others))
-    assert len(set(WAYS)) == len(WAYS) == 16
+    assert len(set(WAYS)) == len(WAYS) == 20
 
 
 @pytest.mark.parametrize(
@@ -400,3 +409,30 @@ def test_the_child_wants_a_method_and_an_output_with_a_tool_alone(student, data,
     assert calibration_child.main(["plain", *words, "-o", str(tmp_path / "x.onnx")]) == 2
     assert "expected neither of --method and --output" in capsys.readouterr().err
     assert calibration_child.main(["plain", *words]) == 0
+
+
+def test_the_child_wants_two_files_and_a_runtime_for_a_latency(student, data, tmp_path, capsys):
+    words = [str(student), "--annotations", str(data / "annotations/instances_train.json")]
+    words += ["--images-dir", str(data / "images"), "-o", str(tmp_path / "latency.json")]
+    assert calibration_child.main(["latency", *words, "--runtime", "openvino"]) == 2
+    assert "expected --int8, --runtime and --output" in capsys.readouterr().err
+
+
+def test_a_file_that_a_runtime_does_not_run_has_no_latency_there(student, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(turns, "REST_S", 0.01)
+    monkeypatch.setattr(turns, "MOST_TURNS", 2)
+    annotations = data / "annotations/instances_train.json"
+    images = calibration_tools.Images(8, annotations, data / "images", "", str(data), "test")
+
+    def child(words, log):
+        if "onnxruntime" in words:
+            raise MeasurementError("no such layer")
+        assert calibration_child.main(words[words.index("latency") :]) == 0
+
+    monkeypatch.setattr(calibration_tools, "run_child", child)
+    found = calibration_tools._latency(student, student, images, tmp_path / "log.txt")
+    assert found["onnxruntime"] == {"error": "no such layer"}
+    on_openvino = found["openvino"]
+    assert on_openvino["description"].startswith("OpenVINO")
+    assert min(on_openvino["fp32_ms"], on_openvino["int8_ms"]) > 0
+    assert on_openvino["times"]["lowest"] <= on_openvino["times"]["median"] <= on_openvino["times"]["highest"]
