@@ -110,12 +110,12 @@ def epochs_for(images: int) -> int:
     return max(LEAST_EPOCHS, round(MOST_EPOCHS * (LEAST_EPOCHS / MOST_EPOCHS) ** hundreds))
 
 
-def write_recipe(folder: Path, options: RecipeOptions, images: int) -> Path:
+def write_recipe(folder: Path, options: RecipeOptions, images: int, tell: bool = True) -> Path:
     """
     Writes student.py, teacher.py and crosskd.py into `folder`, and returns the last, the config of the distillation.
 
     Args:
-        images: of the training set.
+        images: of the training set. tell: whether to print which it is.
 
     Raises:
         ConfigError: there are no such recipes, they are of two families, or files in the folder were edited.
@@ -156,10 +156,11 @@ report_limits = dict(max_ap_drop=5.0, min_speedup=2.0)  # of the model that ship
     for name, text in files.items():
         with replacing(folder / f"{name}.py") as temporary:
             temporary.write_text(f"{_first_line(text)}\n{text}", encoding="utf-8")
-    print(
-        f"recipe: student {student.stem}, teacher {teacher.stem}, images of {size[0]} x {size[1]} pixels, "
-        f"{epochs_for(images)} epochs; {folder / 'crosskd.py'}"
-    )
+    if tell:
+        print(
+            f"recipe: student {student.stem}, teacher {teacher.stem}, images of {size[0]} x {size[1]} pixels, "
+            f"{epochs_for(images)} epochs; {folder / 'crosskd.py'}"
+        )
     return folder / "crosskd.py"
 
 

@@ -84,9 +84,7 @@ def run_stages(stages: list[Stage]) -> int:
         if not answers and is_up_to_date(stage):
             print(f"{head}: up to date, {stage.artefact}", flush=True)
             continue
-        words = [*stage.words, "--resume"] if can_resume(stage) else stage.words
-        if stage.makes_run and words == stage.words:
-            note_start(stage)
+        words = words_to_run(stage)
         print(f"{head}: {command_line(*words)}", flush=True)
         began = time.monotonic()
         before = file_identity(stage.artefact)
@@ -104,6 +102,15 @@ def run_stages(stages: list[Stage]) -> int:
         now = time.monotonic()
         print(f"{head}: done in {now - began:.0f} s, {now - started:.0f} s in all", flush=True)
     return status
+
+
+def words_to_run(stage: Stage) -> list[str]:
+    """The module and its arguments that run a stage: anew, which its run directory notes, or from where it was."""
+    if can_resume(stage):
+        return [*stage.words, "--resume"]
+    if stage.makes_run:
+        note_start(stage)
+    return stage.words
 
 
 def file_identity(path: Path) -> tuple[int, int] | None:

@@ -34,6 +34,8 @@ NEEDS: Dict[str, Tuple[str, ...]] = {
     "crosskd.shapes": ("numpy", "opencv"),
     "crosskd.check_data": ("numpy", "opencv"),
     "crosskd.choose": (*TRAINING, "onnx", "onnxruntime", "onnxslim"),
+    "crosskd.choose --train-top": (*TRAINING, "onnx", "onnxruntime", "onnxslim", "faster-coco-eval"),
+    "crosskd.choose --ray": (*TRAINING, "onnx", "onnxruntime", "onnxslim", "faster-coco-eval", "ray"),
     "crosskd.train": TRAINING,
     "crosskd.adopt": TRAINING,
     "crosskd.distill": TRAINING,

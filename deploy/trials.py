@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import contextlib
+import importlib.util
 import os
 import signal
 import socket
@@ -20,6 +21,7 @@ import time
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple, Type, TypeVar
 
+from deploy.commands import command_line, last_message
 from deploy.errors import MeasurementError, MissingDependencyError, PipelineError, one_line
 from deploy.folder_lock import HOLDER_VARIABLE, this_holder
 from deploy.processes import GRACE_S, end, process_words, start, started
@@ -45,7 +47,7 @@ def failure_of(status: int) -> Type[MeasurementError]:
     return MeasurementError if status == BAD_INPUT else TrialDied
 
 
-def add_ray_argument(parser: argparse.ArgumentParser) -> None:
+def add_ray_argument(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--ray",
         metavar="ADDRESS",
@@ -206,11 +208,9 @@ def trial_processes(ray_address: Optional[str], jobs: int) -> Iterator[Processes
     if ray_address is None:
         yield Processes(jobs)
         return
-    try:
-        import ray
-    except ImportError as error:
-        raise MissingDependencyError("ray", "--ray", "pip install 'crosskd[ray]'") from error
-    _check_reachable(ray_address)
+    check_ray(ray_address)
+    import ray
+
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # else one that is started here reports to its makers
     on_signal = signal.getsignal(signal.SIGTERM)
     here = {"include_dashboard": False} if ray_address == RAY_HERE else {}
@@ -230,8 +230,16 @@ def trial_processes(ray_address: Optional[str], jobs: int) -> Iterator[Processes
         ray.shutdown()
 
 
-def _check_reachable(address: str) -> None:
-    """Raises MeasurementError unless a Ray answers at HOST:PORT: `ray.init` would try for minutes."""
+def check_ray(address: str) -> None:
+    """
+    Asked before long work, and since `ray.init` would try for minutes.
+
+    Raises:
+        MissingDependencyError: Ray is not installed.
+        MeasurementError: none answers at HOST:PORT.
+    """
+    if importlib.util.find_spec("ray") is None:
+        raise MissingDependencyError("ray", "--ray", "pip install 'crosskd[ray]'")
     if address in (RAY_HERE, RAY_RUNNING):
         return
     host, _, port = address.rpartition(":")
@@ -256,6 +264,24 @@ def _check_reachable(address: str) -> None:
     if answer.returncode:
         last = (answer.stderr.decode(errors="replace").strip().splitlines() or ["no reason is told"])[-1]
         raise MeasurementError(f"--ray {address}: {one_line(last)}. {way_out}")
+
+
+def run_trial(words: Sequence[str], log: Path, processes: Processes) -> None:
+    """
+    Runs `python -m <words>`; its output alone is in `log` afterwards.
+
+    Raises:
+        MeasurementError: the command failed, with its own message or the last line of its log; TrialDied: by a fault.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.unlink(missing_ok=True)
+    print(command_line(*words), flush=True)
+    status = processes.run(words, log)
+    if status:
+        last = last_message(log.read_text(encoding="utf-8", errors="replace"), status) or "nothing"
+        raise failure_of(status)(
+            last if status == BAD_INPUT else f"{words[0]} ended with status {status}, and {log} with: {last}"
+        )
 
 
 def work_through(

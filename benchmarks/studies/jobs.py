@@ -13,8 +13,8 @@ from typing import Any, Callable, Dict, Optional, Sequence
 
 from benchmarks.measuring.environment import read_environment
 from deploy import freshness
-from deploy.commands import command_line, last_message, run_captured
-from deploy.trials import BAD_INPUT, Processes, failure_of
+from deploy.commands import run_captured
+from deploy.trials import Processes, run_trial
 
 Make = Callable[[Path, Sequence[str]], None]
 """`make` with all but its first two arguments given."""
@@ -41,20 +41,11 @@ def make(artefact: Path, words: Sequence[str], processes: Processes) -> None:
     Runs `python -m <words>`, which makes the artefact, unless it is made.
 
     Raises:
-        MeasurementError: the command failed, with its own message or the last line of its log; TrialDied: by a fault.
+        MeasurementError: as `run_trial`.
     """
     if is_made(artefact, words):
         return
-    artefact.parent.mkdir(parents=True, exist_ok=True)
-    log = artefact.with_name(f"{artefact.name}.log")
-    log.unlink(missing_ok=True)
-    print(command_line(*words), flush=True)
-    status = processes.run(words, log)
-    if status:
-        last = last_message(log.read_text(encoding="utf-8", errors="replace"), status) or "nothing"
-        raise failure_of(status)(
-            last if status == BAD_INPUT else f"{words[0]} ended with status {status}, and {log} with: {last}"
-        )
+    run_trial(words, artefact.with_name(f"{artefact.name}.log"), processes)
 
 
 def printed_json(words: Sequence[str]) -> Dict[str, Any]:

@@ -1,1 +1,1 @@
-"""A student by budget: which there are, what each takes on the target, and the one with the most multiplications."""
+"""A student by budget: which there are, what each takes on the target, the most multiplications, short trainings."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import platform
 import re
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from crosskd.choice.space import config_of
 from deploy.commands import run_captured, run_status
 from deploy.contract import write_sidecar
 from deploy.dataset import CocoSet
-from deploy.errors import MeasurementError
+from deploy.errors import ExportError, MeasurementError
 from deploy.files import read_json, sha256_of, write_json
 from deploy.layouts import SPLITS, has_split
 from deploy.machine import text_of
@@ -85,9 +86,9 @@ class Bench:
             for entry in reversed(ours)
         }
 
-    def measure(self, candidate: Candidate) -> Measured:
+    def measure(self, candidate: Candidate) -> Measured | None:
         """
-        What the candidate takes: of the journal, else measured now.
+        What the candidate takes: of the journal, else measured now. None: it cannot be exported, which is told.
 
         Raises:
             PipelineError: a step of it failed, on a board, too.
@@ -95,10 +96,14 @@ class Bench:
         known = self.known().get(candidate.name)
         return self.measure_again(candidate) if known is None else known
 
-    def measure_again(self, candidate: Candidate) -> Measured:
+    def measure_again(self, candidate: Candidate) -> Measured | None:
         """As `measure`, whether it was measured or not."""
-        with tempfile.TemporaryDirectory(prefix="choose.", dir=self.folder) as folder:
-            found = measured_once(candidate, self.target, self.data, Path(folder))
+        try:
+            with tempfile.TemporaryDirectory(prefix="choose.", dir=self.folder) as folder:
+                found = measured_once(candidate, self.target, self.data, Path(folder))
+        except ExportError as error:
+            print(f"{candidate.name} cannot be exported, and is left out: {error}", file=sys.stderr, flush=True)
+            return None
         self.entries.append({"conditions": self.conditions, "candidate": candidate.name, **dataclasses.asdict(found)})
         write_json(self.folder / JOURNAL, {"measured": self.entries})
         memory = "" if found.memory_mib is None else f", {found.memory_mib:.0f} MiB of memory"

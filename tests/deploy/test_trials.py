@@ -129,7 +129,7 @@ def test_without_an_address_trials_are_processes_of_this_machine():
 
 
 def test_ray_that_is_not_installed_is_asked_for(monkeypatch):
-    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingDependencyError, match=r"crosskd\[ray\]"), trial_processes("local", 1):
         pass
 

@@ -6,7 +6,15 @@ import random
 
 import pytest
 
-from crosskd.choice.search import Candidate, Limits, Measured, best_within, confirmed_best
+from crosskd.choice.search import (
+    Candidate,
+    Limits,
+    Measured,
+    best_within,
+    confirmed_best,
+    confirmed_first,
+    most_promising,
+)
 from deploy.errors import MeasurementError
 
 
@@ -78,3 +86,37 @@ def test_a_budget_that_none_meets_names_the_fastest_and_what_it_takes() -> None:
     fastest = min((one for family in families for one in family), key=lambda one: clock(one).p99_ms)
     with pytest.raises(MeasurementError, match=rf"no student keeps the limits: the fastest, {fastest.name}, takes "):
         confirmed_best(families, Limits(0.1), clock, clock)
+
+
+def test_what_cannot_be_measured_is_left_out_and_the_others_are_looked_at() -> None:
+    families, clock, limits = _families(), Clock(), Limits(30.0)
+    for _ in range(3):
+        best = confirmed_best(families, limits, clock, clock)[0]
+        broken = best.name
+        found = confirmed_best(
+            families, limits, lambda one, broken=broken: None if one.name == broken else clock(one), clock
+        )
+        kept = [one for family in families for one in family if one != best and not limits.broken_by(clock(one))]
+        assert found[0] == max(kept, key=lambda one: one.macs)
+        families = [[one for one in family if one != best] for family in families]
+    with pytest.raises(MeasurementError, match="no student could be measured; why is above"):
+        confirmed_best(families, limits, lambda _: None, clock)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 200])
+def test_the_most_promising_have_the_most_multiplications_of_those_that_keep_the_limits(count: int) -> None:
+    families, clock, limits = _families(), Clock(), Limits(30.0)
+    found = most_promising(families, limits, clock, count)
+    measured = len(clock.measured)
+    kept = [one for family in families for one in family if not limits.broken_by(clock(one))]
+    assert found == sorted(kept, key=lambda one: -one.macs)[:count]
+    assert len(found) < 200
+    assert count > 5 or measured <= 25
+
+
+def test_of_those_that_were_trained_the_first_that_keeps_the_limits_again_is_taken() -> None:
+    ranking = _families()[0][:3]
+    times = {ranking[0]: Measured(31.0, 1.0, None), ranking[1]: None, ranking[2]: Measured(29.0, 1.0, None)}
+    assert confirmed_first(ranking, Limits(30.0), times.__getitem__) == (ranking[2], times[ranking[2]])
+    with pytest.raises(MeasurementError, match="none of the 2 students that were trained keeps"):
+        confirmed_first(ranking[:2], Limits(30.0), times.__getitem__)
