@@ -259,16 +259,22 @@ def start_student(
         ConfigError: --from teacher, and there is no teacher.
         CheckpointError: they do not fit; for `int8`, not all of them.
     """
-    from crosskd.models.starting_weights import start_from_checkpoint, start_from_teacher
+    from crosskd.models.starting_weights import (
+        pretrained_inputs,
+        start_from_checkpoint,
+        start_from_teacher,
+        tensors_of_teacher,
+    )
 
     if training.start == FROM_TEACHER:
         if detector.teacher is None:
             raise ConfigError("--from teacher is given with model.distill.method=none, which has no teacher")
         config.load_from = None
+        taken = tensors_of_teacher(detector.student, detector.teacher)
         if not training.resume:
-            start_from_teacher(detector.student, detector.teacher)
+            start_from_teacher(detector.student, taken)
             detector.has_weights = True
-        return {}
+        return pretrained_inputs(detector.student, taken)
     set_starting_weights(config, config_path, training)
     if not int8:
         return start_detector(config, detector, data, training)

@@ -14,9 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-import shutil
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,7 @@ import cv2
 import numpy as np
 
 from deploy.errors import ConfigError, command
-from deploy.files import write_json
+from deploy.files import new_folder, write_json
 from deploy.layouts import SPLITS
 from deploy.progress import progress
 from deploy.schema import Choice, Maybe, read_checked
@@ -133,7 +131,7 @@ def write_shapes(
         held_out: share of the images for val and for test, each. difficulty: a key of DIFFICULTIES.
 
     Raises:
-        ConfigError: a value is out of range, the folder holds something else, or cannot be written.
+        ConfigError: a value is out of range, or the folder holds something else. PipelineError: it cannot be written.
     """
     _check_at_least("--images", images, 3)  # one for each split
     _check_at_least("--size", size_px, 64)
@@ -152,18 +150,9 @@ def write_shapes(
         parameters["difficulty"] = difficulty
     if _is_up_to_date(folder, parameters):
         return False
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    except OSError as error:
-        raise ConfigError(f"cannot write {folder}: {error}. Give a folder that can be written") from error
-    try:
-        drawn = temporary / folder.name
+    with new_folder(folder) as drawn:
         _draw_set(drawn, images, size_px, seed, held_out, DIFFICULTIES[difficulty])
         write_json(drawn / MARKER, parameters)
-        os.replace(drawn, folder)
-    finally:
-        shutil.rmtree(temporary)
     return True
 
 

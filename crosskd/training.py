@@ -180,7 +180,7 @@ def start_detector(config: Any, detector: Any, data: TrainingData, options: Trai
     Raises:
         CheckpointError: as `start_from_checkpoint` and `pretrained_parts`.
     """
-    from crosskd.models.starting_weights import pretrained_parts, start_from_checkpoint
+    from crosskd.models.starting_weights import pretrained_inputs, pretrained_parts, start_from_checkpoint
 
     student = getattr(detector, "student", detector)
     if config.load_from:
@@ -192,7 +192,7 @@ def start_detector(config: Any, detector: Any, data: TrainingData, options: Trai
     if not options.resume:
         parts = [name for name, part in student.named_children() if any(True for _ in part.parameters())]
         print("starting " + ", ".join(f"{name} from {named.get(name, 'random numbers')}" for name in parts))
-    return {f"pretrained_{name}": source for name, source in named.items() if Path(source).is_file()}
+    return pretrained_inputs(student)
 
 
 def run_training(

@@ -76,12 +76,13 @@ def new_folder(path: AnyPath) -> Iterator[Path]:
     Yields a temporary folder beside `path`; on success it is renamed to `path`, on failure removed with all in it.
 
     Raises:
-        PipelineError: `path` is there already, its folder cannot be made or written, or the disk is full.
+        PipelineError: `path` is there already and no empty folder, its folder cannot be made or written, or the disk is
+            full.
     """
     target = Path(path)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        if target.exists():
+        if target.exists() and not (target.is_dir() and not any(target.iterdir())):
             raise FileExistsError(f"{target} is there already")
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     except OSError as error:

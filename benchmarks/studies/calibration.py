@@ -109,10 +109,10 @@ def _parser() -> argparse.ArgumentParser:
                        help="distilled students of the same seeds, in the same order")  # fmt: skip
     pairs.add_argument("--teacher", required=True, metavar="FILE.pth", help="the teacher's weights")
     pairs.add_argument("--data", required=True, metavar="DIR", help="data folder")
-    pairs.add_argument("--targets", nargs="+", choices=QUANTISED_FOR, default=list(QUANTISED_FOR),
-                       help="(default: both); INT8-aware training is for the first")  # fmt: skip
-    pairs.add_argument("--methods", nargs="+", choices=SINGLE_METHODS, default=list(SINGLE_METHODS),
-                       help="of calibration (default: all)")  # fmt: skip
+    pairs.add_argument("--targets", nargs="+", choices=QUANTISED_FOR, default=list(QUANTISED_FOR), metavar="TARGET",
+                       help=f"{', '.join(QUANTISED_FOR)} (default: both); INT8-aware training: the first")  # fmt: skip
+    pairs.add_argument("--methods", nargs="+", choices=SINGLE_METHODS, default=list(SINGLE_METHODS), metavar="METHOD",
+                       help=f"of calibration: {', '.join(SINGLE_METHODS)} (default: all)")  # fmt: skip
     pairs.add_argument("--epochs", type=int, help="of INT8-aware training (default: there is none)")
     pairs.add_argument("--learning-rate", type=float, default=1.5e-4, metavar="RATE", help="of it (%(default)s)")
     for table, folder in ((methods, "methods"), (aware, "int8_aware"), (pairs, "distilled")):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -90,6 +91,25 @@ def pretrained_parts(detector: Any) -> dict[str, str]:
     return named
 
 
+def pretrained_inputs(detector: Any, taken: Mapping[str, Tensor] = MappingProxyType({})) -> dict[str, str]:
+    """
+    Name -> file, for a sidecar, of what mmdet initialises parts of a detector with.
+
+    Args:
+        taken: tensors from elsewhere; a part of which all is among them is not initialised.
+
+    Raises:
+        CheckpointError: as `pretrained_parts`.
+    """
+    sources = pretrained_parts(detector)
+    begun = {
+        name: sources[name]
+        for name, part in detector.named_children()
+        if name in sources and not _is_whole(name, part, taken)
+    }
+    return {f"pretrained_{name}": source for name, source in begun.items() if Path(source).is_file()}
+
+
 @dataclasses.dataclass(frozen=True)
 class Start:
     """How much of a detector has been given weights to start from."""
@@ -152,10 +172,10 @@ def start_from_checkpoint(detector: Any, path: AnyPath, class_names: Sequence[st
     return start
 
 
-def start_from_teacher(student: Any, teacher: Any) -> None:
+def tensors_of_teacher(student: Any, teacher: Any) -> dict[str, Tensor]:
     """
-    Gives a student the tensors of its teacher's neck and head that have the same names and shapes, those of the
-    backbone if LEAST_SHARE of it fits, and all else as mmdet starts it. Says how much of each part.
+    Name -> tensor of a teacher's neck and head that a student has in the same shape; of the backbone if LEAST_SHARE of
+    it fits.
 
     Raises:
         CheckpointError: nothing fits.
@@ -170,6 +190,11 @@ def start_from_teacher(student: Any, teacher: Any) -> None:
             f"--from teacher: no tensor of the teacher, a {type(teacher).__name__}, fits the student: expected necks "
             "or heads of equal width (out_channels of the neck, feat_channels of the head). Leave --from out"
         )
+    return taken
+
+
+def start_from_teacher(student: Any, taken: Mapping[str, Tensor]) -> None:
+    """Gives a student tensors of its teacher, and all else as mmdet starts it. Says how much of each part."""
     _start_the_rest(student, taken)
     student.load_state_dict(taken, strict=False)
     print("\n".join(["starting from the teacher:", *Start(taken).lines(student, ())]))
@@ -178,9 +203,12 @@ def start_from_teacher(student: Any, teacher: Any) -> None:
 def _start_the_rest(detector: Any, taken: Mapping[str, Tensor]) -> None:
     """Lets mmdet initialise every part of which not all has been taken."""
     for part_name, part in detector.named_children():
-        names = _counted(part.state_dict(prefix=f"{part_name}.")).keys()
-        if not names <= taken.keys() and hasattr(part, "init_weights"):
+        if not _is_whole(part_name, part, taken) and hasattr(part, "init_weights"):
             part.init_weights()
+
+
+def _is_whole(part_name: str, part: Any, taken: Mapping[str, Tensor]) -> bool:
+    return _counted(part.state_dict(prefix=f"{part_name}.")).keys() <= taken.keys()
 
 
 def _state_for_parts(detector: Any, path: AnyPath, checkpoint: dict[str, Any]) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from mmengine.runner import EpochBasedTrainLoop, Runner
 from crosskd import distill, download, train
 from crosskd.config import load_config, set_classes
 from crosskd.data import TrainingData, set_data, write_annotations
+from crosskd.models.detector import detector_from_config
 from crosskd.training import seed_everything
 from deploy.contract import read_sidecar
 from deploy.dataset import load_split
@@ -186,7 +187,18 @@ def test_a_student_starts_from_its_teachers_head(
 ) -> None:
     words = [*_words(configs, shapes_dir, teacher_run, tmp_path / "run"), "--from", "teacher"]
     still = ["--set", "optim_wrapper.optimizer.lr=0.0", "param_scheduler=[]"]
+    student = detector_from_config(load_config(configs / "gfl_tiny.py"), load_weights=False)
+    torch.save(student.state_dict(), tmp_path / "backbone.pth")
+    pretrained = {
+        "_delete_": True,
+        "type": "Pretrained",
+        "checkpoint": str(tmp_path / "backbone.pth"),
+        "prefix": "backbone.",
+    }
+    still.append(f"model.student.backbone.init_cfg={pretrained}")
     assert distill.main([*words, "--teacher-images", "0", *still]) == 0
+    recorded = read_sidecar(tmp_path / "run" / "student.pth")["inputs"]["pretrained_backbone"]
+    assert recorded["sha256"] == sha256_of(tmp_path / "backbone.pth")
     assert "starting from the teacher:\n  backbone: 0 of 100 tensors" in capsys.readouterr().out
     student, teacher = (
         torch.load(path, weights_only=True)["state_dict"]

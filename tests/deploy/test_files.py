@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from deploy.errors import ConfigError, DataError, PipelineError
-from deploy.files import check_writable, read_json, replacing, sha256_of, user_cache, write_json
+from deploy.files import check_writable, new_folder, read_json, replacing, sha256_of, user_cache, write_json
 
 
 def test_replacing_puts_the_whole_file_in_place(tmp_path: Path) -> None:
@@ -182,3 +182,20 @@ def test_a_full_disk_is_found_below_what_a_library_makes_of_it(tmp_path: Path) -
 
     with pytest.raises(PipelineError, match=r"cannot write .*a\.pth: File too large"), replacing(tmp_path / "a.pth"):
         write()
+
+
+def test_a_new_folder_may_be_there_if_it_is_empty(tmp_path: Path) -> None:
+    folder = tmp_path / "new"
+    for _ in range(2):
+        with new_folder(folder) as temporary:
+            (temporary / "a").write_text("whole")
+        assert [path.name for path in tmp_path.rglob("*")] == ["new", "a"]
+        (folder / "a").unlink()
+    (folder / "b").write_text("somebody's")
+    for taken in (folder, folder / "b"):
+        with pytest.raises(PipelineError, match="is there already"), new_folder(taken):
+            raise AssertionError("begun")
+    (folder / "b").unlink()
+    with pytest.raises(ZeroDivisionError), new_folder(folder) as temporary:
+        (temporary / "a").write_text(str(1 / 0))
+    assert [path.name for path in tmp_path.rglob("*")] == ["new"]

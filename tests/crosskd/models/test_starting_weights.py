@@ -16,6 +16,7 @@ from crosskd.models.starting_weights import (
     pretrained_parts,
     start_from_checkpoint,
     start_from_teacher,
+    tensors_of_teacher,
 )
 from deploy.errors import CheckpointError
 from deploy.files import sha256_of
@@ -157,7 +158,7 @@ def test_the_teachers_head_and_neck_are_taken_where_they_fit(
 ) -> None:
     teacher = make(3, **{"model.backbone.base_channels": 16, "model.neck.in_channels": [16, 32, 64, 128]})
     student = make(3)
-    start_from_teacher(student, teacher)
+    start_from_teacher(student, tensors_of_teacher(student, teacher))
     assert torch.equal(student.bbox_head.gfl_cls.weight, teacher.bbox_head.gfl_cls.weight)
     assert torch.equal(student.neck.fpn_convs[0].conv.weight, teacher.neck.fpn_convs[0].conv.weight)
     assert student.neck.lateral_convs[0].conv.weight.shape[1] == 8
@@ -167,7 +168,7 @@ def test_the_teachers_head_and_neck_are_taken_where_they_fit(
     narrow = make(3, **{"model.neck.out_channels": 8, "model.bbox_head.in_channels": 8,
                         "model.bbox_head.feat_channels": 8, "model.neck.norm_cfg": None})  # fmt: skip
     with pytest.raises(CheckpointError, match="--from teacher: no tensor of the teacher"):
-        start_from_teacher(narrow, teacher.backbone)
+        tensors_of_teacher(narrow, teacher.backbone)
 
 
 def test_a_pretrained_part_is_found_behind_a_prefix_and_refused_where_too_little_fits_or_is_a_number(

@@ -310,5 +310,6 @@ def test_what_cannot_be_handed_over_is_one_message(tmp_path: Path, capsys: pytes
     sidecar_path(plain).unlink()
     assert "expected the sidecar" in message(plain)
     (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "something").touch()
     assert main([str(int8), "--to", "deepstream", "-o", str(tmp_path / "out")]) == 2
     assert "out is there already" in capsys.readouterr().err
