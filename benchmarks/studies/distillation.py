@@ -86,6 +86,8 @@ class Experiment:
     """Folder of the teacher's run in that of the runs; none: `<data set>_teacher`."""
     teacher_words: Tuple[str, ...] = ("crosskd.train",)
     """The command that makes the teacher, and its options besides config, data and output."""
+    comparisons: Tuple[Tuple[str, str], ...] = ()
+    """Pairs of methods that are compared besides each with its baseline."""
 
 
 def _method(name: str, runs: str, method: str, *overrides: str, baseline: Optional[str] = "none") -> Method:
@@ -122,6 +124,7 @@ def _transfer(data_set: str) -> Experiment:
         configs=f"configs/studies/transfer_{data_set}_",
         teacher=f"transfer-{data_set}/teacher",
         teacher_words=("crosskd.train", *trained),
+        comparisons=(("pretrained-crosskd", "scratch-crosskd"), ("teacher-head-crosskd", "scratch-crosskd")),
     )
 
 
@@ -485,6 +488,10 @@ def write_results(
         "runs_planned": planned,
         "teacher": teacher,
         "methods": [row_of(method, records, annotations) for method in experiment.methods],
+        "comparisons": [
+            {"name": name, "baseline": baseline, "difference": difference_of(name, baseline, records, annotations)}
+            for name, baseline in experiment.comparisons
+        ],
         "runs": list(records),
     }
     write_tables(output / experiment.name, document, markdown_of(document))
@@ -493,23 +500,30 @@ def write_results(
 def row_of(method: Method, records: Sequence[RunRecord], annotations: Path) -> Dict[str, Any]:
     """Mean and spread over the seeds of a method, and the difference to the same seeds of its baseline."""
     own = {record["seed"]: record for record in records if record["method"] == method.name}
-    others = {record["seed"]: record for record in records if record["method"] == method.baseline}
-    pairs = {seed: (own[seed], others[seed]) for seed in own if seed in others}
-    differences = {seed: first["numbers"]["AP"] - second["numbers"]["AP"] for seed, (first, second) in pairs.items()}
     return {
         "name": method.name,
         "baseline": method.baseline,
         "overrides": list(method.overrides),
         "seeds": list(own),
         "numbers": {name: _mean_and_std([one["numbers"][name] for one in own.values()]) for name in METRICS},
-        "difference": {
-            "mean": statistics.mean(differences.values()) if differences else None,
-            "by_seed": {str(seed): value for seed, value in differences.items()},
-            "interval": _interval(list(pairs.values()), annotations) if pairs else None,
-        },
+        "difference": difference_of(method.name, method.baseline, records, annotations),
         "train_s": _mean_and_std([one["train_s"] for one in own.values()])["mean"],
         "cpu_s": _mean_and_std([one["cpu_s"] for one in own.values()])["mean"],
         "train_ms_per_step": _mean_and_std([one["train_ms_per_step"] for one in own.values()])["mean"],
+    }
+
+
+def difference_of(
+    name: str, baseline: Optional[str], records: Sequence[RunRecord], annotations: Path
+) -> Dict[str, Any]:
+    """AP of a method less that of another, of the seeds that both have."""
+    first, second = ({one["seed"]: one for one in records if one["method"] == method} for method in (name, baseline))
+    pairs = {seed: (first[seed], second[seed]) for seed in first if seed in second}
+    differences = {seed: one["numbers"]["AP"] - other["numbers"]["AP"] for seed, (one, other) in pairs.items()}
+    return {
+        "mean": statistics.mean(differences.values()) if differences else None,
+        "by_seed": {str(seed): value for seed, value in differences.items()},
+        "interval": _interval(list(pairs.values()), annotations) if pairs else None,
     }
 
 
@@ -565,6 +579,7 @@ def markdown_of(document: Mapping[str, Any]) -> str:
         "",
         *table(columns, [_cells(row) for row in document["methods"]]),
         "",
+        *_comparisons(document["comparisons"]),
         "The interval is a paired bootstrap over the test images, averaged over the seeds: it says how much of the "
         "difference may be due to the choice of images, not of seeds. Times are those of whole processes, start-up and "
         "data included, and with several jobs at a time only rough; resumed runs have none.",
@@ -574,9 +589,6 @@ def markdown_of(document: Mapping[str, Any]) -> str:
 
 
 def _cells(row: Mapping[str, Any]) -> List[str]:
-    difference = row["difference"]
-    interval = difference["interval"]
-    by_seed = ", ".join(_points(value, "+") for value in difference["by_seed"].values())
     cells = [row["name"]]
     for name in METRICS:
         number = row["numbers"][name]
@@ -584,12 +596,26 @@ def _cells(row: Mapping[str, Any]) -> List[str]:
     return [
         *cells,
         row["baseline"] or "",
-        f"{_points(difference['mean'], '+')} ({by_seed})" if by_seed else "",
-        f"{_points(interval['low'], '+')} to {_points(interval['high'], '+')}" if interval else "",
+        *_difference_cells(row["difference"]),
         str(len(row["seeds"])),
         "" if row["train_s"] is None else f"{row['train_s']:.0f}",
         "" if row["cpu_s"] is None else f"{row['cpu_s']:.0f}",
         "" if row["train_ms_per_step"] is None else f"{row['train_ms_per_step']:.0f}",
+    ]
+
+
+def _comparisons(comparisons: Sequence[Mapping[str, Any]]) -> List[str]:
+    rows = [[one["name"], one["baseline"], *_difference_cells(one["difference"])] for one in comparisons]
+    return [*table(["method", "AP against", "difference (by seed)", "95 % interval"], rows), ""] if rows else []
+
+
+def _difference_cells(difference: Mapping[str, Any]) -> List[str]:
+    """The mean with each seed's, and the interval."""
+    bounds = difference["interval"]
+    by_seed = ", ".join(_points(value, "+") for value in difference["by_seed"].values())
+    return [
+        f"{_points(difference['mean'], '+')} ({by_seed})" if by_seed else "",
+        f"{_points(bounds['low'], '+')} to {_points(bounds['high'], '+')}" if bounds else "",
     ]
 
 

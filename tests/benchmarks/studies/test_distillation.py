@@ -353,6 +353,12 @@ def test_transfer_compares_where_a_student_starts_and_whether_it_is_distilled(be
     assert rows["pretrained"]["difference"]["mean"] is not None
     assert {rows[name]["baseline"] for name in ("pretrained", "scratch-crosskd")} == {"scratch"}
     assert rows["pretrained-crosskd"]["baseline"] == "pretrained"
+    ap = {name: row["numbers"]["AP"]["mean"] for name, row in rows.items()}
+    for one in result["comparisons"]:  # what starts elsewhere, with the same steps
+        assert one["baseline"] == "scratch-crosskd"
+        assert one["difference"]["mean"] == pytest.approx(ap[one["name"]] - ap["scratch-crosskd"])
+    table = (bench.out / "transfer-coco.md").read_text()
+    assert len([line for line in table.splitlines() if line.startswith("| pretrained-crosskd |")]) == 2
     assert all(run["cpu_s"] is not None for run in result["runs"])
 
 
