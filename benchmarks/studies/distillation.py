@@ -582,7 +582,8 @@ def markdown_of(document: Mapping[str, Any]) -> str:
         *_comparisons(document["comparisons"]),
         "The interval is a paired bootstrap over the test images, averaged over the seeds: it says how much of the "
         "difference may be due to the choice of images, not of seeds. Times are those of whole processes, start-up and "
-        "data included, and with several jobs at a time only rough; resumed runs have none.",
+        "data included, and with several jobs at a time only rough; resumed runs have none. CPU s: processor time, "
+        "which other work on the machine hardly lengthens; of one job at a time.",
         "",
     ]  # fmt: skip
     return "\n".join(lines)
