@@ -6,7 +6,8 @@ Of several INT8 models of one student the first that keeps a budget of AP, by th
 
 Rungs are given in the order of what they cost: each a model's accuracy, which `benchmarks.accuracy --against` compared
 with the float model on the same images, and its latency. Of an engine the INT8 file is meant that it was built from.
-Those after the first that keeps the budget are not read, and need not be there.
+Those after the first that keeps the budget are not read, and need not be there. One whose role is that of predictions
+in INT8 keeps it only if the score at the best F1 stays where it was, too.
 
 What is written is a copy of that rung's INT8 file or, where none keeps the budget, of the nearest one. Its sidecar
 says, for the report, how it was reached: AP, interval, share of the multiplications in INT8, latency and time of each
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 from calibration.messages import say
-from deploy.ap_drop import FEWEST_IMAGES, NUMBERS, Drop, checked_budget
+from deploy.ap_drop import FEWEST_IMAGES, NUMBERS, Drop, checked_budget, drop_from_record
 from deploy.commands import run_captured
 from deploy.contract import load_contract, read_sidecar, write_sidecar
 from deploy.errors import CalibrationError, ConfigError, MeasurementError, command
@@ -115,7 +116,7 @@ def read_rung(accuracy_path: Path, latency_path: Path) -> Rung:
     onnx = model if model.suffix == ".onnx" else Path(read_sidecar(model)["inputs"]["onnx"]["file"])
     return Rung(
         title=accuracy["role"],
-        drop=Drop.from_numbers(accuracy["numbers"]),
+        drop=drop_from_record(accuracy),
         onnx=onnx,
         int8_share=json.loads(run_captured("calibration.audit", onnx, "--json", verdict=True))["int8_share"],
         comparable=latency["numbers"]["comparable"],

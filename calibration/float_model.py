@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Sequence, Tuple
 
 from calibration.affine import fold_affine
 from calibration.matrix_products import write_gemms
-from calibration.placement import INTEGER_PRODUCTS, FloatGraph, node_name
+from calibration.messages import warn
+from calibration.placement import FEWEST_OUTPUTS, INTEGER_PRODUCTS, FloatGraph, node_name
 from deploy.contract import ModelContract, load_contract
 from deploy.errors import CalibrationError
 from deploy.files import AnyPath
@@ -21,7 +22,9 @@ SMALLEST_OPSET = 13
 QUANTIZING_OPS = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", *INTEGER_PRODUCTS)
 
 
-def read_model(path: AnyPath, keep_float: Sequence[str]) -> Tuple[FloatGraph, ModelContract]:
+def read_model(
+    path: AnyPath, keep_float: Sequence[str], int8_predictors: bool = False
+) -> Tuple[FloatGraph, ModelContract]:
     """
     The float model and its contract, checked; what is affine beside its convolutions is folded, matrix products are
     brought into one form, and both are said.
@@ -40,7 +43,12 @@ def read_model(path: AnyPath, keep_float: Sequence[str]) -> Tuple[FloatGraph, Mo
     for change in (fold_affine(model), write_gemms(model)):
         if change:
             print(f"note: {change}", file=sys.stderr)
-    graph = FloatGraph(model, keep_float)
+    graph = FloatGraph(model, keep_float, int8_predictors)
+    if int8_predictors and not graph.predictors:
+        warn(
+            "no final prediction can be in INT8: they are decoding, of another form, or of under "
+            f"{FEWEST_OUTPUTS} channels, which integers do no faster"
+        )
     check_quantizable(graph)
     return graph, contract
 

@@ -65,6 +65,8 @@ class QuantizeOptions:
     """How many points of AP, of 100, INT8 may cost; None: it is not measured."""
     nearest: bool = False
     """Where that budget cannot be met, whether to write the model that comes nearest to it."""
+    int8_predictors: bool = False
+    """Whether the products of the final predictions are quantised, whatever it costs; with a budget: within it."""
     num_images: Optional[int] = None
     """How many images to calibrate on, at most; None: NUM_IMAGES, and where models are compared four fifths of all."""
     choice: str = "random"
@@ -230,7 +232,15 @@ def quantizer_to_use(
 ) -> Tuple[Quantizer, Dict[str, Any]]:
     """The quantizer of the method that was asked for, or of the best of all; and details of that for the sidecar."""
     quantizers = {
-        method: Quantizer(graph.model, options.target, method, options.percentile, options.keep_float, statistics)
+        method: Quantizer(
+            graph.model,
+            options.target,
+            method,
+            options.percentile,
+            options.keep_float,
+            statistics,
+            int8_predictors=options.int8_predictors,
+        )
         for method in options.methods
     }
     method = options.method
@@ -333,12 +343,14 @@ def within_budget(
         "method": quantizer.method,
         "percentile": options.percentile,
         "bias correction": options.bias_correction,
+        "predictors": options.int8_predictors,
     }
     key = key_of_measurements(options.model, contract, graph, settings, images, budget)
     journal = Journal(journal_path(options.output), key)
     kept, step, details = kept_for_budget(
         quantizer, options.max_ap_drop, options.model, budget, contract, journal, options.nearest
     )
-    graph = quantizer.graph(kept)
+    int8_predictors = options.int8_predictors or step.int8_predictors
+    graph = dataclasses.replace(quantizer, int8_predictors=int8_predictors).graph(kept)
     graph.kept.update((node.output[0], FloatReason.AP_BUDGET) for node in graph.products if node_name(node) in kept)
     return graph, {"budget": details}, f"\n{text_of_result(step, options.max_ap_drop, budget)}"

@@ -118,7 +118,9 @@ class _Writer:
             last = self.node("Add", [f"{output}_product", self.constant(f"{output}_bias", bias)], f"{output}_biased")
         else:
             last = f"{output}_product"
-        self.node("Transpose", [last], output, perm=[0, 3, 1, 2])
+        self.nodes.append(
+            helper.make_node("Transpose", [last], [output], name=f"{output}_as_map", perm=[0, 3, 1, 2])
+        )  # the name of the convolution is that of the product
 
 
 def quantize_graph(

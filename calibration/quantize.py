@@ -19,7 +19,8 @@ calibration cache of TensorRT, or from a training with INT8 in the loop (`--rang
 `--bias-correction`: see `calibration.correction`.
 
 With `--max-ap-drop` blocks of products are kept in float until INT8 costs no more AP than that, measured on the
-images of `--budget-split`: see `calibration.search`.
+images of `--budget-split`: see `calibration.search`. Final predictions are in float, but with `--int8-predictors`, or
+where that budget allows it, their products are integers, and what comes of them is float.
 """
 
 from __future__ import annotations
@@ -135,6 +136,11 @@ def parse_arguments(argv: Optional[List[str]]) -> argparse.Namespace:
         help="what to keep in float: names of nodes, or what the names of a block's nodes begin with",
     )  # fmt: skip
     parser.add_argument(
+        "--int8-predictors", action="store_true",
+        help="quantise the products of the final predictions, too, their results in float "
+        "(default: only where --max-ap-drop allows it)",
+    )  # fmt: skip
+    parser.add_argument(
         "--max-ap-drop", type=float, metavar="POINTS",
         help="keep in float what must be so that AP drops by no more than this, of 100, such as 0.3; with --data",
     )  # fmt: skip
@@ -237,7 +243,9 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         if given:
             source = "--ranges" if arguments.ranges else "--calibration-cache"
             raise ConfigError(f"{', '.join(given)}: expected none with {source}, which needs no images")
-    given = [flag for flag, value in (("--target", arguments.target), ("--keep-float", arguments.keep_float)) if value]
+    of_training = {"--target": arguments.target, "--keep-float": arguments.keep_float,
+                   "--int8-predictors": arguments.int8_predictors}  # fmt: skip
+    given = [flag for flag, value in of_training.items() if value]
     if arguments.ranges and given:
         raise ConfigError(f"{', '.join(given)}: expected none with --ranges, whose file says it as it was trained")
     for path in (arguments.output, arguments.statistics, arguments.write_calibration_cache):
@@ -257,6 +265,7 @@ def options_from_arguments(arguments: argparse.Namespace) -> QuantizeOptions:
         keep_float=tuple(arguments.keep_float),
         max_ap_drop=arguments.max_ap_drop,
         nearest=arguments.nearest,
+        int8_predictors=arguments.int8_predictors,
         num_images=arguments.num_images,
         choice=arguments.choose,
         seed=arguments.seed,
@@ -297,6 +306,7 @@ def write_quantized(quantized: Quantized, model_path: AnyPath, contract: ModelCo
             "target": quantized.target,
             **quantized.details,
             "keep_float": list(quantized.keep_float),
+            "int8_predictors": quantized.graph.int8_predictors and bool(quantized.graph.predictors),
             "quantized_convolutions": [node_name(node) for node in quantized.graph.quantized],
             "float_convolutions": {name: reason.text for name, reason in reasons.items()},
             "float_convolution_codes": {name: reason.code for name, reason in reasons.items()},
@@ -314,7 +324,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     options, data_options = options_from_arguments(arguments), data_options_from_arguments(arguments)
     target = trained.target if trained else options.target
     check_target(target, arguments.calibration_cache or arguments.write_calibration_cache)
-    graph, contract = read_model(options.model, options.keep_float)
+    graph, contract = read_model(options.model, options.keep_float, options.int8_predictors)
     if trained:
         quantized = int8_from_training(trained, options.model, graph)
     elif arguments.calibration_cache:

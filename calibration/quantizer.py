@@ -70,6 +70,9 @@ class Quantizer:
             As `bias_corrections` and `quantize`.
         """
         graph = self.graph()
+        with_predictors = dataclasses.replace(self, int8_predictors=True).graph()
+        if self.statistics.keys() >= set(PLACEMENTS[self.target](with_predictors).pairs.values()):
+            graph = with_predictors  # whose products may be quantised, too
         placement, ranges = self._placed(graph)
         corrections = bias_corrections(graph, placement, ranges, self.target, images, contract)
         return dataclasses.replace(self, corrections=corrections)

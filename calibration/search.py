@@ -2,10 +2,13 @@
 The search for the blocks to keep in float, so that INT8 costs no more AP than agreed: `calibration.quantize
 --max-ap-drop`.
 
-Greedy: starting with all in INT8, the block that moves the detections most for each of its multiplications goes to
-float, then the next, each step measured, until the budget holds. Then back: each kept block, the largest first, goes
-to INT8 again where the budget still holds without it. What INT8 costs is no sum over blocks, so that another set may
-be smaller still; but the one found is measured to hold.
+Greedy: starting with all but the final predictions in INT8, the block that moves the detections most for each of its
+multiplications goes to float, then the next, each step measured, until the budget holds. Then back: each kept block,
+the largest first, goes to INT8 again where the budget still holds without it. What INT8 costs is no sum over blocks, so
+that another set may be smaller still; but the one found is measured to hold.
+
+At the end the products of the final predictions go to INT8, too, their results staying in float, if the budget still
+holds and the score at the best F1 does not move.
 
 The drop is measured on the images that the blocks were chosen by, and is a little too good for that: measure the result
 on another split.
@@ -32,14 +35,15 @@ from deploy.dataset import CocoSet
 from deploy.errors import CalibrationError
 from deploy.files import AnyPath, write_json
 from deploy.freshness import changed_keys
-from deploy.schema import Number, read_checked
+from deploy.schema import Maybe, Number, read_checked
 
-DROP_FIELDS = dataclasses.fields(Drop)
+PREDICTORS = "the products of the final predictions in INT8"
+DROP_FIELDS = {**dict.fromkeys(("ap", "drop", "low", "high"), float), "score_shift": Maybe((float, None))}
 JOURNAL: Dict[Any, Any] = {
     "key": dict,
     "float_ap": (Number(0, 1.001), None),
     "errors": {str: Number(0)},
-    "drops": [{"kept": [str], **{field.name: float for field in DROP_FIELDS}}],
+    "drops": [{"kept": [str], "int8_predictors": Maybe(bool), **DROP_FIELDS}],
 }
 """Table of the file of a `Journal`."""
 
@@ -57,6 +61,8 @@ class Step:
     drop: Drop
     holds: bool
     """Whether the drop is within the budget."""
+    int8_predictors: bool = False
+    """Whether the products of the final predictions were in INT8."""
 
     def to_json(self) -> Dict[str, Any]:
         document = dataclasses.asdict(self)
@@ -80,16 +86,17 @@ class Journal:
         self.errors: Dict[str, float] = {}
         """Name of each block -> how far it moves the detections when it alone is in INT8."""
         self._key = dict(key)
-        self._drops: Dict[FrozenSet[str], Drop] = {}  # by the names of the blocks in float
+        self._drops: Dict[Tuple[FrozenSet[str], bool], Drop] = {}
+        """By the names of the blocks in float, and whether predictors are in INT8."""
         if path.is_file():
             self._read()
 
-    def drop(self, kept: Sequence[Block]) -> Optional[Drop]:
+    def drop(self, kept: Sequence[Block], int8_predictors: bool = False) -> Optional[Drop]:
         """The drop of the model with these blocks in float, if it is known."""
-        return self._drops.get(frozenset(block.name for block in kept))
+        return self._drops.get((frozenset(block.name for block in kept), int8_predictors))
 
-    def add_drop(self, kept: Sequence[Block], drop: Drop) -> None:
-        self._drops[frozenset(block.name for block in kept)] = drop
+    def add_drop(self, kept: Sequence[Block], drop: Drop, int8_predictors: bool = False) -> None:
+        self._drops[frozenset(block.name for block in kept), int8_predictors] = drop
         self._write()
 
     def add_error(self, block: Block, error: float) -> None:
@@ -105,11 +112,15 @@ class Journal:
             return
         self.float_ap, self.errors = document["float_ap"], document["errors"]
         for row in document["drops"]:
-            self._drops[frozenset(row["kept"])] = Drop(**{field.name: row[field.name] for field in DROP_FIELDS})
+            drop = Drop(**{name: row.get(name) for name in DROP_FIELDS})
+            self._drops[frozenset(row["kept"]), row.get("int8_predictors", False)] = drop
         say(f"{self.path}: {len(self._drops)} sets and {len(self.errors)} blocks are known from an earlier run")
 
     def _write(self) -> None:
-        drops = [{"kept": sorted(kept), **dataclasses.asdict(drop)} for kept, drop in self._drops.items()]
+        drops = [
+            {"kept": sorted(kept), "int8_predictors": predictors, **dataclasses.asdict(drop)}
+            for (kept, predictors), drop in self._drops.items()
+        ]
         write_json(self.path, {"key": self._key, "float_ap": self.float_ap, "errors": self.errors, "drops": drops})
 
 
@@ -186,7 +197,8 @@ def blocks_to_keep(
 
 def text_of_result(final: Step, budget_points: float, data: CocoSet) -> str:
     """The result of a search, for people, and how far it can be relied on."""
-    text = f"{final.drop}, on {len(data.images)} images of {data.annotations_path}"
+    predictors = f"with {PREDICTORS}, their results in float: " if final.int8_predictors else ""
+    text = f"{predictors}{final.drop}, on {len(data.images)} images of {data.annotations_path}"
     if not final.holds:
         text += f"\nthat is more than the budget of {budget_points:g}, and the nearest to it"
     elif 100 * final.drop.high > budget_points:
@@ -242,8 +254,8 @@ def kept_for_budget(
     with tempfile.TemporaryDirectory() as folder:
         against = Path(folder) / "float.result.json"
 
-        def measure(kept: Sequence[Block]) -> Drop:
-            known = journal.drop(kept)
+        def measure(kept: Sequence[Block], predictors: bool = quantizer.int8_predictors) -> Drop:
+            known = journal.drop(kept, predictors)
             if known is not None:
                 return known
             if not against.is_file():
@@ -254,16 +266,26 @@ def kept_for_budget(
                         f"the float model {model_path} has AP 0 on {data.annotations_path}; expected one that finds "
                         "something, to see what INT8 costs. Is it trained, and are these images for it?"
                     )
-            model = quantizer.quantize(quantizer.graph([name for block in kept for name in block.products]))
+            tried = dataclasses.replace(quantizer, int8_predictors=predictors)
+            model = tried.quantize(tried.graph([name for block in kept for name in block.products]))
             with saved(model, contract) as path:
                 numbers = accuracy_numbers(path, data.annotations_path, data.images_dir, against=against)
-            drop = Drop.from_numbers(numbers)
-            journal.add_drop(kept, drop)
+            drop = Drop.from_numbers(numbers, predictors)
+            journal.add_drop(kept, drop, predictors)
             return drop
 
         kept, steps = blocks_to_keep(blocks, measure, find_errors, budget_points / 100, nearest)
-    names = {block.name for block in kept}
-    final = next(step for step in reversed(steps) if set(step.kept) == names)
+        names = {block.name for block in kept}
+        final = next(step for step in reversed(steps) if set(step.kept) == names)
+        if final.holds and graph.predictors and not quantizer.int8_predictors:
+            drop = measure(kept, True)
+            with_them = dataclasses.replace(
+                final, change=PREDICTORS, drop=drop, holds=drop.keeps(budget_points), int8_predictors=True
+            )
+            steps.append(with_them)
+            final = with_them if with_them.holds else final
+            verdict = "they stay there" if with_them.holds else "they go back to float"
+            say(f"step {len(steps)}: {PREDICTORS}, their results in float; {drop}; {verdict}")
     return (
         [name for block in kept for name in block.products],
         final,

@@ -22,7 +22,7 @@ from crosskd.download import local_weights
 from crosskd.recipes import RecipeOptions, add_recipe_arguments, recipe_options_from_arguments, write_recipe
 from crosskd.settings import check_settings
 from crosskd.stages import BOARD_FAILED, VERDICT, Stage, run_stages
-from deploy.ap_drop import FEWEST_IMAGES, checked_budget
+from deploy.ap_drop import FEWEST_IMAGES, INT8_PREDICTORS, checked_budget
 from deploy.board.commands import SOURCE_OF
 from deploy.commands import run_captured
 from deploy.data_arguments import add_data_argument
@@ -465,7 +465,8 @@ def stages_to_int8(
 ) -> list[Stage]:
     """
     The ways to INT8 in the order of what they cost, each of which is tried only where those before it lose more AP than
-    the budget on the validation split; and the choice among them, which writes student.int8.onnx.
+    the budget on the validation split; and the choice among them, which writes student.int8.onnx. The first is the
+    fastest model, whose predictions are products of integers, too; it must leave scores where they are.
 
     Args:
         quantise: words of the quantisation of student.onnx, without method and output.
@@ -506,6 +507,7 @@ def stages_to_int8(
         "-o", float_result)  # fmt: skip
     auto = ["--method", "auto"]
     for role, flags in {
+        INT8_PREDICTORS: ["--method", "max", "--int8-predictors"],
         "max": ["--method", "max"],
         "auto": auto,
         "bias correction": [*auto, "--bias-correction"],

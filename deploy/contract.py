@@ -101,6 +101,7 @@ DETAILS: Dict[Any, Any] = {
     "precision": str,
     "ranges": {str: Items(float, 2, 2)},
     "int8_budget": INT8_BUDGET,
+    "int8_predictors": bool,
     "float_convolutions": {str: str},
     "float_convolution_codes": {str: str},
     "tensorrt": str,

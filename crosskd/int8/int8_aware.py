@@ -82,7 +82,7 @@ def fake_quantization_of(detector: Any, int8: Path, weights: Path) -> FakeQuanti
 
     Raises:
         As `float_model_of`, `read_quantized_graph` and `FakeQuantization`.
-        ConfigError: the file is not for float32 images, one at a time.
+        ConfigError: the file is not for float32 images, one at a time, or has predictions in INT8.
     """
     import torch
 
@@ -98,6 +98,11 @@ def fake_quantization_of(detector: Any, int8: Path, weights: Path) -> FakeQuanti
             "without --batch and --input-type"
         )
     images: torch.Tensor = example_input(contract, 1)
+    if read_sidecar(int8)["details"].get("int8_predictors"):
+        raise ConfigError(
+            f"{int8} has the products of its final predictions in INT8, which are not followed in training; expected "
+            "them in float: quantise without --int8-predictors, and without --max-ap-drop, which tries it"
+        )
     graph = read_quantized_graph(int8, model, {contract.input_name: images.numpy()})
     return FakeQuantization(detector, graph, images)
 

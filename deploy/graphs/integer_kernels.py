@@ -1,7 +1,7 @@
 """
 A Q/DQ graph as integer kernels compute it, to be run on ONNX Runtime: what an INT8 engine may differ by.
 
-ONNX Runtime computes a convolution between Q/DQ in float; TensorRT multiplies and sums integers, goes on in float for
+ONNX Runtime computes a product between Q/DQ in float; TensorRT multiplies and sums integers, goes on in float for
 bias, addition and ReLU, and writes the result once, in the format of the next reader. Needs onnx and numpy.
 """
 
@@ -13,13 +13,14 @@ import numpy as np
 
 from deploy.graphs.graph import constants, consumers, producers, remove_unused
 from deploy.graphs.precision import half_from_float
-from deploy.int8_format import LARGEST_INT8
+from deploy.graphs.products import PRODUCTS, weight_axis
+from deploy.int8_format import LARGEST_INT8, per_channel
 
 if TYPE_CHECKING:
     import onnx
 
 FUSED = ("Add", "Relu", "Clip")
-"""What becomes part of a convolution's kernel where nothing else reads what it reads of it."""
+"""What becomes part of a product's kernel where nothing else reads what it reads of it."""
 ZERO_POINT = 128
 """
 Integers are moved from int8 to uint8, zero and all: for signed ones ONNX Runtime's sums saturate on CPUs without VNNI.
@@ -30,8 +31,8 @@ def integer_kernels(model: onnx.ModelProto) -> onnx.ModelProto:
     """
     A copy of a Q/DQ graph in the arithmetic of INT8 kernels with FP16 around them.
 
-    Convolutions between Q/DQ sum in INT32; what `FUSED` lists runs on in FP32, and only its end is rounded: to INT8
-    where every reader quantises, else to FP16. All else is as in `half_from_float`.
+    Convolutions and matrix products between Q/DQ sum in INT32; what `FUSED` lists runs on in FP32, and only its end is
+    rounded: to INT8 where every reader quantises, else to FP16. All else is as in `half_from_float`.
 
     Args:
         model: checked, its nodes in topological order, symmetric int8 (`check_symmetric_int8`).
@@ -46,7 +47,7 @@ def integer_kernels(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 class _Integers:
-    """Rewrites the quantised convolutions of a graph in place."""
+    """Rewrites the quantised products of a graph in place."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
         from onnx import TensorProto, numpy_helper
@@ -61,8 +62,8 @@ class _Integers:
 
     def rewrite(self) -> None:
         for node in self.graph.node:
-            if node.op_type == "Conv" and self.integers(node) is not None:
-                self.convolve(node)
+            if node.op_type in PRODUCTS and self.integers(node) is not None:
+                self.multiply(node)
             elif node.op_type in FUSED and self.exact.keys() & set(node.input):
                 self.add(node.op_type, [self.in_float(name) for name in node.input], node.output[0])
             elif node.op_type == "QuantizeLinear" and node.input[0] in self.exact:
@@ -75,7 +76,11 @@ class _Integers:
         self.graph.node.extend(self.nodes)
 
     def integers(self, node: onnx.NodeProto) -> Optional[Tuple[Any, Any, Any]]:
-        """(DequantizeLinear of the data, int8 weight, its scale); None if the convolution has no such inputs."""
+        """
+        (DequantizeLinear of the data, int8 weight, its scale); None if the product has no such inputs.
+
+        The weight of a matrix product is (input channels, output channels).
+        """
         data, weight = (self.made_by.get(name) for name in node.input[:2])
         if data is None or weight is None or {data.op_type, weight.op_type} != {"DequantizeLinear"}:
             return None
@@ -83,10 +88,12 @@ class _Integers:
         floats = self.known.get(source.input[0]) if source is not None else None
         if floats is None or floats.dtype != np.float16 or data.input[0] not in self.made_by:
             return None  # computed, or beyond FP16
-        scale = self.known[weight.input[1]].astype(np.float32).reshape(-1, *[1] * (floats.ndim - 1))
-        return data, np.clip(np.rint(floats.astype(np.float32) / scale), -LARGEST_INT8 - 1, LARGEST_INT8), scale
+        scale = self.known[weight.input[1]].astype(np.float32).reshape(-1)
+        scales = per_channel(scale, floats.ndim, weight_axis(node)) if scale.size > 1 else scale
+        integers = np.clip(np.rint(floats.astype(np.float32) / scales), -LARGEST_INT8 - 1, LARGEST_INT8)
+        return data, integers.T if node.op_type == "Gemm" and weight_axis(node) == 0 else integers, scale
 
-    def convolve(self, node: onnx.NodeProto) -> None:
+    def multiply(self, node: onnx.NodeProto) -> None:
         from onnx import helper
 
         data, weight, scale = self.integers(node)  # type: ignore[misc]
@@ -96,10 +103,14 @@ class _Integers:
         if shifted not in self.made_by:
             self.made_by[shifted] = self.append("QuantizeLinear", [*quantiser.input[:2], zero], shifted)
         weights = self.constant(f"{name}_weight", (weight + ZERO_POINT).astype(np.uint8))
-        attributes = {entry.name: helper.get_attribute_value(entry) for entry in node.attribute}
-        self.append("ConvInteger", [shifted, weights, zero, zero], f"{name}_sums", **attributes)
-        self.append("Cast", [f"{name}_sums"], f"{name}_float_sums", to=self.float)
+        inputs = [shifted, weights, zero, zero]
+        if node.op_type == "Conv":
+            attributes = {entry.name: helper.get_attribute_value(entry) for entry in node.attribute}
+            self.append("ConvInteger", inputs, f"{name}_sums", **attributes)
+        else:
+            self.append("MatMulInteger", inputs, f"{name}_sums")
         channels = (-1, *[1] * (weight.ndim - 2))
+        self.append("Cast", [f"{name}_sums"], f"{name}_float_sums", to=self.float)
         factors = self.known[data.input[1]].astype(np.float32) * scale.reshape(channels)
         factor = self.constant(f"{name}_factor", factors.astype(np.float32))
         if len(node.input) > 2 and node.input[2] in self.known:

@@ -100,6 +100,15 @@ def test_journal_gives_back_what_was_measured(tmp_path, capsys):
     assert "1 sets and 1 blocks are known from an earlier run" in capsys.readouterr().err
 
 
+def test_journal_knows_predictors_in_int8_apart(tmp_path):
+    (a,) = make({"a": 1})
+    journal = Journal(tmp_path / "x.search.json", {"model": "m"})
+    with_them = Drop(0.3, 0.1, 0.05, 0.2, score_shift=-0.02)
+    journal.add_drop([a], with_them, int8_predictors=True)
+    again = Journal(journal.path, {"model": "m"})
+    assert (again.drop([a]), again.drop([a], int8_predictors=True)) == (None, with_them)
+
+
 def test_journal_of_other_settings_is_left_behind_and_said(tmp_path, capsys):
     a, b = make({"a": 1, "b": 2})
     path = tmp_path / "x.search.json"

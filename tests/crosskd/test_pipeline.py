@@ -100,10 +100,12 @@ def test_for_tensorrt_it_builds_two_engines_and_measures_them(configs: Path) -> 
 def test_with_a_budget_the_ways_to_int8_follow_one_another(configs: Path) -> None:
     stages = _planned(configs / "crosskd_tiny.py", "--max-int8-drop", "0.5")
     names = [stage.name for stage in stages]
-    ways = ["quantise by max", "quantise by auto", "quantise by bias correction", "quantise by blocks in float",
-            "INT8-aware CrossKD"]  # fmt: skip
+    ways = ["quantise by INT8 predictors", "quantise by max", "quantise by auto", "quantise by bias correction",
+            "quantise by blocks in float", "INT8-aware CrossKD"]  # fmt: skip
     assert [name for name in names if name in ways] == ways
-    assert names[4:10] == ["export", "accuracy float on val", ways[0], "accuracy max", "latency max", ways[1]]
+    first = [ways[0], "accuracy INT8 predictors", "latency INT8 predictors"]
+    assert names[4:13] == ["export", "accuracy float on val", *first, ways[1], "accuracy max", "latency max", ways[2]]
+    assert _command(stages, ways[0]).endswith("--method max --int8-predictors -o O/int8/INT8_predictors.onnx")
     chosen = names.index("choose INT8")
     assert names[chosen - 3 : chosen] == [ways[-1], "accuracy INT8-aware CrossKD", "latency INT8-aware CrossKD"]
     assert names[chosen + 1] == "accuracy teacher"
@@ -119,13 +121,14 @@ def test_with_a_budget_the_ways_to_int8_follow_one_another(configs: Path) -> Non
         "O/int8/auto.onnx -o O/int8_aware"
     )
     assert _command(stages, "choose INT8").endswith("--max-int8-drop 0.5 --otherwise onnx-fp32 -o O/student.int8.onnx")
-    assert _command(stages, "choose INT8").count("--rung") == 5
+    assert _command(stages, "choose INT8").count("--rung") == 6
     assert "--int8-budget O/student.int8.onnx" in _command(stages, "report")
     training = stages[chosen - 3]
     assert training.is_training
     assert training.artefact == Path("O/int8_aware/student.int8.onnx")
     assert training.unless == tuple(
-        Path(f"O/int8/{way}.accuracy.result.json") for way in ("max", "auto", "bias_correction", "blocks_in_float")
+        Path(f"O/int8/{way}.accuracy.result.json")
+        for way in ("INT8_predictors", "max", "auto", "bias_correction", "blocks_in_float")
     )
     assert not any(stage.unless for stage in (*stages[: names.index(ways[1])], *stages[chosen:]))
     shorter = _planned(configs / "crosskd_tiny.py", "--max-int8-drop", "0.5", "--no-int8-training")

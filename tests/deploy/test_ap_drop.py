@@ -2,21 +2,32 @@ from __future__ import annotations
 
 import pytest
 
-from deploy.ap_drop import Drop, checked_budget, drop_from_result
+from deploy.ap_drop import INT8_PREDICTORS, Drop, checked_budget, drop_from_result
 from deploy.contract import RESULT_VERSION, provenance, sealed
 from deploy.errors import ConfigError, MeasurementError
 from deploy.files import write_json
 
 
-def write_result(path, **against):
+def write_result(path, role="max", **against):
     numbers = {"AP": 0.38, "against": against or None}
-    write_json(path, sealed({"result_version": RESULT_VERSION, "numbers": numbers, **provenance({})}))
+    write_json(path, sealed({"result_version": RESULT_VERSION, "role": role, "numbers": numbers, **provenance({})}))
     return path
 
 
 def test_a_drop_is_what_is_missing_against_float_as_a_result_tells_it(tmp_path):
     path = write_result(tmp_path / "x.result.json", AP_difference=-0.02, low=-0.03, high=0.01)
     assert drop_from_result(path) == Drop(ap=0.38, drop=0.02, low=-0.01, high=0.03)
+
+
+@pytest.mark.parametrize(("shift", "kept"), [(0.0, True), (-0.1, True), (0.11, False), (-0.2, False), (None, False)])
+def test_scores_are_judged_where_predictions_are_in_int8(tmp_path, shift, kept):
+    numbers = dict(AP_difference=-0.002, low=-0.03, high=0.01, score_shift=shift)
+    drop = drop_from_result(write_result(tmp_path / "x.result.json", role=INT8_PREDICTORS, **numbers))
+    assert (drop.keeps(0.5), drop.keeps(0.1)) == (kept, False)
+    assert "moved by" in str(drop)
+    assert ("more than 0.1" in str(drop)) is not kept
+    other = drop_from_result(write_result(tmp_path / "x.result.json", **numbers))
+    assert (other.keeps(0.5), other.score_shift) == (True, None)
 
 
 def test_a_result_against_nothing_or_edited_is_refused(tmp_path):

@@ -57,6 +57,59 @@ def test_integers_are_summed_and_rounded_where_kernels_end(run_detector: Build) 
     assert np.array_equal(found, expected.astype(np.float32))
 
 
+LINEAR = """<ir_version: 8, opset_import: ["" : 17]>
+linear (float[4,16] images) => (float[4,8] maps)
+<float[12] bias, float scale = {0.05}, int8 zero = {0}, int8[12] zeros, float[12] scales, int8[8] zeros8,
+ float[8] scales8> {
+    images_q = QuantizeLinear (images, scale, zero)
+    images_dq = DequantizeLinear (images_q, scale, zero)
+    first_q = QuantizeLinear <axis = 0> (first_weight, scales, zeros)
+    first_dq = DequantizeLinear <axis = 0> (first_q, scales, zeros)
+    first = Gemm <transB = 1> (images_dq, first_dq, bias)
+    hidden = Relu (first)
+    hidden_q = QuantizeLinear (hidden, scale, zero)
+    hidden_dq = DequantizeLinear (hidden_q, scale, zero)
+    second_q = QuantizeLinear <axis = 1> (second_weight, scales8, zeros8)
+    second_dq = DequantizeLinear <axis = 1> (second_q, scales8, zeros8)
+    maps = MatMul (hidden_dq, second_dq)
+}"""
+
+
+def test_matrix_products_are_summed_in_integers_and_scaled_by_column(run_detector: Build) -> None:
+    random, half = np.random.default_rng(5), np.float16
+    values = {
+        "first_weight": random.uniform(-1, 1, (12, 16)).astype(np.float32),
+        "second_weight": random.uniform(-1, 1, (12, 8)).astype(np.float32),
+        "bias": random.uniform(-1, 1, 12).astype(np.float32),
+        "scales": random.uniform(0.008, 0.02, 12).astype(np.float32),
+        "scales8": random.uniform(0.008, 0.02, 8).astype(np.float32),
+        "zeros": np.zeros(12, np.int8),
+        "zeros8": np.zeros(8, np.int8),
+    }
+    text = LINEAR.replace("<float[12] bias, ", "<").replace("int8[12] zeros, float[12] scales, int8[8] zeros8,\n", "")
+    text = text.replace(" float[8] scales8>", ">").replace("int8 zero = {0}, >", "int8 zero = {0}>")
+    model = onnx.parser.parse_model(text)
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(array, name) for name, array in values.items())
+    images = random.uniform(-6, 6, (4, 16)).astype(np.float32)
+    changed = integer_kernels(model)
+    assert [node.op_type for node in changed.graph.node].count("MatMulInteger") == 2
+    found = run_detector(changed, {"images": images})["maps"]
+
+    def rounded(array: np.ndarray, by: np.ndarray) -> np.ndarray:
+        return np.clip(np.rint(array / by), -128, 127).astype(np.int64)
+
+    def of_half(array: np.ndarray) -> np.ndarray:
+        return array.astype(half).astype(np.float32)
+
+    scale = np.float32(half(0.05))
+    scales, scales8, bias = (of_half(values[name]) for name in ("scales", "scales8", "bias"))
+    first = rounded(of_half(values["first_weight"]), scales[:, None])
+    second = rounded(of_half(values["second_weight"]), scales8)
+    hidden = (rounded(of_half(images), scale) @ first.T).astype(np.float32) * (scale * scales) + bias
+    expected = (rounded(np.maximum(hidden, 0), scale) @ second).astype(np.float32) * (scale * scales8)
+    np.testing.assert_allclose(found, of_half(expected), rtol=1e-3)
+
+
 def test_a_detector_in_integers(detector_model: Build, run_detector: Build, detector_contract: ModelContract) -> None:
     model = detector_model(np.int8)
     before = model.SerializeToString()
