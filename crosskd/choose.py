@@ -31,7 +31,7 @@ from crosskd.choice.picture import plot
 from crosskd.choice.search import Candidate, Limits, Measured, confirmed_best, confirmed_first, most_promising
 from crosskd.choice.space import config_text, families
 from crosskd.recipes import TEACHERS, recipe_path
-from deploy.commands import run_captured
+from deploy.commands import command_line, run_captured
 from deploy.contract import provenance
 from deploy.dataset import load_split
 from deploy.errors import ConfigError, MeasurementError, command
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
         bench = Bench(output, target, load_split(data, split_to_measure_on(data)))
         space = families()
         print(f"{sum(map(len, space))} students; looking for the most multiplications within {limits.budget_ms:g} ms")
-        halving = None
+        halving = Halving({}, [], [])
         if trials is None:
             chosen, again = confirmed_best(space, limits, bench.measure, bench.measure_again)
         else:
@@ -77,14 +77,16 @@ def main(argv: list[str] | None = None) -> int:
         rows = [(one, known[one.name]) for family in space for one in family if one.name in known]
         write_choice(output, chosen, again, rows, limits, halving)
     print(table(rows, limits, chosen))
-    if halving is not None:
+    words = ["--student", output / "student.py", "--data", arguments.data or "DIR"]
+    if trials is not None:
         print(table_of_trials(halving))
+        words += ["--teacher", trials.teacher, "--teacher-checkpoint", trials.checkpoint_in(output)]
     print(
         f"chosen: {chosen.name}, measured again: p99 {again.p99_ms:.2f} ms; {len(rows)} of {sum(map(len, space))} "
         "students were measured\n"
-        f"To train it: python -m crosskd.pipeline --student {output / 'student.py'} --data DIR -o DIR"
+        f"To train it: {command_line('crosskd.pipeline', *words)} -o DIR"
     )
-    if halving is not None and halving.failed:
+    if halving.failed:
         raise MeasurementError(
             f"{len(halving.failed)} trials failed: {', '.join(map(str, halving.failed))}; why is above. {chosen.name} "
             "was chosen among the others. To try them again, run the same command: what was measured is kept"
@@ -223,7 +225,7 @@ def write_choice(
     again: Measured,
     rows: list[tuple[Candidate, Measured]],
     limits: Limits,
-    halving: Halving | None = None,
+    halving: Halving,
 ) -> None:
     """Writes student.py, choice.svg and, last, choice.json."""
     head = (
@@ -239,11 +241,10 @@ def write_choice(
         "chosen": {**dataclasses.asdict(chosen), "name": chosen.name, **dataclasses.asdict(again)},
         "measured": [{"name": one.name, "macs": one.macs, **dataclasses.asdict(found)} for one, found in rows],
     }
-    if halving is not None:
-        document["trials"] = [
-            {"name": trial.candidate.name, "round": trial.round, "epochs": trial.epochs, "ap": ap}
-            for trial, ap in halving.ap.items()
-        ]
+    document["trials"] = [
+        {"name": trial.candidate.name, "round": trial.round, "epochs": trial.epochs, "ap": ap}
+        for trial, ap in halving.ap.items()
+    ]
     write_json(output / "choice.json", document)
 
 

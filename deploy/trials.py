@@ -133,9 +133,11 @@ class RayProcesses(Processes):
         resources = ray.cluster_resources()
         self._gpus = int(resources.get("GPU", 0))
         super().__init__(self._gpus or jobs)
-        cores = min(int(node["Resources"].get("CPU", 1)) for node in ray.nodes() if node["Alive"])
+        needed = "GPU" if self._gpus else "CPU"
+        machines = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get(needed)]
+        cores = min((int(machine.get("CPU", 1)) for machine in machines), default=1)
         self._threads = max(1, min(cores, int(resources.get("CPU", 1)) // self.jobs))
-        self._machines = sum(1 for node in ray.nodes() if node["Alive"])
+        self._machines = len(machines)
 
     def __str__(self) -> str:
         on = f"{self._gpus} GPUs" if self._gpus else f"{self._threads} threads each"
@@ -279,8 +281,9 @@ def run_trial(words: Sequence[str], log: Path, processes: Processes) -> None:
     status = processes.run(words, log)
     if status:
         last = last_message(log.read_text(encoding="utf-8", errors="replace"), status) or "nothing"
+        killed = " (killed: was the memory full?)" if status == -signal.SIGKILL else ""
         raise failure_of(status)(
-            last if status == BAD_INPUT else f"{words[0]} ended with status {status}, and {log} with: {last}"
+            last if status == BAD_INPUT else f"{words[0]} ended with status {status}{killed}, and {log} with: {last}"
         )
 
 
@@ -313,8 +316,8 @@ def work_through(
                         result = future.result()
                     except PipelineError as error:
                         again = isinstance(error, TrialDied) and attempt == 1
-                        note = " It is repeated once." if again else ""
-                        print(f"error: {task}: {error}{note}", file=sys.stderr, flush=True)
+                        what = f"{task} died, and is repeated once" if again else str(task)
+                        print(f"error: {what}: {error}", file=sys.stderr, flush=True)
                         if again:
                             attempts[pool.submit(work, task)] = (task, 2)
                         else:

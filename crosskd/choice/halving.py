@@ -47,6 +47,10 @@ class TrialOptions:
     seed: int = 0
     """Of the trainings."""
 
+    def checkpoint_in(self, output: Path) -> str:
+        """The teacher's weights, which are trained in this folder if none are given."""
+        return self.teacher_checkpoint or str(output / "teacher" / "detector.pth")
+
     @property
     def first_epochs(self) -> int:
         return self.epochs or max(1, round(epochs_for(self.images) / SHORT))
@@ -94,7 +98,9 @@ def halve(candidates: Sequence[Candidate], options: TrialOptions, output: Path, 
     Raises:
         MeasurementError: the teacher cannot be trained, or every trial of a round failed.
     """
-    checkpoint = options.teacher_checkpoint or trained_teacher(options, output, processes)
+    if options.teacher_checkpoint is None:
+        train_teacher(options, output, processes)
+    checkpoint = options.checkpoint_in(output)
     left, epochs = list(candidates), options.first_epochs
     ap: dict[Trial, float] = {}
     ranking: list[Candidate] = []
@@ -130,20 +136,19 @@ def halve(candidates: Sequence[Candidate], options: TrialOptions, output: Path, 
     raise AssertionError("the rounds have no end")
 
 
-def trained_teacher(options: TrialOptions, output: Path, processes: Processes) -> str:
+def train_teacher(options: TrialOptions, output: Path, processes: Processes) -> None:
     """
-    The weights of the teacher, which is trained unless it is.
+    Trains the teacher unless it is.
 
     Raises:
         MeasurementError: its training failed.
     """
     config = write_recipe(output / "recipe", RecipeOptions(teacher=options.teacher), options.images, tell=False)
-    run_dir = output / "teacher"
+    weights = Path(options.checkpoint_in(output))
     words = ["crosskd.train", str(config.with_name("teacher.py")), "--data", options.data, *_seed(options)]
-    stage = Stage("teacher", [*words, "-o", str(run_dir)], run_dir / "detector.pth")
+    stage = Stage("teacher", [*words, "-o", str(weights.parent)], weights)
     print(f"the teacher, {options.teacher}, is trained first; --teacher-checkpoint takes one that is", flush=True)
     complete(stage, processes)
-    return str(stage.artefact)
 
 
 def stages_of_trial(trial: Trial, options: TrialOptions, teacher_checkpoint: str) -> list[Stage]:

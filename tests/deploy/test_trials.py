@@ -119,7 +119,7 @@ def test_what_died_is_repeated_once(capsys):
     assert sorted(done) == ["once", "well"]
     assert {task: attempts.count(task) for task in attempts} == {"never": 2, "once": 2, "well": 1}
     told = capsys.readouterr().err.splitlines()
-    assert told.count("error: never: killed It is repeated once.") == 1
+    assert told.count("error: never died, and is repeated once: killed") == 1
     assert told.count("error: never: killed") == 1
 
 

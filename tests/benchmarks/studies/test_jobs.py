@@ -95,7 +95,7 @@ def test_a_verdict_is_read_and_a_failure_raised(tmp_path, monkeypatch):
             1,
             r"^copy ended with status 1, and .*copy.txt.log with: KeyError: 'x'$",
         ),
-        ("", -9, r"^copy ended with status -9, and .*copy.txt.log with: nothing$"),
+        ("", -9, r"^copy ended with status -9 \(killed: was the memory full\?\), and .*copy.txt.log with: nothing$"),
     ],
 )
 def test_a_command_that_fails_is_quoted(output, status, message, files):

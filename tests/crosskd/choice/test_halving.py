@@ -126,7 +126,8 @@ def test_a_trial_that_died_is_repeated_once_and_goes_on_where_it_was(
     assert "128/round1*" in fake.trained()
     assert halving.failed == []
     assert halving.ranking[0] == STUDENTS[1]
-    assert f"{STUDENTS[1].name}, round 1: crosskd.distill ended with status -9" in capsys.readouterr().err
+    told = f"{STUDENTS[1].name}, round 1 died, and is repeated once: crosskd.distill ended with status -9 (killed: "
+    assert told in capsys.readouterr().err
 
 
 def test_a_trial_that_cannot_be_trained_is_left_out_and_the_others_go_on(
@@ -184,6 +185,7 @@ def test_the_best_by_ap_of_the_most_promising_is_chosen(
     assert f"to be trained: {STUDENTS[3].name}, {STUDENTS[2].name}, {STUDENTS[1].name}\n" in printed
     assert f"{STUDENTS[1].name:<34}         30.0         60.0\n" in printed
     assert f"chosen: {STUDENTS[1].name}, measured again: p99 4.00 ms" in printed
+    assert f"--teacher base --teacher-checkpoint {tmp_path / 'teacher.pth'} -o DIR" in printed
     document = json.loads((tmp_path / "out" / "choice.json").read_text())
     assert document["chosen"]["side_px"] == 128
     assert [(one["name"], one["round"], one["epochs"]) for one in document["trials"]][-1] == (STUDENTS[3].name, 2, 2)
