@@ -12,6 +12,7 @@ import concurrent.futures
 import contextlib
 import importlib.util
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -33,7 +34,9 @@ LOG_LINES = 15
 BAD_INPUT = 2
 """Status of a command that would end in the same way again."""
 REACHED_WITHIN_S = 5.0
-HEALTHY_WITHIN_S = 30.0
+HEALTHY_WITHIN_S = 60.0
+PROBE = "import sys, ray; ray.init(address=sys.argv[1], log_to_driver=False, logging_level='ERROR')"
+"""Python that joins a Ray, in a process of its own: where none answers, `ray.init` tries for minutes."""
 RAY_HERE, RAY_RUNNING = "local", "auto"
 """Addresses of Ray: one that is started here and ends with this process, and the one that runs on this machine."""
 
@@ -234,38 +237,44 @@ def trial_processes(ray_address: Optional[str], jobs: int) -> Iterator[Processes
 
 def check_ray(address: str) -> None:
     """
-    Asked before long work, and since `ray.init` would try for minutes.
+    Raises an error unless Ray can be joined: to be asked before long work.
 
     Raises:
         MissingDependencyError: Ray is not installed.
-        MeasurementError: none answers at HOST:PORT.
+        MeasurementError: none answers.
     """
     if importlib.util.find_spec("ray") is None:
         raise MissingDependencyError("ray", "--ray", "pip install 'crosskd[ray]'")
-    if address in (RAY_HERE, RAY_RUNNING):
+    if address == RAY_HERE:
         return
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit() or "/" in host:
-        raise MeasurementError(
-            f"--ray is {address}; expected {RAY_HERE}, {RAY_RUNNING}, or HOST:PORT of a head, such as 192.168.1.10:6379"
-        )
     way_out = "Is it started there (`ray start --head --port ...`), and does a firewall let it through?"
+    if address != RAY_RUNNING:
+        host, _, port = address.rpartition(":")
+        if not host or not port.isdigit() or "/" in host:
+            raise MeasurementError(
+                f"--ray is {address}; expected {RAY_HERE}, {RAY_RUNNING}, or HOST:PORT of a head, such as "
+                "192.168.1.10:6379"
+            )
+        try:
+            socket.create_connection((host, int(port)), REACHED_WITHIN_S).close()
+        except (OSError, OverflowError) as error:
+            raise MeasurementError(f"--ray {address}: no Ray can be reached there ({error}). {way_out}") from error
     try:
-        socket.create_connection((host, int(port)), REACHED_WITHIN_S).close()
-    except (OSError, OverflowError) as error:
-        raise MeasurementError(f"--ray {address}: no Ray can be reached there ({error}). {way_out}") from error
-    words = process_words("ray.scripts.scripts", "health-check", "--address", address)
-    try:
-        answer = subprocess.run(
-            words, check=False, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=HEALTHY_WITHIN_S
-        )
+        probe = subprocess.run(
+            [sys.executable, "-c", PROBE, address], check=False, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            timeout=HEALTHY_WITHIN_S,
+        )  # fmt: skip
     except subprocess.TimeoutExpired as error:
         raise MeasurementError(
-            f"--ray {address}: what listens there does not answer as Ray does, within {HEALTHY_WITHIN_S:g} s. {way_out}"
+            f"--ray {address}: what is there does not answer as Ray does, within {HEALTHY_WITHIN_S:g} s. {way_out}"
         ) from error
-    if answer.returncode:
-        last = (answer.stderr.decode(errors="replace").strip().splitlines() or ["no reason is told"])[-1]
-        raise MeasurementError(f"--ray {address}: {one_line(last)}. {way_out}")
+    if probe.returncode:
+        errors = probe.stderr.decode(errors="replace")
+        root = re.search(
+            r"^[\w.]+(Error|Exception): (?!.*most recent call last).*", errors, re.MULTILINE
+        )  # others follow from it
+        reason = root[0] if root else last_message(errors, probe.returncode)
+        raise MeasurementError(f"--ray {address}: {one_line(reason)}. {way_out}")
 
 
 def run_trial(words: Sequence[str], log: Path, processes: Processes) -> None:

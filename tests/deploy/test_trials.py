@@ -12,7 +12,7 @@ import pytest
 
 from deploy.errors import ConfigError, MeasurementError, MissingDependencyError
 from deploy.folder_lock import HOLDER_VARIABLE, locked, this_holder
-from deploy.trials import Processes, TrialDied, trial_processes, work_through
+from deploy.trials import Processes, TrialDied, check_ray, trial_processes, work_through
 
 
 @pytest.fixture
@@ -166,15 +166,26 @@ def test_what_is_no_ray_is_not_waited_for(monkeypatch):
             pass
 
 
+def test_why_ray_cannot_be_joined_is_told_by_its_first_error(monkeypatch):
+    pytest.importorskip("ray")
+    monkeypatch.setattr(
+        "deploy.trials.PROBE",
+        "try:\n    raise RuntimeError('the versions differ')\nexcept RuntimeError as error:\n"
+        "    raise ConnectionError('no connection') from error",
+    )
+    with pytest.raises(MeasurementError, match=r"^--ray auto: RuntimeError: the versions differ\. Is it started"):
+        check_ray("auto")
+
+
 @pytest.fixture(scope="module")
 def ray_here():
-    """Trials on a Ray of two processors, which is started on this machine."""
+    """Trials on a Ray of two processors and what it takes for two GPUs, which is started on this machine."""
     ray = pytest.importorskip("ray")
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with pytest.MonkeyPatch.context() as patch:
         start = ray.init
-        patch.setattr(ray, "init", lambda **options: start(num_cpus=2, num_gpus=0, **options))
-        with trial_processes("local", 2) as processes:
+        patch.setattr(ray, "init", lambda **options: start(num_cpus=2, num_gpus=2, **options))  # in name
+        with trial_processes("local", 5) as processes:
             yield processes
     assert before == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
 
@@ -182,13 +193,18 @@ def ray_here():
 def test_on_ray_trials_run_beside_one_another_in_this_folder(ray_here, module, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert ray_here.jobs == 2
-    (tmp_path / "where.py").write_text("import os, time\nprint(os.getcwd(), os.getppid(), flush=True)\ntime.sleep(1)")
+    (tmp_path / "where.py").write_text(
+        "import os, time\n"
+        "print(os.getcwd(), os.getppid(), os.environ['CUDA_VISIBLE_DEVICES'], flush=True)\n"
+        "time.sleep(1)"
+    )
     began = time.monotonic()
     logs = [tmp_path / f"{number}.txt" for number in range(2)]
     statuses = work_and_results(logs, lambda log: ray_here.run(["where"], log), ray_here)
     assert statuses == [0, 0]
     wheres = [log.read_text().split() for log in logs]
-    assert [folder for folder, _ in wheres] == [str(tmp_path)] * 2
+    assert [folder for folder, _, _ in wheres] == [str(tmp_path)] * 2
+    assert {gpu for _, _, gpu in wheres} == {"0", "1"}  # each has one
     assert wheres[0][1] != wheres[1][1] != str(os.getpid())
     assert time.monotonic() - began < 60
     log = tmp_path / "log.txt"
