@@ -31,6 +31,7 @@ from deploy.errors import ConfigError, MeasurementError, PipelineError
 from deploy.files import read_json, sha256_of, write_json
 from deploy.folder_lock import locked
 from deploy.layouts import SPLITS, split_paths
+from deploy.runtime.session import open_session
 from deploy.targets import QUANTISED_FOR, TARGETS
 
 COMPARED_METHODS = ("max", "percentile", "entropy", "mse", "auto")
@@ -250,7 +251,8 @@ def latency_of(model: Model, int8: Path) -> Dict[str, Any]:
     `others_cores`, as `latencies`.
     """
     image = load_coco(*split_paths(model.data, model.split), check_files=False).images[0]
-    measured = latencies({"float": (model.file, None), "int8": (int8, None)}, image.path)
+    sessions = {"float": open_session(model.file, threads=1), "int8": open_session(int8, threads=1)}
+    measured = latencies(sessions, image.path)
     return {
         "float_ms": measured["ms"]["float"],
         "int8_ms": measured["ms"]["int8"],

@@ -28,6 +28,7 @@ from deploy.contract import load_contract, provenance
 from deploy.dataset import load_coco
 from deploy.errors import ConfigError, MeasurementError, MissingDependencyError, command
 from deploy.layouts import split_paths
+from deploy.runtime.session import open_session
 
 RUNS = 30
 SPLIT = "test"
@@ -105,7 +106,8 @@ def milliseconds_by_operator(model: Path, image: Path) -> Dict[str, Tuple[int, f
 
 def row_of(pair: Pair, image: Path) -> Dict[str, Any]:
     """What the result file says of a model."""
-    measured = latencies({"fp32": (pair.fp32, None), "int8": (pair.int8, None)}, image)
+    sessions = {"fp32": open_session(pair.fp32, threads=1), "int8": open_session(pair.int8, threads=1)}
+    measured = latencies(sessions, image)
     return {
         "name": pair.name,
         "ms": measured["ms"],

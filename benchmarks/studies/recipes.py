@@ -28,6 +28,7 @@ from deploy.dataset import load_coco
 from deploy.errors import ConfigError, MeasurementError, command
 from deploy.files import read_json, write_json
 from deploy.layouts import split_paths
+from deploy.runtime.session import open_session
 
 FOLDER = Path("configs/recipes")
 TEACHERS = ("base", "large")
@@ -101,7 +102,7 @@ def row_of(student: Student, image: Path) -> Dict[str, Any]:
     record = student.beside(".latency.json")
     if not is_current(record):
         environment = read_environment()  # before anything is measured: the load is that which others cause
-        measured = latencies({"fp32": (plain, None), "int8": (int8, None)}, image)
+        measured = latencies({"fp32": open_session(plain, threads=1), "int8": open_session(int8, threads=1)}, image)
         write_json(record, {**provenance({"model": plain, "int8": int8}), "environment": environment, **measured})
     measured = read_json(record, MeasurementError, "a latency")
     return {

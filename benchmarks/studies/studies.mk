@@ -110,5 +110,5 @@ $(CALIBRATION)/%.onnx: $(CALIBRATION)/%/config.py
 # NNCF's, likewise.
 .venv-nncf/.ready:
 	$(PYTHON) -m venv .venv-nncf
-	.venv-nncf/bin/pip install --quiet nncf==3.4.0 onnx==1.23.2 onnxruntime==1.31.1 opencv-python-headless==4.12.0.88
+	.venv-nncf/bin/pip install --quiet nncf==3.4.0 openvino==2026.4.1 onnx==1.23.2 opencv-python-headless==4.12.0.88
 	@touch $@

@@ -56,8 +56,10 @@ KIND = "calibration_tools"
 PLAIN, OURS, ONNX_RUNTIME, MODELOPT, NNCF = "plain inference", "ours", "ONNX Runtime", "ModelOpt", "NNCF"
 CHILD_NAMES = {PLAIN: "plain", ONNX_RUNTIME: "onnxruntime", MODELOPT: "modelopt", NNCF: "nncf"}
 """Tool -> what benchmarks.studies.tools_child calls it."""
-PACKAGES = {MODELOPT: "nvidia-modelopt", NNCF: "nncf"}
-"""Tool that has a Python of its own -> its package there."""
+PACKAGES = {MODELOPT: ("nvidia-modelopt", "onnxruntime"), NNCF: ("nncf", "openvino")}
+"""Tool that has a Python of its own -> its package there, and the module that it runs models with."""
+IR_SUFFIX = ".xml"
+"""Of OpenVINO's own format, which NNCF writes."""
 RUNTIMES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 """What latency is measured on: name as `open_session` takes it -> title."""
 CHILD = Path("benchmarks/studies/tools_child.py")
@@ -226,14 +228,14 @@ def tool_versions(pythons: Mapping[str, str]) -> Dict[str, Optional[str]]:
         PLAIN: runtime,
         OURS: f"{ours} on ONNX Runtime {runtime}",
         ONNX_RUNTIME: runtime,
-        **{tool: _version_in(python, PACKAGES[tool]) for tool, python in pythons.items()},
+        **{tool: _version_in(python, *PACKAGES[tool]) for tool, python in pythons.items()},
     }
 
 
-def _version_in(python: str, package: str) -> Optional[str]:
+def _version_in(python: str, package: str, runtime: str) -> Optional[str]:
     question = (
-        "import importlib.metadata, onnxruntime; "
-        f"print(importlib.metadata.version('{package}'), 'on ONNX Runtime', onnxruntime.__version__)"
+        f"import importlib.metadata, {runtime}; "
+        f"print(importlib.metadata.version('{package}'), 'on {RUNTIMES[runtime]}', {runtime}.__version__.split('-')[0])"
     )
     try:
         done = subprocess.run([python, "-c", question], capture_output=True, text=True, check=False)
@@ -340,7 +342,8 @@ def measure(row: WayRow, way: Way, few: Images, every: Images, pythons: Mapping[
         found["others_cores"] = busy_cores(REST_S)
         with tempfile.TemporaryDirectory() as folder:
             # A copy, since ModelOpt writes beside the model.
-            model, output, log = (Path(folder) / name for name in ("model.onnx", "int8.onnx", "log.txt"))
+            int8 = f"int8{IR_SUFFIX if way.tool == NNCF else '.onnx'}"
+            model, output, log = (Path(folder) / name for name in ("model.onnx", int8, "log.txt"))
             shutil.copyfile(row["model"], model)
             shutil.copyfile(sidecar_path(row["model"]), sidecar_path(model))
             runs = []
@@ -354,9 +357,9 @@ def measure(row: WayRow, way: Way, few: Images, every: Images, pythons: Mapping[
                 raise MeasurementError("it ended well and wrote no file")
             elif way.tool != OURS:  # ours writes its sidecar itself
                 write_sidecar(output, {"model": row["model"]}, load_contract(model), dataclasses.asdict(way))
-            found.update(_accuracy(output, every, log, "openvino" if way.tool == NNCF else "onnxruntime"))
+            found.update(_accuracy(output, every, log))
             found["latency"] = _latency(model, output, every, log)
-            if way.tool != PLAIN:
+            if way.tool not in (PLAIN, NNCF):
                 found.update(_audit(output))
     except MeasurementError as error:
         found["error"] = str(error)
@@ -433,10 +436,16 @@ def numbers_from_runs(runs: Sequence[Mapping[str, float]]) -> WayRow:
     }
 
 
-def _accuracy(model: Path, images: Images, log: Path, runtime: str) -> WayRow:
+def _accuracy(model: Path, images: Images, log: Path) -> WayRow:
     result = model.with_suffix(".accuracy.result.json")
-    words = [str(model), "--data", images.data_dir, "--split", images.split, "--runtime", runtime, "-o", str(result)]
-    run_child(process_words("benchmarks.accuracy", *words), log)
+    words = ["--data", images.data_dir, "--split", images.split, "-o", str(result)]
+    if model.suffix == IR_SUFFIX:
+        annotations, images_dir = split_paths(images.data_dir, images.split)
+        detected = model.with_suffix(".detected.json")
+        child = ["detect", str(model), "--annotations", str(annotations), "--images-dir", str(images_dir)]
+        run_child(process_words("benchmarks.studies.tools_child", *child, "-o", str(detected)), log)
+        model, words = detected, [*words, "--role", "student"]
+    run_child(process_words("benchmarks.accuracy", str(model), *words), log)
     numbers = read_json(result, MeasurementError, "a result of benchmarks.accuracy")["numbers"]
     return {"AP": numbers["AP"], "AP50": numbers["AP50"]}
 
@@ -444,7 +453,7 @@ def _accuracy(model: Path, images: Images, log: Path, runtime: str) -> WayRow:
 def _latency(model: Path, int8: Path, images: Images, log: Path) -> WayRow:
     """Of the float file and the INT8 file, which may be the same; in a process of its own, since it needs a runtime."""
     found: WayRow = {}
-    for runtime in RUNTIMES:
+    for runtime in ["openvino"] if int8.suffix == IR_SUFFIX else RUNTIMES:
         output = model.with_name(f"{runtime}.latency.json")
         words = ["latency", str(model), "--int8", str(int8), "--runtime", runtime, "-o", str(output)]
         words += ["--annotations", str(images.annotations), "--images-dir", str(images.images_dir)]

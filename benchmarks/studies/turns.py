@@ -6,7 +6,7 @@ import contextlib
 import statistics
 import time
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Tuple
+from typing import Any, Dict, List, Mapping
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from benchmarks.measuring.timing import REST_S
 from deploy.contract import ModelContract
 from deploy.images import read_image
 from deploy.runtime.preprocess import preprocess
-from deploy.runtime.session import Session, open_session
+from deploy.runtime.session import Session
 
 WARMUP, ROUNDS = 3, 7
 """Turns that do not count, and rounds that do."""
@@ -25,23 +25,21 @@ ROUND_MS = 1000.0
 """About as long is a round, within these."""
 
 
-def latencies(files: Mapping[str, Tuple[Path, Optional[str]]], image: Path) -> Dict[str, Any]:
+def latencies(sessions: Mapping[str, Session], image: Path) -> Dict[str, Any]:
     """
-    `ms`, the median of an inference of each file; `rounds_ms`, the medians of its rounds; `description` of each, in
+    `ms`, the median of an inference of each session; `rounds_ms`, the medians of its rounds; `description` of each, in
     words; and `others_cores`, the processors that other programs kept busy before it began.
 
     Milliseconds of processor time on one thread: on an idle machine the latency, and on a busy one without the time
     that others had.
 
     Args:
-        files: name -> (model file, runtime as `open_session` takes it).
+        sessions: by name, of one thread each; they are closed at the end.
         image: is fed to all of them, as many times as the batch is large.
     """
     with contextlib.ExitStack() as opened:
-        sessions = {
-            name: opened.enter_context(open_session(path, threads=1, runtime=runtime))
-            for name, (path, runtime) in files.items()
-        }
+        for session in sessions.values():
+            opened.enter_context(session)
         feeds = {name: feed_of(session.contract, image) for name, session in sessions.items()}
         others = busy_cores(REST_S)
         warm = take_turns(sessions, feeds, WARMUP)
@@ -50,8 +48,8 @@ def latencies(files: Mapping[str, Tuple[Path, Optional[str]]], image: Path) -> D
         rounds = [take_turns(sessions, feeds, turns) for _ in range(ROUNDS)]
         descriptions = {name: session.description for name, session in sessions.items()}
     return {
-        "ms": {name: statistics.median(value for one in rounds for value in one[name]) for name in files},
-        "rounds_ms": {name: [statistics.median(one[name]) for one in rounds] for name in files},
+        "ms": {name: statistics.median(value for one in rounds for value in one[name]) for name in sessions},
+        "rounds_ms": {name: [statistics.median(one[name]) for one in rounds] for name in sessions},
         "description": descriptions,
         "others_cores": others,
     }

@@ -42,8 +42,8 @@ def test_each_student_is_made_and_measured_once(made, data_dir, tmp_path, monkey
     measured = {"ms": {"fp32": 20.0, "int8": 8.0}, "rounds_ms": {"fp32": [20.0, 21.0, 20.0], "int8": [8.0, 8.0, 10.0]}}
     calls = []
 
-    def timed(files, image):
-        calls.append(files["int8"][0].name)
+    def timed(sessions, image):
+        calls.append(list(sessions))
         return {**measured, "description": {"fp32": "some runtime, 1 thread"}, "others_cores": 0.0}
 
     monkeypatch.setattr(recipes, "latencies", timed)
