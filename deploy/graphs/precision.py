@@ -124,9 +124,9 @@ def typed_graph(
 
 def _growing_tensors(model: onnx.ModelProto) -> List[str]:
     """The outputs of GROWING_OPS that are FP16 unless they are seen to be larger."""
-    kept = float_nodes(model, NOTHING_SEEN)
+    kept, floating = float_nodes(model, NOTHING_SEEN), float_tensors(model)
     nodes = [node for index, node in enumerate(model.graph.node) if index not in kept]
-    return [node.output[0] for node in nodes if node.op_type in GROWING_OPS]
+    return [node.output[0] for node in nodes if node.op_type in GROWING_OPS and node.output[0] in floating]
 
 
 def without_kernel_in_8(model: onnx.ModelProto) -> List[int]:

@@ -367,3 +367,20 @@ def test_places_to_read_stay_float_before_a_convolution() -> None:
     assert {types[name] for name in by_operator["GridSample"].input} == {FLOAT}
     assert {types[name] for node in graph.model.graph.node if node.op_type == "Conv" for name in node.input} == {HALF}
     assert types[by_operator["Add"].output[0]] == HALF
+
+
+def test_only_floating_tensors_may_leave_half() -> None:
+    model = onnx.parser.parse_model(
+        """
+        <ir_version: 8, opset_import: ["" : 17]>
+        g (float[1, 2, 4, 4] image) => (float[1, 2, 4, 4] y)
+        <float[2,2,1,1] weight = {0.9, 0, 0, 0.9}, int64[4] once = {1, 1, 1, 1}> {
+            sizes = Shape(image)
+            same = Mul(sizes, once)
+            shaped = Reshape(image, same)
+            y = Conv(shaped, weight)
+        }
+        """
+    )
+    typed = typed_graph(model, "fp16", {})
+    assert (typed.growing, typed.unseen) == (1, ("y",))
