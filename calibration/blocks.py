@@ -86,6 +86,10 @@ def blocks_from_graph(graph: FloatGraph, kind: str, multiplications: Mapping[str
         block_of = {name: name for name in names}
     elif all(name.startswith("/") for name in names):
         block_of = {name: block_of_path(name) for name in names}
+        blocks = set(block_of.values())
+        for name, block in block_of.items():  # what stands beside the blocks of a stage is none with all of them
+            if any(other.startswith(f"{block}/") for other in blocks):
+                block_of[name] = name.rpartition("/")[0]
     else:
         block_of = runs_of_graph(graph)
     members: Dict[str, List[str]] = {}
@@ -101,15 +105,15 @@ def block_of_path(name: str) -> str:
     """
     The part of a node's path that names its block; also what --keep-float takes.
 
-    As far as the first module with an index, and on while modules are items of the list before: "/layer1/layer1.0" of
-    "/layer1/layer1.0/conv1/Conv", "/towers.0/towers.0.1" of "/towers.0/towers.0.1/conv/Conv". Without an index all but
-    the operator. The levels of a head have the same path but for a suffix of the product, and are together.
+    As far as the first module with an index, and on while modules have one: "/layer1/layer1.0" of
+    "/layer1/layer1.0/conv1/Conv", "/stages.0/blocks.1" of "/stages.0/blocks.1/ffn/MatMul". Without an index all but the
+    operator. The levels of a head have the same path but for a suffix of the product, and are together.
     """
     parts = name.split("/")
     for index, part in enumerate(parts):
         if re.search(r"\.\d+$", part):
             last = index
-            while re.fullmatch(re.escape(parts[last]) + r"\.\d+", parts[min(last + 1, len(parts) - 1)]):
+            while re.search(r"\.\d+$", parts[min(last + 1, len(parts) - 1)]):
                 last += 1
             return "/".join(parts[: last + 1])
     return "/".join(parts[:-1]) or name

@@ -7,6 +7,7 @@ from onnx import parser
 from calibration.audit import INT8, audit
 from calibration.blocks import block_of_path, blocks_from_graph, count_multiplications, runs_of_graph
 from calibration.placement import FloatGraph, node_name
+from deploy.int8_format import FloatReason
 
 
 @pytest.mark.parametrize(
@@ -19,6 +20,7 @@ from calibration.placement import FloatGraph, node_name
         ("/neck/lateral_convs.0/conv/Conv", "/neck/lateral_convs.0"),
         ("/bbox_head/cls_convs.1/conv_3/Conv", "/bbox_head/cls_convs.1"),
         ("/cls_convs.0/cls_convs.0.1/depthwise/Conv", "/cls_convs.0/cls_convs.0.1"),
+        ("/backbone/stages.0/blocks.1/ffn/layers/layers.0/layers.0.0/MatMul", "/backbone/stages.0/blocks.1"),
         ("/stem/stem.0/Conv", "/stem/stem.0"),
         ("/features.0/Conv", "/features.0"),
         ("/Conv_12", "/Conv_12"),
@@ -71,6 +73,31 @@ def test_paths_are_blocks_of_modules():
         "c",
         "y",
     }  # a block's name is one for --keep-float
+
+
+def test_what_stands_beside_the_blocks_of_a_stage_is_one_of_its_own():
+    """As in Swin: a name for --keep-float means the same as in the list of blocks."""
+    model = parser.parse_model("""
+        <ir_version: 8, opset_import: ["" : 17]>
+        g (float[1, 1, 4, 4] x) => (float[1, 1, 4, 4] y) <float[1, 1, 1, 1] w = {2}>
+        { a = Conv (x, w)  b = Conv (a, w)  c = Conv (b, w)  y = Conv (c, w) }
+    """)
+    names = (
+        "/stages.0/blocks.0/qkv/Conv",
+        "/stages.0/blocks.1/ffn/Conv",
+        "/stages.0/downsample/reduction/Conv",
+        "/head/Conv",
+    )
+    for node, name in zip(model.graph.node, names, strict=True):
+        node.name = name
+    graph = FloatGraph(model)
+    blocks = blocks_from_graph(graph, "grouped", multiplications(graph))
+    assert [block.name for block in blocks] == [
+        "/stages.0/blocks.0", "/stages.0/blocks.1", "/stages.0/downsample/reduction",
+    ]  # fmt: skip
+    for block in blocks:
+        kept = FloatGraph(model, [block.name]).reasons
+        assert [name for name, reason in kept.items() if reason is FloatReason.ASKED] == list(block.products)
 
 
 def test_each_convolution_can_be_a_block(detector):

@@ -16,6 +16,7 @@ from calibration.matrix_products import write_gemms
 from calibration.placement import PLACEMENTS, FloatGraph, node_name
 from calibration.qdq import quantize_graph
 from deploy.graphs.graph import check_graph, constants, producers
+from deploy.graphs.precision import half_from_float
 from deploy.graphs.products import Products, weight_axis
 from deploy.int8_format import FloatReason, rounded_weight, weight_scales
 from tests.calibration.test_placement import with_weights
@@ -221,9 +222,26 @@ def test_a_mean_over_bins_decodes_also_where_its_bins_are_quantised():
 def test_biases_of_fully_connected_layers_are_corrected(transformer, quantizer_of, images, contract, target):
     quantizer = quantizer_of(transformer, target)
     corrected = quantizer.corrected(images, contract)
-    names = {node.output[0] for node in quantizer.graph().quantized}
-    assert set(corrected.corrections) == names
+    graph = quantizer.graph()
+    names = {node.output[0] for node in graph.quantized}
+    assert set(corrected.corrections) == names | graph.predictors  # which a search may take
     assert all(np.isfinite(values).all() and values.any() for values in corrected.corrections.values())
     model = corrected.quantize(corrected.graph())
     check_graph(model)
     assert audit(model, {}).faults == []
+
+
+def test_a_decoder_becomes_fp16_but_for_its_boxes_and_places(transformer):
+    """Up to and with the final predictions; each layer's boxes and places are FP32 though the next layer reads them."""
+    half = half_from_float(transformer)
+    check_graph(half)
+    types = {
+        value.name: value.type.tensor_type.elem_type
+        for value in onnx.shape_inference.infer_shapes(half, strict_mode=True).graph.value_info
+    }
+    gemms = [node.output[0] for node in half.graph.node if node.op_type == "Gemm"]
+    assert {types[name] for name in gemms if name in types} == {onnx.TensorProto.FLOAT16}
+    for name in ("decoder.0.self.qk", "decoder.1.cross.pv", "decoder.0.sum1"):
+        assert types[name] == onnx.TensorProto.FLOAT16
+    for name in ("boxes.1", "decoder.0.moved", "decoder.0.inverse.odds", "decoder.0.deformable.grid", "scores.all"):
+        assert types[name] == onnx.TensorProto.FLOAT
