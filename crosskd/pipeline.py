@@ -387,14 +387,12 @@ def planned_stages(options: PipelineOptions, config: Any) -> list[Stage]:
     quantise: list[str | Path] = ["calibration.quantize", onnx, "--data", data, *strict, "--target", options.target]
     if budget is None:
         add("quantise", int8, *quantise, "-o", int8)
-    if options.engines_here:  # after it: FP16 is told of the ranges that calibration has seen
-        for precision in ("fp32", "fp16") if otherwise(options) == "engine-fp32" else ("fp16",):
-            role = f"engine-{precision}"
-            models[role] = add(f"build {role}", out / f"{role}.engine", "deploy.build_trt", onnx, f"--{precision}",
-                               "-o", out / f"{role}.engine")  # fmt: skip
     if budget is not None:
         stages += stages_to_int8(options, config, quantise, distil, budget)
     if options.engines_here:
+        if budget is None:  # else they are among the ways to INT8
+            stages += float_engine_stages(options)
+        models.update({role: out / f"{role}.engine" for role in float_engines(options)})
         engine = out / "engine-int8.engine"
         models["engine-int8"] = add("build engine-int8", engine, "deploy.build_trt", int8, "--int8", "-o", engine)
     results = []
@@ -458,6 +456,27 @@ def check_head(config: str, role: str, head: str, remedy: str) -> None:
             f"{config}: the {role}'s head is a {head}, which cannot be exported; expected one of "
             f"{', '.join(heads_with_decoder())}. {remedy}"
         )
+
+
+def float_engines(options: PipelineOptions) -> list[str]:
+    """The roles of the engines of the student that are not INT8."""
+    return ["engine-fp32", "engine-fp16"] if otherwise(options) == "engine-fp32" else ["engine-fp16"]
+
+
+def float_engine_stages(options: PipelineOptions, ranges_from: Path | None = None) -> list[Stage]:
+    """
+    The builds of these engines, to come after a calibration: FP16 is told of the ranges that it has seen.
+
+    Args:
+        ranges_from: the INT8 file that has them, where it does not lie beside student.onnx.
+    """
+    out, stages = options.output, []
+    for role in float_engines(options):
+        flag = f"--{role.split('-')[1]}"
+        ranges = ["--ranges-from", str(ranges_from)] if ranges_from and flag == "--fp16" else []
+        words = ["deploy.build_trt", str(out / "student.onnx"), flag, *ranges, "-o", str(out / f"{role}.engine")]
+        stages.append(Stage(f"build {role}", words, out / f"{role}.engine"))
+    return stages
 
 
 def stages_to_int8(
@@ -527,6 +546,7 @@ def stages_to_int8(
         measure_rung("INT8-aware CrossKD", int8)
     fp16: list[str | Path] = []
     if options.target == "tensorrt":
+        stages += float_engine_stages(options, file_of(INT8_PREDICTORS, ".onnx"))
         fp16 = ["--fp16", *measure("engine-fp16", options.output / "engine-fp16.engine")]
     int8 = options.output / "student.int8.onnx"
     words = ["calibration.choose", *(str(word) for pair in rungs for word in ("--rung", *pair)), *map(str, fp16)]

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, List, Optional
 from deploy.commands import run_command
 from deploy.contract import load_contract
 from deploy.errors import ConfigError, EngineBuildError, MissingDependencyError, command
-from deploy.graphs.known_ranges import RangesBeside, ranges_beside, words_of_ranges
+from deploy.graphs.known_ranges import KnownRanges, known_ranges, words_of_ranges
 from deploy.runtime.golden import TOLERANCES, tolerance_of_integer_kernels
 from deploy.runtime.session import OrtSession, Session
 from deploy.tensorrt.engine import NetworkSource, make_engine, open_machine, some_names, tell_float_convolutions
@@ -48,13 +48,13 @@ def main(argv: Optional[List[str]] = None) -> int:
     _check_arguments(arguments)
     options = options_from_arguments(arguments)
     if arguments.target:
-        return _check_target(arguments.model, arguments.target, options)
+        return _check_target(arguments.model, arguments.target, options, arguments.ranges_from)
     machine = open_machine(
         options, arguments.output, arguments.timing_cache, arguments.no_timing_cache, arguments.verbose
     )
     check_options(machine.trt, options, load_contract(arguments.model))
     source = read_source(arguments.model, options.precision, arguments.data)
-    beside = ranges_beside(source) if machine.recipe.has_half else RangesBeside({}, ())
+    beside = _known_ranges(source, machine.recipe, arguments.ranges_from)
     graph = _checked_graph(source, machine.recipe, machine.trt.__version__, beside)
     reference = _onnx_runtime(source.path)
     tolerance = TOLERANCES[options.precision]
@@ -102,6 +102,15 @@ def _parse(argv: Optional[List[str]]) -> argparse.Namespace:
         type=Path,
         metavar="DIR",
         help="data folder to calibrate on, for --int8 on a float graph, which is quantised first",
+    )
+    parser.add_argument(
+        "--ranges-from",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="statistics or INT8 files made of this model, besides those in its folder: what overflows FP16 by their "
+        "ranges stays FP32",
     )
     parser.add_argument("-o", "--output", type=Path, help="engine file to write, *.engine")
     parser.add_argument(
@@ -171,7 +180,16 @@ def quantised_file(path: Path, data: Optional[Path]) -> Path:
     return quantised
 
 
-def _checked_graph(source: OnnxFile, recipe: Recipe, version: str, beside: RangesBeside) -> TypedGraph:
+def _known_ranges(source: OnnxFile, recipe: Recipe, ranges_from: List[Path]) -> KnownRanges:
+    """What is known of the graph's activations; raises ConfigError for files named where nothing is FP16."""
+    if recipe.has_half:
+        return known_ranges(source, ranges_from)
+    if ranges_from:
+        raise ConfigError(f"--ranges-from is {ranges_from[0]}, but nothing of this engine is FP16: leave it out")
+    return KnownRanges({}, ())
+
+
+def _checked_graph(source: OnnxFile, recipe: Recipe, version: str, beside: KnownRanges) -> TypedGraph:
     """The graph in the form of the recipe, of which TensorRT `version` takes every node; prints what stays FP32."""
     from deploy.graphs.operators import check_operators
     from deploy.graphs.precision import typed_graph
@@ -187,11 +205,11 @@ def _checked_graph(source: OnnxFile, recipe: Recipe, version: str, beside: Range
     return graph
 
 
-def _check_target(model: Path, version: str, options: BuildOptions) -> int:
+def _check_target(model: Path, version: str, options: BuildOptions, ranges_from: List[Path]) -> int:
     """Whether TensorRT `version` takes the graph, by its operator table; writes nothing."""
     recipe = recipe_for(options, typing_of_version(version))
     source = read_source(model, options.precision, None)
-    beside = ranges_beside(source) if recipe.has_half else RangesBeside({}, ())
+    beside = _known_ranges(source, recipe, ranges_from)
     graph = _checked_graph(source, recipe, version, beside)
     tell_float_convolutions(graph.float_convolutions)
     print(

@@ -36,7 +36,7 @@ from deploy.board.signature import SIGNATURE
 from deploy.contract import OUTPUTS, package_versions, sidecar_path
 from deploy.errors import ConfigError, ContractError, PipelineError
 from deploy.files import AnyPath, replacing
-from deploy.graphs.known_ranges import RangesBeside, ranges_beside, words_of_ranges
+from deploy.graphs.known_ranges import KnownRanges, known_ranges, words_of_ranges
 from deploy.runtime.golden import SEEDS, noise_input, tolerance_of_integer_kernels
 from deploy.runtime.session import OrtSession
 
@@ -159,7 +159,7 @@ def files_of_bundle(sources: Mapping[str, OnnxFile]) -> Dict[str, bytes]:
     described = {}
     # Seen when the INT8 file was calibrated; they say of the float file, too, what FP16 cannot hold.
     int8 = sources.get("int8")
-    beside = ranges_beside(sources["float" if "float" in sources else next(iter(sources))])
+    beside = known_ranges(sources["float" if "float" in sources else next(iter(sources))])
     for kind, source in sources.items():
         files[source.path.name] = source.path.read_bytes()
         files[sidecar_path(source.path).name] = sidecar_path(source.path).read_bytes()  # so that it can be run there
@@ -191,7 +191,7 @@ def files_of_bundle(sources: Mapping[str, OnnxFile]) -> Dict[str, bytes]:
 
 
 def _add_graphs(
-    kind: str, source: OnnxFile, int8: Optional[OnnxFile], beside: RangesBeside, files: Dict[str, bytes]
+    kind: str, source: OnnxFile, int8: Optional[OnnxFile], beside: KnownRanges, files: Dict[str, bytes]
 ) -> Dict[str, Any]:
     """Adds each form that `source` is good for to `files`; form -> its file and what stays FP32 in it."""
     from deploy.graphs.precision import typed_graph

@@ -1,5 +1,5 @@
 """
-What calibration has seen of a float graph's activations, read from the files beside its ONNX file.
+What calibration has seen of a float graph's activations, read from the files beside its ONNX file and named ones.
 
 Statistics of `calibration.quantize --statistics` tell it, and the sidecars of INT8 files. They are known by the hash of
 the float file, whatever their names.
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Dict, List, NamedTuple, Optional, Sequenc
 
 from deploy.arrays import arrays_from_npz
 from deploy.contract import read_sidecar, sidecar_path
-from deploy.errors import ContractError, PipelineError, one_line
+from deploy.errors import ConfigError, ContractError, PipelineError, one_line
 from deploy.files import read_json
 
 if TYPE_CHECKING:
@@ -26,8 +26,8 @@ SOME = 3
 """Names of many that are told."""
 
 
-class RangesBeside(NamedTuple):
-    """What the files beside a float ONNX file tell of its activations."""
+class KnownRanges(NamedTuple):
+    """What files tell of the activations of a float ONNX file."""
 
     ranges: Ranges
     """Tensor -> (smallest, largest) of all that was seen."""
@@ -35,29 +35,41 @@ class RangesBeside(NamedTuple):
     """That tell it."""
 
 
-def ranges_beside(source: OnnxFile) -> RangesBeside:
+def known_ranges(source: OnnxFile, named: Sequence[Path] = ()) -> KnownRanges:
     """
     What the statistics and INT8 files in the folder of an ONNX file tell of the float graph that it is or was made of.
 
-    What cannot be read is told on stderr, and left out.
+    What cannot be read there is told on stderr, and left out.
+
+    Args:
+        named: such files elsewhere.
+
+    Raises:
+        ConfigError: a file of `named` tells nothing of that graph.
+        PipelineError: it cannot be read.
     """
     made_of = source.sidecar["inputs"].get("model", {}) if source.is_quantised else source.sidecar["artefact"]
     digest = made_of.get("sha256")
-    ranges: Ranges = {}
-    files = []
+    told: Dict[Path, Ranges] = {}
     for file in sorted(source.path.parent.iterdir()) if digest else ():
         try:
-            told = _ranges_of_file(file, digest)
+            told[file] = _ranges_of_file(file, digest) or {}
         except (PipelineError, OSError) as error:
             print(f"note: {file} is not asked for ranges: {one_line(error)}", file=sys.stderr)
-            continue
-        if not told or file == source.path:
-            continue
-        files.append(file)
-        for name, (smallest, largest) in told.items():
+    for file in named:
+        told[file] = (_ranges_of_file(file, digest) if digest else None) or {}
+        if not told[file]:
+            raise ConfigError(
+                f"--ranges-from {file} tells no ranges of the float graph of {source.path}; expected a file of "
+                "calibration.quantize that was made of it, or its --statistics"
+            )
+    files = tuple(file for file in told if told[file] and file != source.path)
+    ranges: Ranges = {}
+    for file in files:
+        for name, (smallest, largest) in told[file].items():
             known = ranges.get(name, (smallest, largest))
             ranges[name] = min(known[0], smallest), max(known[1], largest)
-    return RangesBeside(ranges, tuple(files))
+    return KnownRanges(ranges, files)
 
 
 def _ranges_of_file(file: Path, digest: str) -> Optional[Ranges]:

@@ -93,7 +93,7 @@ def typed_graph(
         model: checked, its nodes in topological order, FP32; with Q/DQ for the forms of INT8. "fp32" and "fp16" of one
             with Q/DQ are those of the float graph below them.
         details: of the sidecar of the model's file, for `largest_values`.
-        further: tensor -> [smallest, largest], of `deploy.graphs.known_ranges.ranges_beside`.
+        further: tensor -> [smallest, largest], of `deploy.graphs.known_ranges.known_ranges`.
 
     Raises:
         EngineBuildError: the graph does not go with the form, or has no valid FP16 form.

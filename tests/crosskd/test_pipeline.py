@@ -144,6 +144,10 @@ def test_with_a_budget_engines_are_what_is_measured_and_fp16_is_the_last_way(con
     choose = _command(stages, "choose INT8")
     assert "--fp16 O/int8/engine-fp16.accuracy.result.json O/int8/engine-fp16.latency.result.json" in choose
     assert "--otherwise engine-fp16" in choose
+    fp16 = "deploy.build_trt O/student.onnx --fp16 --ranges-from O/int8/INT8_predictors.onnx -o O/engine-fp16.engine"
+    assert _command(stages, "build engine-fp16") == fp16
+    names = [stage.name for stage in stages]
+    assert names.index("quantise by INT8 predictors") < names.index("build engine-fp16") < names.index("choose INT8")
     in_fp32 = _planned(configs / "crosskd_tiny.py", *words, "--without-int8", "fp32")
     assert "--otherwise engine-fp32" in _command(in_fp32, "choose INT8")
     assert _command(in_fp32, "build engine-fp32") == "deploy.build_trt O/student.onnx --fp32 -o O/engine-fp32.engine"

@@ -515,6 +515,13 @@ def test_what_a_target_lacks_is_said_before_a_build(
     assert main([str(source), "--fp16", "--target", "10.3"]) == 0
 
 
+def test_named_ranges_are_for_fp16(detector_file: File, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--target", "10.3", "--ranges-from", str(tmp_path / "no.npz")]
+    for precision, said in (("--fp32", "nothing of this engine is FP16"), ("--fp16", "no.npz tells no ranges of")):
+        assert main([str(detector_file("mini.onnx")), precision, *words]) == 2
+        assert said in capsys.readouterr().err
+
+
 def test_what_a_target_changes_in_silence_is_said(detector_file: File, capsys: pytest.CaptureFixture[str]) -> None:
     source = detector_file("mini.onnx")
     model, contract = onnx.load(source), OrtSession(source).contract

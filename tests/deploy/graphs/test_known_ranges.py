@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from deploy.contract import load_contract, write_sidecar
+from deploy.errors import ConfigError
 from deploy.files import sha256_of
-from deploy.graphs.known_ranges import ranges_beside, words_of_ranges
+from deploy.graphs.known_ranges import known_ranges, words_of_ranges
 from deploy.graphs.onnx_file import read_onnx_file
 from deploy.graphs.precision import typed_graph
 
@@ -42,7 +43,7 @@ def test_files_of_this_very_model_are_asked_whatever_their_names(
     source.with_name("damaged.npz").write_bytes(b"PK no archive")
     source.with_name("no.onnx").write_bytes(b"")
     source.with_name("no.onnx.json").write_text("[1, 2]")
-    beside = ranges_beside(read_onnx_file(source))
+    beside = known_ranges(read_onnx_file(source))
     assert beside.ranges == {"x": (-2.0, 5.0), "y": (0.0, 3.0), "z": (0.0, 7.0)}
     assert beside.files == (first, second)
     assert capsys.readouterr().err == ""
@@ -52,9 +53,9 @@ def test_an_int8_file_asks_for_the_float_file_that_it_was_made_of(detector_file:
     source = detector_file("mini.onnx")
     int8 = write_int8(detector_file, "a.onnx", source, {"x": [-2.0, 1.0]})
     statistics = write_statistics(source.with_name("b.npz"), source, z=(0.0, 7.0))
-    assert ranges_beside(read_onnx_file(int8)) == ({"z": (0.0, 7.0)}, (statistics,))
+    assert known_ranges(read_onnx_file(int8)) == ({"z": (0.0, 7.0)}, (statistics,))
     elsewhere = detector_file("c.onnx", np.int8)  # whose sidecar names no model
-    assert ranges_beside(read_onnx_file(elsewhere)) == ({}, ())
+    assert known_ranges(read_onnx_file(elsewhere)) == ({}, ())
 
 
 @pytest.mark.parametrize("fault", ["ranges", "changed", "no json"])
@@ -67,10 +68,20 @@ def test_what_cannot_be_read_is_told_and_left_out(
         int8.write_bytes(int8.read_bytes() + b"x")
     if fault == "no json":
         int8.with_name("a.onnx.json").write_text("{")
-    assert ranges_beside(read_onnx_file(source)) == ({}, ())
+    assert known_ranges(read_onnx_file(source)) == ({}, ())
     told = capsys.readouterr().err
     assert told.startswith(f"note: {int8} is not asked for ranges: ")
     assert told.count("\n") == 1
+
+
+def test_files_elsewhere_are_named(detector_file: File, tmp_path: Path) -> None:
+    source = detector_file("mini.onnx")
+    (tmp_path / "elsewhere").mkdir()
+    statistics = write_statistics(tmp_path / "elsewhere" / "b.npz", source, x=(-1.0, 5.0))
+    assert known_ranges(read_onnx_file(source), [statistics]) == ({"x": (-1.0, 5.0)}, (statistics,))
+    for other in (write_statistics(statistics.with_name("c.npz"), statistics, x=(0.0, 1.0)), tmp_path / "missing.npz"):
+        with pytest.raises(ConfigError, match=f"--ranges-from {other} tells no ranges of the float graph of .*mini"):
+            known_ranges(read_onnx_file(source), [other])
 
 
 def test_it_is_said_how_many_ranges_are_known(detector_file: File) -> None:
