@@ -63,7 +63,7 @@ SEEDS := 0 1 2
 DISTILLED := -m benchmarks.studies.calibration distilled
 
 bench-int8-distilled: bench-transfer
-	$(BIN)/python -m benchmarks.studies.distillation --jobs 1 -o benchmarks/results/transfer easy --epochs 8
+	$(BIN)/python -m benchmarks.studies.distillation --jobs 1 -o $(RESULTS) easy --epochs 8
 	$(BIN)/python $(DISTILLED) configs/studies/transfer_bccd_crosskd.py --data $(BCCD) --teacher runs/bench/transfer-bccd/teacher/detector.pth \
 		--alone $(SEEDS:%=runs/bench/transfer-bccd/pretrained-%) --distilled $(SEEDS:%=runs/bench/transfer-bccd/pretrained-crosskd-%) \
 		--epochs 2 --runs-dir $(CALIBRATION)/distilled-bccd -o $(RESULTS)/distilled_bccd
