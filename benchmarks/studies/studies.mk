@@ -5,9 +5,11 @@
 ## make bench-calibration      what INT8 costs and gains by each method, by INT8-aware training, by other tools (hours; goes on)
 ## make bench-recipes          what the students of configs/recipes take on this machine, untrained (15 minutes)
 ## make bench-training-step    the time of a training step, plain and fast (3 minutes on a quiet machine)
+## make bench-int8-speed       how much faster INT8 is on this machine, by operator, at which AP (half an hour, most of it trainings)
 ## make bench-int8-distilled   whether distillation makes a student harder to quantise (an hour after bench-transfer; goes on)
 
-.PHONY: bench-distillation bench-transfer bench-recipes bench-training-step bench-calibration bench-int8-distilled
+.SECONDARY:  # models on the way are kept
+.PHONY: bench-distillation bench-transfer bench-recipes bench-training-step bench-calibration bench-int8-speed bench-int8-distilled
 
 bench-distillation: $(READY)
 	$(BIN)/python -m benchmarks.studies.distillation shapes
@@ -57,6 +59,27 @@ bench-calibration: $(CALIBRATION)/batchnorm.onnx $(CALIBRATION)/groupnorm.onnx $
 		--num-images 64 -o $(RESULTS)/tools_bccd
 	$(BIN)/python -m benchmarks.studies.tools $(CALIBRATION)/nanodet.onnx --data $(COCO) \
 		--num-images 64 -o $(RESULTS)/tools_coco
+
+# Predictors in INT8, too: `calibration.quantize --max-ap-drop` takes them where the budget allows it.
+SPEED := r18 half nanodet
+DATA_OF_nanodet := $(COCO)
+data_of = $(or $(DATA_OF_$(1)),$(BCCD))
+
+bench-int8-speed: $(SPEED:%=$(CALIBRATION)/%.predictors.result.json)
+	$(BIN)/python -m benchmarks.studies.operators \
+		$(foreach name,$(SPEED),$(name)=$(CALIBRATION)/$(name).onnx:$(CALIBRATION)/$(name).predictors.onnx) --data $(BCCD) -o $(RESULTS)/operators
+
+$(CALIBRATION)/%.predictors.onnx: $(CALIBRATION)/%.onnx
+	$(BIN)/python -m calibration.quantize $< --data $(call data_of,$*) --target onnxruntime --int8-predictors -o $@
+
+$(CALIBRATION)/%.result.json: $(CALIBRATION)/%.onnx
+	$(BIN)/python -m benchmarks.accuracy $< --data $(call data_of,$*) -o $@
+
+$(CALIBRATION)/%.predictors.result.json: $(CALIBRATION)/%.predictors.onnx $(CALIBRATION)/%.result.json
+	$(BIN)/python -m benchmarks.accuracy $< --data $(call data_of,$*) --against $(CALIBRATION)/$*.result.json -o $@
+
+$(CALIBRATION)/half/config.py: | $(READY)
+	$(BIN)/python -m crosskd.train configs/gfl_r18_half_320.py --data $(BCCD) --epochs 6 -o $(@D)
 
 # Students of `make bench-transfer` and of `make demo`, quantised.
 SEEDS := 0 1 2

@@ -134,12 +134,6 @@ def test_ray_that_is_not_installed_is_asked_for(monkeypatch):
         pass
 
 
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
 @pytest.mark.parametrize(
     ("address", "message"),
     [
@@ -148,12 +142,15 @@ def free_port():
         ("here:x", "expected local, auto, or HOST:PORT"),
         ("127.0.0.1:99999999", "no Ray can be reached there"),
         ("no-such-host.invalid:6379", "no Ray can be reached there"),
-        (f"127.0.0.1:{free_port()}", "no Ray can be reached there .*refused"),
+        ("127.0.0.1:PORT", "no Ray can be reached there .*refused"),
     ],
 )
 def test_an_address_without_a_ray_is_told(address, message):
     pytest.importorskip("ray")
-    with pytest.raises(MeasurementError, match=message), trial_processes(address, 1):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with pytest.raises(MeasurementError, match=message), trial_processes(address.replace("PORT", str(port)), 1):
         pass
 
 
