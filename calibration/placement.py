@@ -30,6 +30,7 @@ pairs go depends on the target:
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import TYPE_CHECKING, Callable, Dict, List, Optional, Sequence, Set, Tuple
 
@@ -133,6 +134,14 @@ class FloatGraph:
             )
         for node in chosen:
             self.kept.setdefault(node.output[0], FloatReason.ASKED)
+
+    def with_one(self, node: onnx.NodeProto) -> FloatGraph:
+        """This graph with all products but `node`, one of `quantized`, in float."""
+        other = copy.copy(self)
+        others = [one.output[0] for one in self.quantized if one is not node]
+        other.kept = {**self.kept, **dict.fromkeys(others, FloatReason.ASKED)}
+        other.quantized = [node]
+        return other
 
     @property
     def reasons(self) -> Dict[str, FloatReason]:

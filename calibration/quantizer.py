@@ -94,14 +94,12 @@ def tensors_of_any_choice(graph: FloatGraph, target: str) -> List[str]:
     A pair moves with what is kept: behind a float convolution it no longer comes from before a MaxPool, and of two
     branches of an addition the other one is the skip branch. Where such a pair can be, it is for one product alone.
     """
-    of_predictors = [node_name(node) for node in graph.products if node.output[0] in graph.predictors]
-    names = [node_name(node) for node in graph.quantized] + of_predictors
+    of_predictors = {node_name(node) for node in graph.products if node.output[0] in graph.predictors}
     always = [name for name in graph.reasons if name not in of_predictors]
+    most = FloatGraph(graph.model, always, int8_predictors=True)
     tensors: Set[str] = set()
-    for alone in (None, *names):
-        kept = [name for name in names if alone is not None and name != alone]
-        placed = PLACEMENTS[target](FloatGraph(graph.model, [*always, *kept], int8_predictors=True))
-        tensors.update(placed.pairs.values())
+    for choice in (most, *(most.with_one(node) for node in most.quantized)):
+        tensors.update(PLACEMENTS[target](choice).pairs.values())
     return sorted(tensors)
 
 
