@@ -218,11 +218,12 @@ def run_training(
         ConfigError: the precision cannot be had on this device, or an option does not fit the config.
         CheckpointError: --resume, and there is nothing to go on from.
         MissingDependencyError: --log-to, and its package is not installed.
-        TrainingError: the loss was not finite for too many batches in a row, or something else ended the training.
+        TrainingError: the loss was not finite for too many batches in a row, weights are not, or something else ended
+            the training.
     """
     import torch
 
-    from crosskd.loop.guard import accept_single_values, guard_training
+    from crosskd.loop.guard import accept_single_values, check_weights, guard_training
     from crosskd.loop.hooks import FirstStepHook, errors_of_training
     from crosskd.loop.runner import TrainingRunner
     from crosskd.loop.teacher import check_teacher
@@ -266,6 +267,7 @@ def run_training(
             details = check_teacher(config, detector, data, teacher_check.images, teacher_check.min_ap)
         guard_training(runner.model, options.patience)
         runner.train()
+        check_weights(student)
     config.model = config.model.get("student", config.model)
     details |= {
         "seed": options.seed,

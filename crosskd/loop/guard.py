@@ -67,14 +67,16 @@ def guard_training(model: Any, patience: int = 10) -> None:
     every later evaluation. `train_step` returns no losses then, so that hooks and schedules go on as after any batch.
     All processes skip together. The message hub, and so every checkpoint, counts the batches as `skipped_batches`.
 
-    Costs one device-to-host synchronisation per step. Gradients are not looked at: fp16's loss scaling does that.
+    Costs one device-to-host synchronisation per step. Gradients are not looked at: fp16's loss scaling does that, and
+    weights that others have spoilt are found by the next loss, or by `check_weights` at the end.
 
     Args:
         model: `runner.model` of a runner that is about to train: a detector, or one wrapped for several processes.
         patience: how many batches in a row are skipped; one more stops the training. 0 stops at once.
 
     The wrapped `train_step` raises:
-        TrainingError: more than `patience` batches in a row had a loss that is not finite, or unreadable images.
+        TrainingError: more than `patience` batches in a row had a loss that is not finite, or unreadable images; or a
+            loss is not finite because weights are not, which no other batch mends.
     """
     detector = model.module if is_model_wrapper(model) else model
     parse_losses, train_step = detector.parse_losses, model.train_step
@@ -115,10 +117,12 @@ def guard_training(model: Any, patience: int = 10) -> None:
                 f"{in_a_row} batches in a row cannot be used. The last one: {causes}. Bring the files again, or drop "
                 "the images from the annotations"
             )
+        if is_loss:
+            check_weights(detector)
         if in_a_row > patience:
             raise TrainingError(
-                f"the loss of {in_a_row} batches in a row is not finite. The last one: {causes}. "
-                f"{_words_from_weights(detector)}"
+                f"the loss of {in_a_row} batches in a row is not finite. The last one: {causes}. The detector's "
+                "weights are finite: look at the boxes of these images, the teacher's weights, and the learning rate."
             )
         hub = MessageHub.get_current_instance()
         skipped = hub.get_info("skipped_batches", 0) + 1
@@ -192,15 +196,11 @@ def _names_from_batch(data: dict[str, Any]) -> str:
     return ", ".join(str(name) for name in names)
 
 
-def _words_from_weights(detector: nn.Module) -> str:
-    """What to do, by whether the weights are finite."""
+def check_weights(detector: nn.Module) -> None:
+    """Raises TrainingError if a weight is not finite: a detector that has diverged detects nothing."""
     bad = [name for name, value in detector.named_parameters() if not torch.isfinite(value).all()]
     if bad:
-        return (
-            f"{len(bad)} of the detector's weights are not finite themselves (such as {bad[0]}): an earlier step was "
-            "too large. Lower the learning rate, or clip gradients (optim_wrapper.clip_grad)."
+        raise TrainingError(
+            f"{len(bad)} of the detector's weights are not finite (such as {bad[0]}): an earlier step was too large. "
+            "Lower the learning rate, or clip gradients (optim_wrapper.clip_grad), and begin anew."
         )
-    return (
-        "The detector's weights are finite: look at the boxes of these images, the teacher's weights, and the "
-        "learning rate."
-    )

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from crosskd import train
+from crosskd.loop.runner import TrainingRunner
 from crosskd.models.detector import CrossKDDetector
 from deploy.contract import read_sidecar
 from deploy.files import sha256_of
@@ -124,6 +125,19 @@ def test_what_mmengine_does_not_take_is_one_message_and_keeps_an_earlier_run(
     # A forward pass is the first that shows widths that do not fit together: the run has begun then.
     assert (run_dir / "last_checkpoint").exists() == ("in_channels" not in words[0])
     assert not list(run_dir.glob("annotations_*"))
+
+
+def test_weights_that_diverged_in_the_last_step_are_not_written(
+    configs: Path, shapes_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def train_badly(runner: TrainingRunner) -> None:
+        with torch.no_grad():
+            runner.model.bbox_head.gfl_cls.weight.fill_(float("nan"))
+
+    monkeypatch.setattr(TrainingRunner, "train", train_badly)
+    assert train.main([str(configs / "gfl_tiny.py"), "--data", str(shapes_dir), "-o", str(tmp_path / "run")]) == 2
+    assert "are not finite (such as bbox_head.gfl_cls.weight)" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "run" / "detector.pth").exists()
 
 
 def test_an_error_after_the_first_step_is_one_message_and_its_traceback_is_in_the_log(
