@@ -12,6 +12,7 @@ from mmengine.device import get_device
 from mmengine.optim import OptimWrapper
 from mmengine.registry import OPTIM_WRAPPERS
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils._pytree import tree_map
 
 from crosskd.models.families.tood import keep_boxes_in_float32
@@ -55,3 +56,22 @@ def keep_losses_in_float32(head: DenseHead) -> None:
 
     head.loss_by_feat = loss_by_feat
     keep_boxes_in_float32(head)
+
+
+def widen_single_columns(detector: nn.Module) -> None:
+    """
+    Gives convolutions of stride 2 a column of zeros behind the only one of an input, in bf16 on a CPU.
+
+    The output is the same. Without it oneDNN (3.10, in torch 2.11) leaves parts of the weights' gradient, those that
+    only padding meets, as they were in memory: the coarsest levels of small images spoilt a training.
+    """
+    for module in detector.modules():
+        if isinstance(module, nn.Conv2d) and module.stride[1] == 2 and module.kernel_size[1] in (3, 5, 7):
+            module.register_forward_pre_hook(_widened)  # of the module, so that copies have it, too
+
+
+def _widened(module: nn.Conv2d, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    maps = inputs[0]
+    if maps.shape[-1] > 1 or maps.device.type != "cpu" or module.padding_mode != "zeros":
+        return None
+    return (functional.pad(maps, (0, 1)), *inputs[1:])

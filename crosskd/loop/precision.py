@@ -79,19 +79,21 @@ def precision_of_wrapper(kind: str) -> str:
 
 def set_precision(config: Any, detector: Any, precision: str) -> None:
     """
-    Sets the type of the config's optimiser wrapper, keeps the losses in float32 and prepares the teacher.
+    Sets the type of the config's optimiser wrapper, keeps losses and gradients right, and prepares the teacher.
 
     Args:
         precision: as `precision_asked_for` gives it.
     """
     import torch
 
-    from crosskd.loop.amp import keep_losses_in_float32
+    from crosskd.loop.amp import keep_losses_in_float32, widen_single_columns
 
     config.optim_wrapper.type = WRAPPERS.get(precision, precision)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     if dtype is not None:
         keep_losses_in_float32(getattr(detector, "student", detector).bbox_head)
+    if precision == "bf16":
+        widen_single_columns(getattr(detector, "student", detector))
     if hasattr(detector, "prepare_teacher"):
         detector.prepare_teacher(dtype)
 

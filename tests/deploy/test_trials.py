@@ -262,7 +262,7 @@ def test_on_ray_stop_ends_what_runs(ray_here, module, tmp_path):
     thread.start()
     wait_for(log)
     ray_here.stop()
-    thread.join(timeout=30)
+    thread.join(timeout=120)
     assert isinstance(statuses[0], TrialDied)
     with pytest.raises(MeasurementError, match="stopped"):
         ray_here.run([module, "0", "0"], log)

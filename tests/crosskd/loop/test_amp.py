@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from mmengine.registry import OPTIM_WRAPPERS
 
-from crosskd.loop.amp import Bf16OptimWrapper, keep_losses_in_float32
+from crosskd.loop.amp import Bf16OptimWrapper, keep_losses_in_float32, widen_single_columns
 
 
 def test_losses_are_computed_in_float32_under_autocast(
@@ -63,3 +64,23 @@ def test_a_distillation_step_under_bf16(build: Callable[..., Any], make_batch: C
     wrapper.update_params(sum(values))
     assert not torch.equal(before, detector.student.bbox_head.gfl_cls.weight)
     assert before.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("kernel", "height", "groups"), [(3, 1, 1), (3, 4, 1), (3, 2, 64), (5, 3, 1), (7, 1, 1)])
+def test_gradients_of_single_columns_are_right_in_bf16(kernel: int, height: int, groups: int) -> None:
+    torch.manual_seed(0)
+    convolution = torch.nn.Conv2d(64, 64, kernel, 2, kernel // 2, groups=groups)
+    maps = torch.randn(3, 64, height, 1)
+    plain = convolution(maps)
+    change = torch.randn_like(plain)
+    (expected,) = torch.autograd.grad(plain, convolution.weight, change)
+    network = torch.nn.Sequential(convolution)
+    widen_single_columns(network)
+    for _ in range(5):
+        for dtype in (torch.float32, torch.bfloat16):  # memory that is then free
+            torch.full((expected.numel(),), torch.nan, dtype=dtype)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            output = network(maps)
+        assert output.shape == plain.shape
+        (found,) = torch.autograd.grad(output, convolution.weight, change.to(output.dtype))
+        assert (found - expected).abs().max() < 0.02 * expected.abs().max()
