@@ -188,6 +188,8 @@ def run_there(words: List[str], log: str, folder: str, variables: Dict[str, str]
             f"{socket.gethostname()}, a machine of Ray, has no folder {Path(log).parent}, or no {folder}; expected "
             "both on a drive that all machines have under the same path"
         )
+    # A Ray that was started in the background of a shell ignores it, and would be deaf to `ray.cancel`.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with open(log, "ab") as output, started(
         process_words(*words), stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, cwd=folder,
         env=variables,
