@@ -217,9 +217,9 @@ def work_and_results(tasks, work, processes):
 
 def test_on_ray_a_trial_that_is_killed_is_repeated(ray_here, tmp_path, monkeypatch):
     (tmp_path / "falls.py").write_text(
-        "import os, pathlib, signal\n"
+        "import os, pathlib, signal, time\n"
         f"first = pathlib.Path({str(tmp_path / 'begun')!r})\n"
-        "if not first.exists():\n    first.touch()\n    os.kill(os.getppid(), signal.SIGKILL)\n    signal.pause()\n"
+        "if not first.exists():\n    first.touch()\n    os.kill(os.getppid(), signal.SIGKILL)\n    time.sleep(5)\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     log = tmp_path / "log.txt"
