@@ -114,6 +114,12 @@ def _expected(split: str) -> str:
     )
 
 
+def check_splits(data_dir: AnyPath) -> None:
+    """Raises DataError if a data folder lacks a split, as `split_paths` tells it."""
+    for split in SPLITS:
+        split_paths(data_dir, split)
+
+
 def known_splits(data_dir: AnyPath) -> List[str]:
     """The splits that a data folder has."""
     return [split for split in SPLITS if has_split(data_dir, split)]

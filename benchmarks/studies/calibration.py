@@ -32,7 +32,7 @@ from benchmarks.studies.calibration_training import Int8AwareOptions, run_int8_a
 from benchmarks.studies.tables import check_tables
 from deploy.contract import read_sidecar, weights_of_run
 from deploy.errors import command
-from deploy.layouts import SPLITS, split_paths
+from deploy.layouts import check_splits
 from deploy.targets import QUANTISED_FOR
 from deploy.trials import Processes, add_ray_argument, trial_processes
 
@@ -46,7 +46,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         distilled = DistilledOptions(**values)
         for run_dir in (*distilled.alone, *distilled.distilled):
             read_sidecar(weights_of_run(run_dir))
-        _check_splits(distilled.data)
+        check_splits(distilled.data)
         check_tables(distilled.output)
         run_distilled(distilled, Processes(1))
         return 0
@@ -57,17 +57,11 @@ def main(argv: Optional[List[str]] = None) -> int:
         return 0
     aware = Int8AwareOptions(**values)
     read_sidecar(weights_of_run(aware.student))
-    _check_splits(aware.data)
+    check_splits(aware.data)
     check_tables(aware.output)
     with trial_processes(aware.ray, aware.jobs) as processes:
         run_int8_aware(dataclasses.replace(aware, jobs=processes.jobs), processes)
     return 0
-
-
-def _check_splits(data: str) -> None:
-    """Raises DataError if a split is missing."""
-    for split in SPLITS:
-        split_paths(data, split)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -30,7 +30,7 @@ from deploy.dataset import load_coco
 from deploy.errors import ConfigError, MeasurementError, PipelineError
 from deploy.files import read_json, sha256_of, write_json
 from deploy.folder_lock import locked
-from deploy.layouts import SPLITS, split_paths
+from deploy.layouts import SPLITS, check_splits, split_paths
 from deploy.runtime.session import open_session
 from deploy.targets import QUANTISED_FOR, TARGETS
 
@@ -80,8 +80,7 @@ class Model:
         name, file, data, split = found.groups()
         if split not in (None, *SPLITS[1:]):  # not the first, on which it is calibrated
             raise ConfigError(f"{text}: the split is {split}; expected one of {', '.join(SPLITS[1:])}")
-        for one in SPLITS:
-            split_paths(data, one)
+        check_splits(data)
         read_sidecar(file)
         return cls(name, Path(file), Path(data), split or "test", runs_dir / name)
 

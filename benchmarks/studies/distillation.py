@@ -38,7 +38,7 @@ from deploy.errors import ConfigError, MeasurementError, command
 from deploy.files import read_json, sha256_of, write_json
 from deploy.folder_lock import locked
 from deploy.freshness import changed_inputs, made_by, read_start, start_from, write_start
-from deploy.layouts import SPLITS, split_paths
+from deploy.layouts import SPLITS, check_splits, split_paths
 from deploy.trials import Processes, RayProcesses, add_ray_argument, failure_of, tail_of, trial_processes, work_through
 
 METRICS = {
@@ -320,8 +320,7 @@ def data_of(experiment: Experiment, options: DistillationOptions, processes: Pro
             raise MeasurementError(f"the shapes cannot be drawn:\n{tail_of(log)}")
     else:
         folder = Path(options.data or DATA[name])
-    for split in SPLITS:
-        split_paths(folder, split)
+    check_splits(folder)
     return folder
 
 
